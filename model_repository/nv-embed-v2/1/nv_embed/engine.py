@@ -1,0 +1,131 @@
+"""A checkpoint to a ready engine, token sequences to vectors; the only file that knows devices."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from nv_embed.config import CheckpointConfig
+from nv_embed.errors import DeviceError, OutOfDeviceMemory
+from nv_embed.network import Network
+from nv_embed.packing import pack
+from nv_embed.tokenizer import TokenSequence
+from nv_embed.weights import load_network
+
+logger = logging.getLogger(__name__)
+
+_WARM_UP_SEQUENCE_TOKENS = 128  # a passage's usual length, within a factor of two
+_MIN_BATCH_TOKENS = 512  # smaller batches leave any device idle between them
+_MAX_BATCH_TOKENS = 65536  # beyond it no device gains, while a query waits longer
+_MEMORY_HEADROOM = 1.1  # activations, workspaces and the allocator's slack, over the weights
+
+
+class Engine:
+    """One network on one device. Not thread-safe: one thread calls it."""
+
+    def __init__(self, network: Network, device: torch.device) -> None:
+        self._network = network
+        self._device = device
+        self.embedding_dim = network.config.hidden_size
+
+    @classmethod
+    def load(cls, folder: Path, config: CheckpointConfig, *, device: str, dtype: str) -> Engine:
+        """Load a checkpoint.
+
+        Args:
+            folder: of `config.json` and the safetensors files.
+            config: what the former says.
+            device: 'cpu' or 'cuda:N'.
+            dtype: 'float16', 'bfloat16', 'float32'; or 'auto': the checkpoint's on a GPU, float32 on a CPU.
+
+        Raises:
+            DeviceError: the device is absent or its free memory too small.
+            CheckpointError: files or tensors are missing, damaged or of another model.
+        """
+        target = _existing_device(device)
+        name = dtype if dtype != "auto" else "float32" if target.type == "cpu" else config.dtype
+        precision: torch.dtype = getattr(torch, name)
+        _check_memory(target, config, precision)
+        with torch.inference_mode():
+            return cls(load_network(folder, config, target, precision), target)
+
+    @torch.inference_mode()
+    def embed(self, sequences: Sequence[TokenSequence]) -> npt.NDArray[np.float32]:
+        """Embed sequences in one forward pass.
+
+        Returns:
+            [len(sequences), embedding_dim], rows of length 1 in the same order; a row does not depend on the others.
+
+        Raises:
+            OutOfDeviceMemory: they do not fit together; fewer may.
+        """
+        try:
+            return self._network(pack(sequences, self._device)).cpu().numpy()  # type: ignore[no-any-return]
+        except torch.OutOfMemoryError:
+            num_tokens = sum(sequence.num_tokens for sequence in sequences)
+            raise OutOfDeviceMemory(f"{num_tokens} tokens do not fit in the memory of {self._device}") from None
+
+    def warm_up(self, target_seconds: float) -> int:
+        """Bring the first real request to full speed, and return how many tokens take about `target_seconds`."""
+        sequence = TokenSequence(np.ones(_WARM_UP_SEQUENCE_TOKENS, dtype=np.int32), 0)
+        num_tokens, seconds = _MIN_BATCH_TOKENS, 0.0
+        self.embed([sequence])
+        while True:
+            batch = [sequence] * (num_tokens // _WARM_UP_SEQUENCE_TOKENS)
+            self.embed(batch)  # the first of a size pays for allocation and kernel choice
+            started = time.monotonic()
+            self.embed(batch)
+            seconds = time.monotonic() - started
+            if seconds > target_seconds / 2 or 2 * num_tokens > _MAX_BATCH_TOKENS:
+                break
+            num_tokens *= 2
+        fitting = math.floor(num_tokens * target_seconds / seconds)
+        fitting = min(max(fitting, _MIN_BATCH_TOKENS), _MAX_BATCH_TOKENS)
+        logger.info(
+            "%s: %.0f tokens/s, so %d tokens take about %.0f ms",
+            self._device, num_tokens / seconds, fitting, 1000 * fitting * seconds / num_tokens,
+        )  # fmt: skip
+        return fitting
+
+
+def _existing_device(name: str) -> torch.device:
+    device = torch.device(name)
+    if device.type == "cuda" and device.index >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise DeviceError(
+            f"device: expected a device of this machine; got {name!r}, but "
+            + ("no CUDA device is visible" if count == 0 else f"only cuda:0 to cuda:{count - 1} are visible")
+            + "; correct the parameter or NV_EMBED_DEVICE ('cpu' runs anywhere), or make the GPU visible"
+        )
+    return device
+
+
+def _check_memory(device: torch.device, config: CheckpointConfig, dtype: torch.dtype) -> None:
+    with torch.device("meta"):
+        num_parameters = sum(parameter.numel() for parameter in Network(config).parameters())
+    needed = int(num_parameters * dtype.itemsize * _MEMORY_HEADROOM)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_host_memory()
+    if needed > free:
+        raise DeviceError(
+            f"{device}: expected {needed / 1e9:.1f} GB of free memory for {num_parameters / 1e9:.2f} billion "
+            f"parameters in {str(dtype).removeprefix('torch.')}; got {free / 1e9:.1f} GB; free memory on it, choose "
+            "another device, or a dtype of fewer bytes"
+        )
+
+
+def _free_host_memory() -> int:
+    """Bytes a process may take without swapping: the kernel's estimate, and no more than its container's limit."""
+    meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
+    available = int(meminfo["MemAvailable"].split()[0]) * 1024
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and os.access(limit, os.R_OK) and (value := limit.read_text(encoding="ascii").strip()) != "max":
+        available = min(available, int(value))
+    return available

@@ -1,0 +1,65 @@
+"""Everything that can go wrong, as types; knows nothing of how an error reaches a client.
+
+NVEmbedError
+├── StartupError             the server must not start
+│   ├── ConfigError          a parameter is unknown, malformed or contradicts another
+│   ├── CheckpointError      the checkpoint folder is missing, incomplete or of another model
+│   └── DeviceError          the device is absent or too small
+└── RequestError             one request gets no embeddings; the others do not notice
+    ├── InvalidRequest       the caller can mend it; the same request will fail again
+    ├── Unavailable          too much waits, or the server stops; the same request may succeed later
+    ├── Cancelled            nobody waits for the answer any more
+    ├── OutOfDeviceMemory    this batch does not fit on the device beside the weights
+    └── ComputeFailed        the forward pass failed, through no fault of the caller
+"""
+
+from __future__ import annotations
+
+
+class NVEmbedError(Exception):
+    """Base of all errors raised on purpose. The message is fit for a client: no paths of code, no request text."""
+
+
+class StartupError(NVEmbedError):
+    """The server must not start; the message says what to change."""
+
+
+class ConfigError(StartupError):
+    """A parameter is unknown, malformed or contradicts another."""
+
+
+class CheckpointError(StartupError):
+    """The checkpoint folder is missing, incomplete or holds another model."""
+
+
+class DeviceError(StartupError):
+    """The device is absent or its memory too small."""
+
+
+class RequestError(NVEmbedError):
+    """One request gets no embeddings; the others do not notice."""
+
+
+class InvalidRequest(RequestError):
+    """The caller can mend it; the same request will fail again."""
+
+    @classmethod
+    def of(cls, *, expected: str, got: str, remedy: str) -> InvalidRequest:
+        """The one form of message a caller meets: what was expected, what came, what to do."""
+        return cls(f"expected {expected}; got {got}; {remedy}")
+
+
+class Unavailable(RequestError):
+    """Too much waits, or the server stops; the same request may succeed later."""
+
+
+class Cancelled(RequestError):
+    """Nobody waits for the answer any more."""
+
+
+class OutOfDeviceMemory(RequestError):
+    """This batch does not fit on the device beside the weights."""
+
+
+class ComputeFailed(RequestError):
+    """The forward pass failed, through no fault of the caller."""

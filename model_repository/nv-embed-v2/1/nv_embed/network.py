@@ -1,0 +1,129 @@
+"""The network in reading order: bidirectional Mistral, latent pooling, normalization; knows no files and no texts.
+
+Shapes: T tokens of S sequences packed in one row, P of them pooled, C hidden_size, H num_heads, K num_kv_heads,
+D head_dim, I intermediate_size, L num_latents, X num_cross_heads. Built on whatever device is current, unfilled;
+`weights.py` fills it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nv_embed.attention import attend
+from nv_embed.config import CheckpointConfig
+from nv_embed.packing import PackedBatch
+
+
+class Network(nn.Module):
+    """Packed tokens to one unit vector for each sequence."""
+
+    def __init__(self, config: CheckpointConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = _parameter(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.norm = _parameter(config.hidden_size)
+        self.pooling = LatentPooling(config)
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Returns [S, C] float32 rows of length 1."""
+        x = functional.embedding(batch.input_ids, self.embed_tokens)  # [T, C]
+        cos, sin = self._rotary_table(batch.position_ids)
+        for layer in self.layers:
+            x = layer(x, cos, sin, batch.seqlens)
+        x = _rms_norm(x[batch.pooled_indices], self.norm, self.config.rms_norm_eps)  # [P, C]
+        return functional.normalize(self.pooling(x, batch.pooled_seqlens), dim=-1)
+
+    def _rotary_table(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [T, 1, D / 2], float32."""
+        head_dim = self.config.head_dim
+        exponents = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim
+        angles = position_ids.float()[:, None, None] * self.config.rope_theta**-exponents
+        return angles.cos(), angles.sin()
+
+
+class Layer(nn.Module):
+    """One pre-norm layer: attention over the whole sequence, then the SiLU-gated MLP."""
+
+    def __init__(self, config: CheckpointConfig) -> None:
+        super().__init__()
+        self.config = config
+        q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.input_norm = _parameter(config.hidden_size)
+        self.qkv = _parameter(q_size + 2 * kv_size, config.hidden_size)
+        self.o = _parameter(config.hidden_size, q_size)
+        self.post_attention_norm = _parameter(config.hidden_size)
+        self.gate_up = _parameter(2 * config.intermediate_size, config.hidden_size)
+        self.down = _parameter(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, seqlens: tuple[int, ...]) -> Tensor:
+        """x: [T, C] to [T, C]."""
+        config = self.config
+        h = _rms_norm(x, self.input_norm, config.rms_norm_eps)
+        heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+        q, k, v = functional.linear(h, self.qkv).view(len(x), -1, config.head_dim).split(heads, dim=1)
+        attended = attend(_rotate(q, cos, sin), _rotate(k, cos, sin), v, seqlens)  # [T, H, D]
+        x = x + functional.linear(attended.flatten(1), self.o)
+        h = _rms_norm(x, self.post_attention_norm, config.rms_norm_eps)
+        gate, up = functional.linear(h, self.gate_up).chunk(2, dim=-1)  # [T, I] each
+        return x + functional.linear(functional.silu(gate) * up, self.down)
+
+
+class LatentPooling(nn.Module):
+    """Cross-attention from tokens to latents, a GELU-gated MLP, and the mean over each sequence.
+
+    Two identities make it cheap. The latents are weights, so their keys and values are constants, into which
+    `weights.py` folds the query and output projections: `keys` and `values` stand for four published matrices
+    sixteen times their size. And the last linear commutes with the mean, so it runs once for each sequence.
+    """
+
+    def __init__(self, config: CheckpointConfig) -> None:
+        super().__init__()
+        hidden_size, folded = config.hidden_size, config.num_cross_heads * config.num_latents
+        self.num_cross_heads = config.num_cross_heads
+        self.norm_weight, self.norm_bias = _parameter(hidden_size), _parameter(hidden_size)
+        self.keys = _parameter(folded, hidden_size)  # softmax scale included
+        self.values = _parameter(folded, hidden_size)
+        self.mlp_norm_weight, self.mlp_norm_bias = _parameter(hidden_size), _parameter(hidden_size)
+        self.mlp_in_weight, self.mlp_in_bias = (
+            _parameter(8 * hidden_size, hidden_size),
+            _parameter(8 * hidden_size),
+        )
+        self.mlp_out_weight, self.mlp_out_bias = (
+            _parameter(hidden_size, 4 * hidden_size),
+            _parameter(hidden_size),
+        )
+
+    def forward(self, x: Tensor, pooled_seqlens: tuple[int, ...]) -> Tensor:
+        """x: [P, C] to [S, C] float32."""
+        h = functional.layer_norm(x, x.shape[-1:], self.norm_weight, self.norm_bias)
+        scores = functional.linear(h, self.keys).view(len(x), self.num_cross_heads, -1)  # [P, X, L]
+        attended = scores.softmax(dim=-1, dtype=torch.float32).to(x.dtype).flatten(1)  # [P, X * L]
+        x = x + attended @ self.values
+        h = functional.layer_norm(x, x.shape[-1:], self.mlp_norm_weight, self.mlp_norm_bias)
+        # The value comes first and the gate second, the reverse of the layers' MLP; and GELU is the exact one.
+        value, gate = functional.linear(h, self.mlp_in_weight, self.mlp_in_bias).chunk(2, dim=-1)
+        mlp = _mean(value * functional.gelu(gate), pooled_seqlens)  # [S, 4 * C]
+        return _mean(x, pooled_seqlens) + functional.linear(mlp, self.mlp_out_weight.float(), self.mlp_out_bias.float())
+
+
+def _parameter(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape), requires_grad=False)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    # torch accumulates the squares of half-precision input in float32
+    return functional.rms_norm(x, x.shape[-1:], weight, eps)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions in the half-split layout: element i is paired with i + D / 2. x: [T, heads, D]."""
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def _mean(x: Tensor, seqlens: tuple[int, ...]) -> Tensor:
+    """Mean of each sequence's rows in float32: [P, N] to [S, N]."""
+    return torch.stack([rows.mean(dim=0, dtype=torch.float32) for rows in x.split(seqlens)])

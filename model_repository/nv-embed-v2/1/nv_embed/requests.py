@@ -1,0 +1,143 @@
+"""Raw input arrays to an `EmbedRequest`, or `InvalidRequest`; knows neither the tokenizer nor Triton.
+
+An `EmbedRequest` in hand is the proof that its texts are valid UTF-8 and within the limits on documents and bytes.
+Limits in tokens are the tokenizer's, for only it can count them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from nv_embed.errors import InvalidRequest
+
+# The published model's own query template; the trailing space is part of it.
+QUERY_INSTRUCTION = "Instruct: Given a question, retrieve passages that answer the question\nQuery: "
+# Proxies and Triton itself put these beside the caller's own parameters.
+_FOREIGN_PARAMETERS = ("x-", "traceparent", "triton")
+
+
+@dataclass(frozen=True, slots=True)
+class RequestLimits:
+    """What one request may hold."""
+
+    max_request_documents: int
+    max_request_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedRequest:
+    """One valid request: texts in input order, and how to embed them."""
+
+    texts: tuple[str, ...]
+    instruction: str  # stands before every text and is left out of the pooling; may be empty
+    truncate: bool  # False: a text over the limit is refused
+    is_query: bool
+    num_bytes: int  # of UTF-8, the instruction counted once for each text
+
+    @classmethod
+    def parse(
+        cls,
+        query: Sequence[bytes] | None,
+        documents: Sequence[bytes] | None,
+        parameters: Mapping[str, object],
+        limits: RequestLimits,
+    ) -> EmbedRequest:
+        """Check one request.
+
+        Args:
+            query: the elements of input `query`, one; None when the input is absent.
+            documents: the elements of input `documents`, N; None when the input is absent.
+            parameters: the request's parameters: `instruction` and `truncate`.
+            limits: what one request may hold.
+
+        Raises:
+            InvalidRequest: with what was expected, what came and what to do.
+        """
+        if (query is None) == (documents is None):
+            raise InvalidRequest.of(
+                expected="exactly one of the inputs 'query' and 'documents'",
+                got="neither" if query is None else "both",
+                remedy="send one of them; for both kinds send two requests",
+            )
+        raw = query if query is not None else documents
+        assert raw is not None
+        if len(raw) == 0:
+            raise InvalidRequest.of(
+                expected="at least 1 document",
+                got="0",
+                remedy="leave out the request when there is nothing to embed",
+            )
+        if len(raw) > limits.max_request_documents:
+            raise InvalidRequest.of(
+                expected=f"at most {limits.max_request_documents} documents a request",
+                got=str(len(raw)),
+                remedy="split the documents over several requests",
+            )
+        instruction, truncate = _parse_parameters(parameters, QUERY_INSTRUCTION if query is not None else "")
+        num_bytes = sum(map(len, raw)) + len(raw) * len(instruction.encode())
+        if num_bytes > limits.max_request_bytes:
+            raise InvalidRequest.of(
+                expected=f"at most {limits.max_request_bytes} bytes of text a request, "
+                "the instruction counted once for each text",
+                got=f"{num_bytes} bytes",
+                remedy="split the request, or shorten its texts",
+            )
+        return cls(_decode(raw), instruction, truncate, query is not None, num_bytes)
+
+
+def _decode(raw: Sequence[bytes]) -> tuple[str, ...]:
+    texts = []
+    for index, element in enumerate(raw):
+        try:
+            texts.append(element.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise InvalidRequest.of(
+                expected="text in UTF-8",
+                got=f"text {index} with an invalid byte at position {error.start} of {len(element)}",
+                remedy="encode it as UTF-8",
+            ) from None
+    return tuple(texts)
+
+
+def _parse_parameters(parameters: Mapping[str, object], default_instruction: str) -> tuple[str, bool]:
+    instruction, truncate = default_instruction, "END"
+    for name, value in parameters.items():
+        if name not in ("instruction", "truncate"):
+            if name.lower().startswith(_FOREIGN_PARAMETERS):
+                continue
+            raise InvalidRequest.of(
+                expected="only the request parameters 'instruction' and 'truncate'",
+                got=_clipped(name),
+                remedy="leave it out, or correct its name",
+            )
+        if not isinstance(value, str):
+            raise InvalidRequest.of(
+                expected=f"a string as request parameter {name!r}",
+                got=f"a value of type {type(value).__name__}",
+                remedy="send it as a string",
+            )
+        if name == "instruction":
+            instruction = value
+        else:
+            truncate = value
+    if truncate not in ("END", "NONE"):
+        raise InvalidRequest.of(
+            expected="'END' or 'NONE' as request parameter 'truncate'",
+            got=_clipped(truncate),
+            remedy="send 'END' to cut a text that is too long, 'NONE' to have it refused",
+        )
+    try:
+        instruction.encode()
+    except UnicodeEncodeError as error:  # JSON over HTTP can spell half a surrogate pair
+        raise InvalidRequest.of(
+            expected="valid Unicode as request parameter 'instruction'",
+            got=f"an unpaired surrogate at position {error.start}",
+            remedy="correct it",
+        ) from None
+    return instruction, truncate == "END"
+
+
+def _clipped(value: str) -> str:
+    """Enough of a value to recognise it by, in ASCII: whatever a client sends, logs stay readable."""
+    return ascii(value if len(value) <= 40 else value[:40] + "...")

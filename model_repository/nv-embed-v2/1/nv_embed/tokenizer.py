@@ -1,0 +1,121 @@
+"""Texts and an instruction to token sequences, as the published model does it; knows neither torch nor batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer as RustTokenizer
+
+from nv_embed.errors import CheckpointError, InvalidRequest
+
+# How a text is tokenized near a cut can depend on what was cut off, but not from this many characters away.
+_CUT_MARGIN_CHARACTERS = 4096
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenSequence:
+    """One text as the network sees it."""
+
+    input_ids: npt.NDArray[np.int32]  # [num_tokens], instruction and special tokens included
+    num_masked: int  # leading tokens left out of the pooling; always less than num_tokens
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.input_ids)
+
+
+class Tokenizer:
+    """The checkpoint's `tokenizer.json`, with the published model's template and truncation.
+
+    The `tokenizers` library is used directly: `transformers`' loaders give other ids for this file than the
+    original did. It releases the GIL and uses every core for a batch of texts.
+    """
+
+    def __init__(self, path: Path, *, vocab_size: int, max_sequence_tokens: int) -> None:
+        """
+        Args:
+            path: the checkpoint's `tokenizer.json`.
+            vocab_size: rows of the embedding table; no id may reach it.
+            max_sequence_tokens: a text is cut to, or refused beyond, this many tokens.
+
+        Raises:
+            CheckpointError: the file is missing, damaged, or does not belong to the checkpoint.
+        """
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing; model_path must hold the whole published checkpoint")
+        try:
+            self._tokenizer = RustTokenizer.from_file(str(path))
+        except Exception as error:  # the Rust library raises bare Exception
+            raise CheckpointError(
+                f"{path}: expected a tokenizer in the format of the tokenizers library; got a file that it refuses "
+                f"({error}); download the file again"
+            ) from None
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        if (largest := max(vocabulary.values())) >= vocab_size:
+            raise CheckpointError(
+                f"{path}: expected token ids below the checkpoint's vocab_size {vocab_size}; got {largest}; "
+                "take all files from the same checkpoint"
+            )
+        bos = self._tokenizer.encode("", add_special_tokens=True).tokens
+        if bos[:1] != ["<s>"] or "</s>" not in vocabulary:
+            raise CheckpointError(
+                f"{path}: expected a tokenizer that puts '<s>' before a text and knows '</s>'; got another one; "
+                "take all files from the same checkpoint"
+            )
+        self.max_sequence_tokens = max_sequence_tokens
+        # Cutting a huge text before tokenizing it bounds time and memory; what is cut could not be reached.
+        self._max_characters = max_sequence_tokens * max(map(len, vocabulary)) + _CUT_MARGIN_CHARACTERS
+        self._num_masked = lru_cache(maxsize=1024)(self._count_instruction_tokens)
+
+    def encode(
+        self, texts: Sequence[str], instruction: str, *, truncate: bool = True, first_index: int = 0
+    ) -> list[TokenSequence]:
+        """Tokenize `<s>` + instruction + text + `</s>` for each text, cut on the right to `max_sequence_tokens`.
+
+        As in the original a text that is cut has no `</s>`, and `<s>` or `</s>` inside a text is that token.
+
+        Args:
+            texts: any number of texts.
+            instruction: stands before every text and is left out of the pooling; may be empty.
+            truncate: False refuses a text that would be cut.
+            first_index: of the first text within its request, for messages.
+
+        Raises:
+            InvalidRequest: a text is too long and may not be cut, or nothing of it would be left to pool.
+        """
+        limit = self.max_sequence_tokens
+        num_masked = self._num_masked(instruction)
+        inputs = [self._cut(instruction + text) + "</s>" for text in texts]
+        sequences = []
+        for index, encoding in enumerate(self._tokenizer.encode_batch_fast(inputs), start=first_index):
+            input_ids = encoding.ids
+            if len(input_ids) > limit and not truncate:
+                cut = len(instruction) + len(texts[index - first_index]) > self._max_characters
+                raise InvalidRequest.of(
+                    expected=f"texts of at most {limit} tokens, as 'truncate' is 'NONE'",
+                    got=f"text {index} with {'more than ' if cut else ''}{len(input_ids)} tokens, "
+                    "its instruction included",
+                    remedy="shorten it, or set 'truncate' to 'END'",
+                )
+            input_ids = input_ids[:limit]
+            if len(input_ids) <= num_masked:
+                raise InvalidRequest.of(
+                    expected="an instruction that leaves some of each text to pool",
+                    got=f"text {index} cut to {len(input_ids)} tokens, with an instruction of {num_masked}",
+                    remedy="shorten the instruction",
+                )
+            sequences.append(TokenSequence(np.array(input_ids, dtype=np.int32), num_masked))
+        return sequences
+
+    def _cut(self, text: str) -> str:
+        return text[: self._max_characters]
+
+    def _count_instruction_tokens(self, instruction: str) -> int:
+        # Tokenized alone, although beside a text its last token may merge with the text's first: the original does
+        # the same, and its vectors depend on it.
+        return len(self._tokenizer.encode(self._cut(instruction), add_special_tokens=False).ids)

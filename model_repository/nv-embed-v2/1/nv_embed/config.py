@@ -75,23 +75,22 @@ class ServingConfig:
             ConfigError: a parameter is unknown, missing, malformed or contradicts another.
         """
         names = [field.name for field in fields(cls)]
+        variables = {name: ENVIRONMENT_PREFIX + name.upper() for name in names}
         values: dict[str, Any] = {}
         for name in parameters:
             if name not in names and name not in _TRITON_PARAMETERS:
                 raise ConfigError(f"unknown parameter {name!r} in config.pbtxt; known: {', '.join(names)}")
         for variable in environ:
-            name = variable.removeprefix(ENVIRONMENT_PREFIX)
-            if name != variable and name not in (known.upper() for known in names):
-                known = ", ".join(ENVIRONMENT_PREFIX + name.upper() for name in names)
+            if variable.startswith(ENVIRONMENT_PREFIX) and variable not in variables.values():
+                known = ", ".join(variables.values())
                 raise ConfigError(f"unknown environment variable {variable}; known: {known}")
-        for name in names:
-            variable = ENVIRONMENT_PREFIX + name.upper()
+        for name, variable in variables.items():
             source = variable if variable in environ else f"parameter {name!r} in config.pbtxt"
             value = environ.get(variable, parameters.get(name))
             if value is None:
                 raise ConfigError(f"{source} is missing; add it, or set {variable}")
             try:
-                values[name] = _PARSERS[name](value)
+                values[name] = _PARSERS.get(name, _positive)(value)
             except ValueError as error:
                 raise ConfigError(f"{source}: expected {error}; got {value!r}; correct it") from None
         config = cls(**values)
@@ -111,15 +110,11 @@ class ServingConfig:
                 )
 
 
-_PARSERS: dict[str, Callable[[str], Any]] = {
+_PARSERS: Mapping[str, Callable[[str], Any]] = {  # of every other parameter: _positive
     "model_path": _text,
     "device": _devices,
     "dtype": _dtype,
     "max_batch_tokens": _positive_or_auto,
-} | {
-    field.name: _positive
-    for field in fields(ServingConfig)
-    if field.name not in ("model_path", "device", "dtype", "max_batch_tokens")
 }
 
 

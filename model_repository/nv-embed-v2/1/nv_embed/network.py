@@ -63,7 +63,7 @@ class Layer(nn.Module):
         config = self.config
         h = _rms_norm(x, self.input_norm, config.rms_norm_eps)
         heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
-        q, k, v = functional.linear(h, self.qkv).view(len(x), -1, config.head_dim).split(heads, dim=1)
+        q, k, v = functional.linear(h, self.qkv).view(len(x), -1, config.head_dim).split_with_sizes(heads, dim=1)
         attended = attend(_rotate(q, cos, sin), _rotate(k, cos, sin), v, seqlens)  # [T, H, D]
         x = x + functional.linear(attended.flatten(1), self.o)
         h = _rms_norm(x, self.post_attention_norm, config.rms_norm_eps)
@@ -126,4 +126,4 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _mean(x: Tensor, seqlens: tuple[int, ...]) -> Tensor:
     """Mean of each sequence's rows in float32: [P, N] to [S, N]."""
-    return torch.stack([rows.mean(dim=0, dtype=torch.float32) for rows in x.split(seqlens)])
+    return torch.stack([rows.mean(dim=0, dtype=torch.float32) for rows in x.split_with_sizes(seqlens)])

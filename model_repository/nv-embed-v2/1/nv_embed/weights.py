@@ -105,7 +105,7 @@ def _destinations(network: Network) -> Iterator[tuple[str, Tensor]]:
         assert isinstance(layer, Layer)
         prefix = f"embedding_model.layers.{i}."
         kv_size = config.num_kv_heads * config.head_dim
-        q, k, v = layer.qkv.split((config.num_heads * config.head_dim, kv_size, kv_size))
+        q, k, v = layer.qkv.split_with_sizes((config.num_heads * config.head_dim, kv_size, kv_size))
         gate, up = layer.gate_up.chunk(2)
         yield prefix + "input_layernorm.weight", layer.input_norm
         yield prefix + "self_attn.q_proj.weight", q
@@ -137,7 +137,8 @@ def _fold_cross_attention(network: Network, tensors: dict[str, Any]) -> None:
 
     def read(name: str, *where: slice) -> Tensor:
         source = tensors[_CROSS_ATTENTION + name if name.startswith(("fn.", "norm")) else name]
-        return source[where or slice(None)].to(pooling.keys.device, torch.float32)
+        tensor: Tensor = source[where or slice(None)]
+        return tensor.to(pooling.keys.device, torch.float32)
 
     context = functional.layer_norm(
         read("latent_attention_model.latents"),

@@ -1,0 +1,155 @@
+"""The Triton adapter: tensors in, answers out, errors to codes. All else is in `nv_embed`, which knows no Triton.
+
+A request is not answered in `execute`. Its response sender is kept and used when its embeddings are ready, so that
+the texts of any number of requests share a forward pass although Triton itself merges none.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import triton_python_backend_utils as pb_utils
+from nv_embed.batcher import Answer, Batcher, BatchLimits
+from nv_embed.config import CheckpointConfig, ServingConfig
+from nv_embed.errors import Cancelled, ComputeFailed, InvalidRequest, RequestError, StartupError, Unavailable
+from nv_embed.requests import EmbedRequest, RequestLimits
+from nv_embed.tokenizer import Tokenizer
+
+logger = logging.getLogger("nv_embed")
+
+
+class TritonPythonModel:
+    """The entry points that Triton calls."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Load and warm up; an exception here ends the server with its message."""
+        _log_to_triton()
+        from nv_embed.engine import Engine  # imports torch, which Triton's own look at this file need not wait for
+
+        parameters = json.loads(args["model_config"]).get("parameters", {})
+        try:
+            config = ServingConfig.from_parameters(
+                {name: value["string_value"] for name, value in parameters.items()}, os.environ
+            )
+            folder = Path(config.model_path)
+            checkpoint = CheckpointConfig.load(folder)
+            tokenizer = Tokenizer(
+                folder / "tokenizer.json",
+                vocab_size=checkpoint.vocab_size,
+                max_sequence_tokens=config.max_sequence_tokens,
+            )
+            engines = [Engine.load(folder, checkpoint, device=device, dtype=config.dtype) for device in config.device]
+        except StartupError as error:
+            raise pb_utils.TritonModelException(f"the server does not start: {error}") from None
+        measured = min(engine.warm_up(config.target_batch_milliseconds / 1000) for engine in engines)
+        self._request_limits = RequestLimits(config.max_request_documents, config.max_request_bytes)
+        batch_limits = BatchLimits(
+            max_batch_tokens=config.max_batch_tokens or measured,
+            max_queue_tokens=config.max_queue_tokens,
+            max_queue_bytes=config.max_queue_bytes,
+            query_weight=config.query_weight,
+        )
+        self._batcher = Batcher(tokenizer, [engine.embed for engine in engines], batch_limits, _ask_for_restart)
+        logger.info("ready: %s, %s", config, batch_limits)
+
+    def execute(self, requests: Sequence[Any]) -> None:
+        """Hand every request to the batcher. Returning None tells Triton that the answers come later."""
+        for request in requests:
+            reply = TritonReply(request)
+            try:
+                embed_request = EmbedRequest.parse(
+                    query=_elements(request, "query"),
+                    documents=_elements(request, "documents"),
+                    parameters=json.loads(request.parameters() or "{}"),
+                    limits=self._request_limits,
+                )
+                self._batcher.submit(embed_request, reply)
+            except RequestError as error:
+                reply.send(error)
+            except Exception:  # what leaves execute would show the client our file path and line
+                logger.exception("taking a request failed")
+                reply.send(ComputeFailed("taking this request failed; the server's log says why"))
+
+    def finalize(self) -> None:
+        """Triton has drained its requests by now; end the threads."""
+        self._batcher.stop()
+
+
+class TritonReply:
+    """The response sender of one request. Touching it after the final answer would crash the whole server."""
+
+    def __init__(self, request: Any) -> None:
+        self._sender = request.get_response_sender()
+        self._output_names = frozenset(request.requested_output_names())
+        self._lock = Lock()
+
+    def is_cancelled(self) -> bool:
+        """Whether the client hung up, cancelled or ran out of time."""
+        with self._lock:
+            return self._sender is None or bool(self._sender.is_cancelled())
+
+    def send(self, outcome: Answer | RequestError) -> None:
+        """Answer, once."""
+        response = self._response(outcome)
+        with self._lock:
+            sender, self._sender = self._sender, None
+            assert sender is not None, "a request was answered twice"
+            sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    def _response(self, outcome: Answer | RequestError) -> Any:
+        if isinstance(outcome, RequestError):
+            return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(outcome), _code(outcome)))
+        outputs = {"embeddings": outcome.embeddings, "token_counts": outcome.token_counts}
+        return pb_utils.InferenceResponse(
+            [pb_utils.Tensor(name, array) for name, array in outputs.items() if name in self._output_names]
+        )
+
+
+def _code(error: RequestError) -> Any:
+    match error:
+        case InvalidRequest():
+            return pb_utils.TritonError.INVALID_ARG
+        case Unavailable():
+            return pb_utils.TritonError.UNAVAILABLE
+        case Cancelled():
+            return pb_utils.TritonError.CANCELLED
+        case _:
+            return pb_utils.TritonError.INTERNAL
+
+
+def _elements(request: Any, name: str) -> list[bytes] | None:
+    """The elements of an input, None when it is absent."""
+    tensor = pb_utils.get_input_tensor_by_name(request, name)
+    return None if tensor is None else list(tensor.as_numpy().reshape(-1))
+
+
+def _ask_for_restart() -> None:
+    os.kill(os.getppid(), signal.SIGTERM)  # the parent is tritonserver; it drains and exits, its supervisor restarts it
+
+
+class _TritonHandler(logging.Handler):
+    """Passes log records on to Triton's own log."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        log = pb_utils.Logger.log_info
+        if record.levelno >= logging.ERROR:
+            log = pb_utils.Logger.log_error
+        elif record.levelno >= logging.WARNING:
+            log = pb_utils.Logger.log_warn
+        log(self.format(record))
+
+
+def _log_to_triton() -> None:
+    for stream in (sys.stdout, sys.stderr):  # Triton's stub leaves them in ASCII, whatever the locale says
+        stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
+    logger.handlers = [_TritonHandler()]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False

@@ -1,0 +1,125 @@
+"""The two configurations: what starts, and what stops the start with which message."""
+
+from __future__ import annotations
+
+import json
+import re
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from nv_embed.config import CheckpointConfig, ServingConfig
+from nv_embed.errors import CheckpointError, ConfigError
+
+CONFIG_PBTXT = Path(__file__).parents[1] / "model_repository" / "nv-embed-v2" / "config.pbtxt"
+PARAMETERS = dict(
+    re.findall(r'parameters { key: "(\w+)" value { string_value: "([^"]*)" } }', CONFIG_PBTXT.read_text("utf-8"))
+)
+
+
+def test_config_pbtxt_holds_every_parameter_with_its_documented_default():
+    config = ServingConfig.from_parameters(PARAMETERS, {})
+    assert config.model_path == "/models/NV-Embed-v2"
+    assert config.device == ("cuda:0",)
+    assert config.dtype == "auto"
+    assert config.max_sequence_tokens == 32768
+    assert config.max_batch_tokens is None
+    assert config.max_request_documents == 16384
+    assert config.max_request_bytes == 64 * 2**20
+    assert config.max_queue_tokens == 4_000_000
+
+
+def test_every_parameter_has_a_comment_on_the_line_above():
+    lines = CONFIG_PBTXT.read_text("utf-8").splitlines()
+    for above, line in pairwise(lines):
+        assert not line.startswith("parameters") or above.startswith("# "), line
+
+
+def test_the_environment_wins_over_config_pbtxt():
+    config = ServingConfig.from_parameters(
+        PARAMETERS, {"NV_EMBED_DEVICE": "cpu, cuda:1", "NV_EMBED_MAX_BATCH_TOKENS": "77", "PATH": "/bin"}
+    )
+    assert config.device == ("cpu", "cuda:1")
+    assert config.max_batch_tokens == 77
+
+
+def test_triton_s_own_parameters_are_left_alone():
+    ServingConfig.from_parameters(PARAMETERS | {"EXECUTION_ENV_PATH": "/env.tar.gz"}, {})
+
+
+@pytest.mark.parametrize(
+    ("parameters", "environ", "words"),
+    [
+        ({"max_batch_size": "1"}, {}, ["unknown parameter 'max_batch_size'", "known: model_path"]),
+        ({}, {"NV_EMBED_DEVCE": "cpu"}, ["unknown environment variable NV_EMBED_DEVCE", "NV_EMBED_DEVICE"]),
+        ({"device": "gpu"}, {}, ["'device'", "'gpu'", "cuda:N"]),
+        ({}, {"NV_EMBED_DEVICE": "cuda"}, ["NV_EMBED_DEVICE", "'cuda'", "cuda:N"]),
+        ({"dtype": "fp16"}, {}, ["'dtype'", "'fp16'", "float16"]),
+        ({"max_sequence_tokens": "0"}, {}, ["'max_sequence_tokens'", "'0'", "at least 1"]),
+        ({"max_batch_tokens": "many"}, {}, ["'max_batch_tokens'", "'many'", "'auto' or a whole number"]),
+        ({"model_path": " "}, {}, ["'model_path'", "non-empty"]),
+        ({"max_queue_bytes": "10"}, {}, ["max_request_bytes (67108864)", "max_queue_bytes (10)", "raise"]),
+        ({"max_queue_tokens": "10"}, {}, ["max_sequence_tokens (32768)", "max_queue_tokens (10)", "raise"]),
+    ],
+)
+def test_a_bad_parameter_stops_the_start_and_is_named(parameters, environ, words):
+    with pytest.raises(ConfigError) as caught:
+        ServingConfig.from_parameters(PARAMETERS | parameters, environ)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_parameter_missing_from_config_pbtxt_is_named():
+    with pytest.raises(ConfigError, match=r"'dtype' in config\.pbtxt is missing"):
+        ServingConfig.from_parameters({k: v for k, v in PARAMETERS.items() if k != "dtype"}, {})
+
+
+def test_the_published_defaults_stand_in_for_absent_latent_attention_keys(toy):
+    raw = json.loads((toy / "config.json").read_text("utf-8"))
+    raw["latent_attention_config"] = {"model_type": "latent_attention"}
+    raw["text_config"]["hidden_size"] = 4096
+    config = CheckpointConfig.from_json(raw)
+    assert (config.num_latents, config.num_cross_heads, config.cross_head_dim) == (512, 8, 4096)
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (["model_type"], "bert"),
+        (["is_mask_instruction"], False),
+        (["add_eos"], False),
+        (["padding_side"], "left"),
+        (["mask_type"], "a"),
+        (["torch_dtype"], "int8"),
+        (["text_config", "hidden_act"], "gelu"),
+        (["text_config", "num_hidden_layers"], None),
+        (["text_config", "num_hidden_layers"], "3"),
+        (["text_config", "num_key_value_heads"], 3),
+        (["text_config", "rope_scaling"], {"type": "linear"}),
+        (["latent_attention_config", "output_normalize"], False),
+        (["latent_attention_config", "latent_dim"], 32),
+    ],
+)
+def test_an_unsupported_checkpoint_value_is_refused_by_name(toy, keys, value):
+    raw = json.loads((toy / "config.json").read_text("utf-8"))
+    place = raw
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = value
+    with pytest.raises(CheckpointError) as caught:
+        CheckpointConfig.from_json(raw)
+    assert keys[-1] in str(caught.value)
+    assert str(value).strip("'") in str(caught.value)
+
+
+def test_a_missing_folder_or_config_is_said(tmp_path):
+    with pytest.raises(CheckpointError, match="missing; download the checkpoint"):
+        CheckpointConfig.load(tmp_path / "absent")
+    with pytest.raises(CheckpointError, match=r"config\.json is missing"):
+        CheckpointConfig.load(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "nve', encoding="utf-8")
+    with pytest.raises(CheckpointError, match="ends early or is damaged"):
+        CheckpointConfig.load(tmp_path)
+    (tmp_path / "config.json").write_text("[1]", encoding="utf-8")
+    with pytest.raises(CheckpointError, match="model_type"):
+        CheckpointConfig.load(tmp_path)

@@ -1,0 +1,81 @@
+"""Validation of one request, before anything is tokenized."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from nv_embed.errors import InvalidRequest
+from nv_embed.requests import QUERY_INSTRUCTION, EmbedRequest, RequestLimits
+
+LIMITS = RequestLimits(max_request_documents=3, max_request_bytes=200)
+
+
+def parse(query=None, documents=None, parameters=None, limits=LIMITS):
+    return EmbedRequest.parse(query, documents, parameters or {}, limits)
+
+
+def test_a_query_gets_the_standard_instruction_and_documents_none():
+    assert QUERY_INSTRUCTION == ("Instruct: Given a question, retrieve passages that answer the question\nQuery: ")
+    assert parse(query=[b"x"]).instruction == QUERY_INSTRUCTION
+    assert parse(documents=[b"x", b"y"]) == EmbedRequest(("x", "y"), "", True, False, 2)
+
+
+def test_instruction_and_truncate_are_taken_from_the_parameters():
+    request = parse(documents=["é".encode()], parameters={"instruction": "I: ", "truncate": "NONE"})
+    assert (request.instruction, request.truncate, request.num_bytes) == ("I: ", False, 5)
+    assert parse(query=[b""], parameters={"instruction": ""}).instruction == ""
+
+
+@pytest.mark.parametrize("name", ["x-request-id", "X-Forwarded-For", "traceparent", "triton_enable_empty_final"])
+def test_what_proxies_and_triton_add_is_ignored(name):
+    parse(query=[b"x"], parameters={name: 1})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({}, ["exactly one", "neither", "send one"]),
+        ({"query": [b"a"], "documents": [b"b"]}, ["exactly one", "both", "two requests"]),
+        ({"documents": []}, ["at least 1 document", "got 0"]),
+        ({"documents": [b"a"] * 4}, ["at most 3 documents", "got 4", "split"]),
+        ({"documents": [b"a" * 150, b"b" * 51]}, ["at most 200 bytes", "201 bytes", "split"]),
+        ({"documents": [b"a", b"b"], "parameters": {"instruction": "i" * 100}}, ["200 bytes", "202 bytes"]),
+        ({"documents": [b"ok", b"ab\xff"]}, ["UTF-8", "text 1", "position 2 of 3", "encode"]),
+        ({"query": [b"\xed\xa0\x80"]}, ["UTF-8", "position 0"]),
+        ({"query": [b"a"], "parameters": {"truncate": "START"}}, ["'END' or 'NONE'", "'START'", "send"]),
+        ({"query": [b"a"], "parameters": {"truncate": True}}, ["a string", "'truncate'", "bool"]),
+        ({"query": [b"a"], "parameters": {"instruction": 3}}, ["a string", "'instruction'", "int"]),
+        ({"query": [b"a"], "parameters": {"dimensions": 8}}, ["'instruction' and 'truncate'", "'dimensions'"]),
+        ({"query": [b"a"], "parameters": {"n\xfc\n" * 50: 8}}, ["'n\\xfc\\n", "..."]),
+        ({"query": [b"a"], "parameters": {"instruction": "\ud800"}}, ["surrogate at position 0"]),
+    ],
+)
+def test_what_is_wrong_is_said_with_expected_got_and_remedy(arguments, words):
+    with pytest.raises(InvalidRequest) as caught:
+        parse(**arguments)
+    message = str(caught.value)
+    assert message.startswith("expected ")
+    assert "; got " in message
+    for word in words:
+        assert word in message
+
+
+@given(
+    query=st.none() | st.lists(st.binary(max_size=40), min_size=1, max_size=1),
+    documents=st.none() | st.lists(st.binary(max_size=40), max_size=5),
+    parameters=st.dictionaries(
+        st.sampled_from(["instruction", "truncate"]) | st.text(max_size=9),
+        st.sampled_from(["END", "NONE"]) | st.text() | st.integers() | st.booleans() | st.none(),
+        max_size=3,
+    ),
+)
+def test_whatever_comes_is_parsed_or_refused_as_invalid(query, documents, parameters):
+    try:
+        request = parse(query, documents, parameters)
+    except InvalidRequest:
+        return
+    raw = query if query is not None else documents
+    assert [text.encode() for text in request.texts] == raw
+    assert 1 <= len(request.texts) <= LIMITS.max_request_documents
+    assert request.num_bytes <= LIMITS.max_request_bytes

@@ -1,0 +1,76 @@
+"""Tokenization: template, truncation, limits, and the cut of huge texts."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nv_embed.errors import CheckpointError, InvalidRequest
+from nv_embed.tokenizer import Tokenizer
+from tokenizers import Tokenizer as RustTokenizer
+
+
+def tokenizer(folder, max_sequence_tokens=32768, vocab_size=1024):
+    return Tokenizer(folder / "tokenizer.json", vocab_size=vocab_size, max_sequence_tokens=max_sequence_tokens)
+
+
+def test_a_text_of_exactly_the_limit_passes_and_one_token_more_is_refused_when_it_may_not_be_cut(toy):
+    (sequence,) = tokenizer(toy).encode(["some words to count"], "")
+    n = sequence.num_tokens
+    (same,) = tokenizer(toy, n).encode(["some words to count"], "", truncate=False)
+    assert same.input_ids.tolist() == sequence.input_ids.tolist()
+    with pytest.raises(InvalidRequest, match=rf"at most {n - 1} tokens.*text 7 with {n} tokens.*'END'"):
+        tokenizer(toy, n - 1).encode(["some words to count"], "", truncate=False, first_index=7)
+    (cut,) = tokenizer(toy, n - 1).encode(["some words to count"], "")
+    assert cut.input_ids.tolist() == sequence.input_ids.tolist()[:-1]
+
+
+def test_an_instruction_that_leaves_nothing_to_pool_is_refused(toy):
+    with pytest.raises(InvalidRequest, match=r"leaves some of each text to pool.*shorten the instruction"):
+        tokenizer(toy, 8).encode(["x"], "a long instruction of many words: ")
+
+
+def test_special_tokens_inside_a_text_become_special(toy):
+    (sequence,) = tokenizer(toy).encode(["a</s>b<s>c"], "")
+    assert sequence.input_ids.tolist().count(2) == 2
+    assert sequence.input_ids.tolist().count(1) == 2
+
+
+WORDS = st.sampled_from(["network", " the", "  ", "\n", "aaaa", "日本", "é", "<s>", "</s>", "0", "\u0000", "🙂"])
+
+
+@settings(deadline=None)
+@given(
+    pieces=st.lists(WORDS | st.text(max_size=20), min_size=1, max_size=30),
+    repeat=st.integers(1, 2000),
+    limit=st.integers(30, 60),
+)
+def test_cutting_a_huge_text_first_changes_no_token_of_it(toy, pieces, repeat, limit):
+    text = "".join(pieces) * repeat
+    whole = RustTokenizer.from_file(str(toy / "tokenizer.json")).encode(text + "</s>").ids
+    (sequence,) = tokenizer(toy, limit).encode([text], "")
+    assert sequence.input_ids.tolist() == whole[:limit]
+
+
+def test_a_huge_text_is_refused_by_its_length_when_it_may_not_be_cut(toy):
+    with pytest.raises(InvalidRequest, match="text 0 with more than"):
+        tokenizer(toy, 64).encode(["word " * 100_000], "", truncate=False)
+
+
+def test_a_missing_damaged_or_foreign_file_is_said(toy, tmp_path):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is missing"):
+        tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0"', encoding="utf-8")
+    with pytest.raises(CheckpointError, match="a file that it refuses"):
+        tokenizer(tmp_path)
+    shutil.copy(toy / "tokenizer.json", tmp_path)
+    with pytest.raises(CheckpointError, match="below the checkpoint's vocab_size 1000; got 1023"):
+        tokenizer(tmp_path, vocab_size=1000)
+    (tmp_path / "tokenizer.json").write_text(
+        '{"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}',
+        encoding="utf-8",
+    )
+    with pytest.raises(CheckpointError, match="puts '<s>' before a text"):
+        tokenizer(tmp_path)

@@ -1,0 +1,235 @@
+"""Loading: exactly the published tensors, complete or not at all, in bounded memory."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from nv_embed import engine as engine_module
+from nv_embed.config import CheckpointConfig
+from nv_embed.engine import Engine
+from nv_embed.errors import CheckpointError, DeviceError
+from nv_embed.tokenizer import TokenSequence
+from nv_embed.weights import published_shapes
+from safetensors.torch import load_file, save_file
+
+PUBLISHED_TEXT_CONFIG = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 14336,
+    "vocab_size": 32000,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "sliding_window": 4096,
+}
+
+
+@pytest.fixture
+def published() -> CheckpointConfig:
+    return CheckpointConfig.from_json(
+        {
+            "model_type": "nvembed",
+            "is_mask_instruction": True,
+            "add_eos": True,
+            "padding_side": "right",
+            "mask_type": "b",
+            "torch_dtype": "float16",
+            "latent_attention_config": {"model_type": "latent_attention"},
+            "text_config": PUBLISHED_TEXT_CONFIG,
+        }
+    )
+
+
+def load(folder: Path, dtype: str = "float32") -> Engine:
+    return Engine.load(folder, CheckpointConfig.load(folder), device="cpu", dtype=dtype)
+
+
+@pytest.fixture
+def checkpoint(toy, tmp_path) -> Path:
+    """A copy of the toy checkpoint, to be damaged."""
+    return Path(shutil.copytree(toy, tmp_path / "checkpoint"))
+
+
+def test_the_published_sizes_give_exactly_the_published_tensors(published):
+    shapes = published_shapes(published)
+    layer = {
+        "input_layernorm.weight": (4096,),
+        "self_attn.q_proj.weight": (4096, 4096),
+        "self_attn.k_proj.weight": (1024, 4096),
+        "self_attn.v_proj.weight": (1024, 4096),
+        "self_attn.o_proj.weight": (4096, 4096),
+        "post_attention_layernorm.weight": (4096,),
+        "mlp.gate_proj.weight": (14336, 4096),
+        "mlp.up_proj.weight": (14336, 4096),
+        "mlp.down_proj.weight": (4096, 14336),
+    }
+    blocks = "latent_attention_model.cross_attend_blocks"
+    expected = {
+        "embedding_model.embed_tokens.weight": (32000, 4096),
+        "embedding_model.norm.weight": (4096,),
+        "latent_attention_model.latents": (512, 4096),
+        f"{blocks}.0.norm.weight": (4096,),
+        f"{blocks}.0.norm.bias": (4096,),
+        f"{blocks}.0.norm_context.weight": (4096,),
+        f"{blocks}.0.norm_context.bias": (4096,),
+        f"{blocks}.0.fn.to_q.weight": (32768, 4096),
+        f"{blocks}.0.fn.to_kv.weight": (65536, 4096),
+        f"{blocks}.0.fn.to_out.weight": (4096, 32768),
+        f"{blocks}.1.norm.weight": (4096,),
+        f"{blocks}.1.norm.bias": (4096,),
+        f"{blocks}.1.fn.net.0.weight": (32768, 4096),
+        f"{blocks}.1.fn.net.0.bias": (32768,),
+        f"{blocks}.1.fn.net.2.weight": (4096, 16384),
+        f"{blocks}.1.fn.net.2.bias": (4096,),
+    } | {f"embedding_model.layers.{i}.{name}": shape for i in range(32) for name, shape in layer.items()}
+    assert shapes == expected
+    num_parameters = sum(math.prod(shape) for shape in shapes.values())
+    assert (num_parameters, 2 * num_parameters) == (7_851_016_192, 15_702_032_384)
+
+
+def test_the_network_of_the_published_sizes_has_a_place_for_all_but_the_folded_tensors(published):
+    from nv_embed.network import Network
+    from nv_embed.weights import _destinations
+
+    with torch.device("meta"):
+        network = Network(published)
+    places = {name: tuple(place.shape) for name, place in _destinations(network)}
+    folded = {
+        "latent_attention_model.latents",
+        *(
+            f"latent_attention_model.cross_attend_blocks.0.{name}.weight"
+            for name in ("norm_context", "fn.to_q", "fn.to_kv", "fn.to_out")
+        ),
+        "latent_attention_model.cross_attend_blocks.0.norm_context.bias",
+    }
+    assert places == {name: shape for name, shape in published_shapes(published).items() if name not in folded}
+    filled = sum(math.prod(shape) for shape in places.values()) + 2 * network.pooling.keys.numel()
+    assert filled == sum(parameter.numel() for parameter in network.parameters())
+
+
+def test_one_file_without_an_index_loads_as_well_as_shards(checkpoint):
+    sequence = TokenSequence(np.arange(1, 30, dtype=np.int32), 3)
+    before = load(checkpoint).embed([sequence])
+    tensors = {}
+    for shard in checkpoint.glob("*.safetensors"):
+        tensors |= load_file(shard)
+        shard.unlink()
+    (checkpoint / "model.safetensors.index.json").unlink()
+    save_file(tensors, checkpoint / "model.safetensors")
+    np.testing.assert_array_equal(load(checkpoint).embed([sequence]), before)
+
+
+@pytest.mark.parametrize(("dtype", "floor"), [("float16", 0.9999), ("bfloat16", 0.999)])
+def test_half_precision_is_close_to_float32(toy, dtype, floor):
+    random = np.random.default_rng(0)
+    sequences = [TokenSequence(random.integers(3, 1000, size=n, dtype=np.int32), 0) for n in (3, 40, 300)]
+    cosines = (load(toy).embed(sequences) * load(toy, dtype).embed(sequences)).sum(axis=1)
+    assert cosines.min() > floor
+
+
+def test_one_report_names_all_missing_unexpected_and_misshapen_tensors(checkpoint):
+    shard = checkpoint / "model-00001-of-00002.safetensors"
+    tensors = load_file(shard)
+    names = sorted(tensors)
+    del tensors[names[0]], tensors[names[1]]
+    tensors["surplus.weight"] = torch.zeros(2, 3)
+    tensors[names[2]] = torch.zeros(5, 7)
+    save_file(tensors, shard)
+    with pytest.raises(CheckpointError) as caught:
+        load(checkpoint)
+    message = str(caught.value)
+    assert "4 tensors differ" in message
+    assert f"missing {names[0]}" in message
+    assert f"missing {names[1]}" in message
+    assert "unexpected surplus.weight [2, 3]" in message
+    assert re.search(rf"misshapen {re.escape(names[2])}: expected \[.*\], got \[5, 7\]", message)
+
+
+def test_a_missing_shard_is_named(checkpoint):
+    (checkpoint / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"1 of 2 shards missing: model-00002-of-00002\.safetensors"):
+        load(checkpoint)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 5000, -1])
+def test_a_truncated_shard_is_named(checkpoint, keep):
+    shard = checkpoint / "model-00002-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00002.*cut short or damaged.*download it again"):
+        load(checkpoint)
+
+
+def test_no_weights_and_a_damaged_index_are_said(checkpoint):
+    index = checkpoint / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weights": 1}), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="weight_map"):
+        load(checkpoint)
+    index.unlink()
+    with pytest.raises(CheckpointError, match="got neither"):
+        load(checkpoint)
+
+
+def test_a_device_that_is_not_there_is_said(toy, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(DeviceError, match="no CUDA device is visible; correct the parameter or NV_EMBED_DEVICE"):
+        Engine.load(toy, CheckpointConfig.load(toy), device="cuda:0", dtype="auto")
+
+
+def test_memory_too_small_for_the_weights_is_said_before_anything_is_read(published, monkeypatch, tmp_path):
+    monkeypatch.setattr(engine_module, "_free_host_memory", lambda: 24 * 10**9)
+    with pytest.raises(DeviceError, match=r"cpu: expected 3\d\.\d GB of free memory .* in float32; got 24.0 GB"):
+        Engine.load(tmp_path, published, device="cpu", dtype="auto")
+
+
+def test_progress_of_a_long_load_is_logged(toy, monkeypatch, caplog):
+    monkeypatch.setattr("nv_embed.weights._PROGRESS_SECONDS", 0.0)
+    with caplog.at_level(logging.INFO, logger="nv_embed"):
+        load(toy)
+    assert any(re.search(r"loading weights: \d+\.\d of \d+\.\d GB", line) for line in caplog.messages)
+    assert any("loaded" in line for line in caplog.messages)
+
+
+def test_loading_holds_the_weights_in_memory_once(tmp_path):
+    """A 400 MB checkpoint in float32 may add little more than itself to a process's anonymous memory."""
+    from reference import Reference, Sizes
+
+    sizes = Sizes(20_000, 1024, 4, 8, 8, 4096, 4, 1, 8, 1e4)
+    Reference(sizes, seed=0).save(tmp_path)
+    weights = (tmp_path / "model.safetensors").stat().st_size
+    script = """
+import re, sys
+from pathlib import Path
+from nv_embed.config import CheckpointConfig
+from nv_embed.engine import Engine
+def anonymous(peak=0):
+    return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+import threading
+peak, before, done = anonymous(), anonymous(), threading.Event()
+def watch():
+    global peak
+    while not done.wait(0.002):
+        peak = max(peak, anonymous())
+watcher = threading.Thread(target=watch); watcher.start()
+folder = Path(sys.argv[1])
+engine = Engine.load(folder, CheckpointConfig.load(folder), device="cpu", dtype="float32")
+done.set(); watcher.join()
+print(max(peak, anonymous()) - before)
+"""
+    repository = Path(__file__).parents[1] / "model_repository" / "nv-embed-v2" / "1"
+    result = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)],
+        capture_output=True, text=True, check=True, env={"PYTHONPATH": str(repository)},
+    )  # fmt: skip
+    assert int(result.stdout) < 1.25 * weights

@@ -1,0 +1,79 @@
+"""Order of computation, without threads."""
+
+from __future__ import annotations
+
+from nv_embed.fair_queue import FairQueue, Flow
+
+
+def take(queue, max_tokens, unwanted=()):
+    return queue.take(max_tokens, lambda item: item not in unwanted)
+
+
+def test_one_flow_is_first_come_first_served():
+    queue, flow = FairQueue(), Flow(1)
+    for i in range(5):
+        queue.push(i, flow, num_tokens=10)
+    assert [take(queue, 10) for _ in range(5)] == [[0], [1], [2], [3], [4]]
+    assert not queue
+
+
+def test_a_batch_holds_at_most_the_budget_and_at_least_one_item():
+    queue, flow = FairQueue(), Flow(1)
+    for num_tokens in (40, 60, 1, 500, 3):
+        queue.push(num_tokens, flow, num_tokens)
+    assert take(queue, 100) == [40, 60]
+    assert take(queue, 100) == [1]
+    assert take(queue, 100) == [500]
+    assert take(queue, 100) == [3]
+    assert take(queue, 100) == []
+
+
+def test_a_small_request_passes_the_backlog_of_a_large_one():
+    queue, bulk = FairQueue(), Flow(1)
+    for i in range(10_000):
+        queue.push(("bulk", i), bulk, num_tokens=100)
+    assert len(take(queue, 1000)) == 10
+    queue.push("single", Flow(1), num_tokens=100)
+    assert "single" in take(queue, 1000)
+
+
+def test_queries_get_their_weight_and_bulk_the_rest_while_both_wait():
+    queue, bulk, queries = FairQueue(), Flow(1), Flow(8)
+    for _ in range(2000):
+        queue.push("bulk", bulk, num_tokens=100)
+        queue.push("query", queries, num_tokens=100)
+    taken = [item for _ in range(90) for item in take(queue, 1000)]
+    assert abs(taken.count("query") / taken.count("bulk") - 8) < 0.2
+
+
+def test_an_endless_stream_of_new_requests_does_not_starve_an_old_one():
+    queue, bulk = FairQueue(), Flow(1)
+    for _ in range(100):
+        queue.push("bulk", bulk, num_tokens=100)
+    for _ in range(5):
+        queue.push("small", Flow(1), num_tokens=100)
+    taken = []
+    for _ in range(200):  # five clients, each with a new request as soon as its last is taken
+        taken += take(queue, 100)
+        if taken[-1] == "small":
+            queue.push("small", Flow(1), num_tokens=100)
+    assert taken.count("bulk") >= 200 / 6 - 1
+
+
+def test_an_idle_flow_saves_up_no_credit():
+    queue, busy, idle = FairQueue(), Flow(1), Flow(1)
+    for _ in range(100):
+        queue.push("busy", busy, num_tokens=10)
+    take(queue, 500)
+    for _ in range(100):
+        queue.push("idle", idle, num_tokens=10)
+    taken = take(queue, 200)
+    assert abs(taken.count("busy") - taken.count("idle")) <= 1
+
+
+def test_unwanted_items_are_dropped_and_cost_nothing():
+    queue, flow = FairQueue(), Flow(1)
+    for item in "abcde":
+        queue.push(item, flow, num_tokens=10)
+    assert take(queue, 20, unwanted="abd") == ["c", "e"]
+    assert take(queue, 20) == []

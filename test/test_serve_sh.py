@@ -1,0 +1,266 @@
+"""What serve.sh decides and refuses by itself, before any model is loaded."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+SERVE = REPO / "serve.sh"
+SETTINGS = (
+    *("MODEL_PATH", "DEVICE", "HTTP_PORT", "GRPC_PORT", "METRICS_PORT", "ADDRESS", "RUNTIME", "VENV", "IMAGE"),
+    *("MODEL_REPOSITORY", "SHM_SIZE", "SHM_BYTES", "MALLOC_ARENA_MAX", "PYTHON"),
+)
+# Writes its name and arguments as one JSON line, like the programs it stands for would receive them.
+RECORDER = f"""#!{sys.executable}
+import json, os, sys
+with open(os.environ["RECORD"], "a", encoding="utf-8") as record:
+    record.write(json.dumps([os.path.basename(sys.argv[0]), *sys.argv[1:]]) + "\\n")
+"""
+
+
+def free_ports(count):
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()
+
+
+@pytest.fixture
+def model(tmp_path):
+    folder = tmp_path / "a model"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def serve(tmp_path, model):
+    """Runs serve.sh with the given settings; a `venv` that must not be touched unless a test is about it."""
+    http, grpc, metrics = free_ports(3)
+
+    def run(*arguments, cwd=tmp_path, script=SERVE, programs=(), **settings):
+        tools = tmp_path / "bin"
+        tools.mkdir(exist_ok=True)
+        for program in programs:
+            (tools / program).write_text(RECORDER)
+            (tools / program).chmod(0o755)
+        kept = {k: v for k, v in os.environ.items() if k not in SETTINGS and not k.startswith("NV_EMBED_")}
+        defaults = {
+            "MODEL_PATH": str(model),
+            "DEVICE": "cpu",
+            "VENV": str(tmp_path / "venv"),
+            "HTTP_PORT": str(http),
+            "GRPC_PORT": str(grpc),
+            "METRICS_PORT": str(metrics),
+            "RECORD": str(tmp_path / "record"),
+            "PATH": f"{tools}:{os.environ['PATH']}",
+        }
+        environment = {**kept, **defaults, **{name: str(value) for name, value in settings.items()}}
+        return subprocess.run(
+            [script, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=120
+        )
+
+    return run
+
+
+@pytest.fixture
+def recorded(tmp_path):
+    """The commands that recorders were started with, oldest first."""
+    return lambda: [json.loads(line) for line in (tmp_path / "record").read_text(encoding="utf-8").splitlines()]
+
+
+def assert_refused(done, *parts):
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    for part in parts:
+        assert part in done.stderr
+
+
+def values(command, option):
+    return [after for before, after in pairwise(command) if before == option]
+
+
+def test_an_unknown_runtime_is_refused_with_the_known_ones(serve):
+    assert_refused(serve(RUNTIME="podman"), "RUNTIME", "auto, native, docker or pip", "'podman'")
+
+
+@pytest.mark.parametrize("setting", ["MODEL_PATH", "MODEL_REPOSITORY"])
+def test_a_folder_that_is_not_there_is_refused_by_its_settings_name(serve, setting):
+    assert_refused(serve(**{setting: "/absent/folder"}), f"{setting}: expected", "'/absent/folder'")
+
+
+@pytest.mark.parametrize("setting", ["HTTP_PORT", "GRPC_PORT", "METRICS_PORT"])
+@pytest.mark.parametrize("runtime", ["pip", "docker", "native"])
+def test_a_port_in_use_is_said_before_anything_is_installed_or_started(serve, tmp_path, setting, runtime):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        done = serve(programs=["docker", "tritonserver"], RUNTIME=runtime, **{setting: port})
+    assert_refused(done, f"{setting}: port {port} is already in use", f"set {setting} to a free port")
+    assert not (tmp_path / "venv").exists()
+    assert not (tmp_path / "record").exists()
+
+
+def test_ports_that_are_no_numbers_or_given_twice_are_refused(serve):
+    assert_refused(serve(HTTP_PORT="eight"), "HTTP_PORT: expected a port number, got 'eight'")
+    (port,) = free_ports(1)
+    assert_refused(serve(GRPC_PORT=port, METRICS_PORT=port), f"METRICS_PORT: port {port} is given twice")
+
+
+@pytest.mark.skipif(
+    Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi") is not None, reason="this machine has a GPU"
+)
+def test_a_gpu_that_is_not_there_is_said_before_anything_is_installed(serve, tmp_path):
+    assert_refused(serve(RUNTIME="pip", DEVICE="cuda:0"), "DEVICE=cuda:0", "found none", "DEVICE=cpu")
+    assert not (tmp_path / "venv").exists()
+
+
+def test_auto_takes_the_tritonserver_on_the_path_and_the_users_arguments_come_last(serve, recorded, model):
+    done = serve("--log-verbose=1", "a b", programs=["tritonserver", "docker"])
+    assert done.returncode == 0, done.stderr
+    (command,) = recorded()
+    assert command[0] == "tritonserver"
+    assert command[-2:] == ["--log-verbose=1", "a b"]
+    assert f"--model-repository={REPO}/model_repository" in command
+    for setting in ("--model-control-mode=none", "--disable-auto-complete-config", "--http-address=0.0.0.0"):
+        assert setting in command
+
+
+def test_a_relative_model_path_counts_from_the_callers_folder_and_a_link_to_the_script_works(
+    serve, recorded, tmp_path, model
+):
+    (tmp_path / "link").symlink_to(SERVE)
+    elsewhere = tmp_path / "else where"
+    elsewhere.mkdir()
+    done = serve(
+        cwd=elsewhere, script="../link", programs=["docker"], RUNTIME="docker", IMAGE="i", MODEL_PATH="../a model"
+    )
+    assert done.returncode == 0, done.stderr
+    mounts = values(recorded()[0], "--mount")
+    assert f"type=bind,source={REPO}/model_repository,target=/model_repository,readonly" in mounts
+    (of_model,) = (mount for mount in mounts if "NV-Embed" in mount)
+    source = of_model.removeprefix("type=bind,source=").removesuffix(",target=/models/NV-Embed-v2,readonly")
+    assert Path(source).samefile(model)
+
+
+def test_without_a_model_path_it_says_what_it_serves_and_how_to_serve_the_real_model(serve):
+    done = serve(MODEL_PATH="", DEVICE="", RUNTIME="stop here")
+    assert "small checkpoint" in done.stderr
+    assert "on cpu" in done.stderr
+    assert f"MODEL_PATH=/path/to/NV-Embed-v2 {SERVE}" in done.stderr
+
+
+def test_docker_builds_the_image_and_runs_the_mounted_repository_on_the_gpu(serve, recorded, tmp_path, model):
+    done = serve(
+        "--log-verbose=1",
+        programs=["docker"],
+        RUNTIME="docker",
+        DEVICE="cuda:0",
+        ADDRESS="127.0.0.1",
+        HTTP_PORT=18100,
+        GRPC_PORT=18101,
+        METRICS_PORT=18102,
+        SHM_SIZE="2g",
+        NV_EMBED_MAX_BATCH_TOKENS=1000,
+    )
+    assert done.returncode == 0, done.stderr
+    build, run = recorded()
+    assert build == ["docker", "build", "--tag", "nv-embed-triton", str(REPO)]
+    assert run[:4] == ["docker", "run", "--rm", "--init"]
+    assert "--shm-size=2g" in run
+    assert values(run, "--ulimit") == ["memlock=-1"]
+    assert values(run, "--gpus") == ["all"]
+    assert values(run, "--publish") == [f"127.0.0.1:1810{i}:800{i}" for i in range(3)]
+    assert {"MALLOC_ARENA_MAX", "NV_EMBED_DEVICE", "NV_EMBED_MAX_BATCH_TOKENS", "NV_EMBED_MODEL_PATH"} <= set(
+        values(run, "--env")
+    )
+    assert all(mount.endswith(",readonly") for mount in values(run, "--mount"))
+    image = run.index("nv-embed-triton")
+    assert run[image + 1 : image + 3] == ["tritonserver", "--model-repository=/model_repository"]
+    assert run[-1] == "--log-verbose=1"
+    assert not any(argument.startswith("--http-port") for argument in run[image:])  # inside, the ports are the usual
+
+
+def test_docker_on_the_cpu_asks_for_no_gpu_and_a_given_image_is_not_built(serve, recorded):
+    assert serve(programs=["docker"], RUNTIME="docker", IMAGE="registry/triton:1").returncode == 0
+    (run,) = recorded()
+    assert "--gpus" not in run
+    assert "registry/triton:1" in run
+
+
+def test_a_hugging_face_snapshot_is_mounted_with_the_blobs_its_links_lead_to(serve, recorded, tmp_path):
+    cache = tmp_path / "models--nvidia--NV-Embed-v2"
+    snapshot = cache / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "bin").mkdir()
+    docker = tmp_path / "bin" / "docker"
+    docker.write_text(
+        RECORDER + '    record.write(json.dumps(os.environ["NV_EMBED_MODEL_PATH"]) + "\\n")\n', encoding="utf-8"
+    )
+    docker.chmod(0o755)
+    assert serve(RUNTIME="docker", IMAGE="i", MODEL_PATH=snapshot).returncode == 0
+    run, inside = recorded()
+    assert f"type=bind,source={cache},target=/models/NV-Embed-v2,readonly" in values(run, "--mount")
+    assert inside == "/models/NV-Embed-v2/snapshots/abc"
+
+
+@pytest.fixture
+def prepare_venv(tmp_path):
+    """Starts prepare_venv on tmp_path/venv with a requirements file of the given text."""
+
+    def start(requirements, venv=tmp_path / "venv"):
+        file = tmp_path / "some" / "requirements.txt"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(requirements)
+        return subprocess.Popen(
+            ["bash", "-c", 'source "$1" && prepare_venv "$2" "$3"', "-", REPO / "tools/prepare_venv.sh", venv, file],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "TORCH_CPU_INDEX": "file:///absent", "PYTHON": sys.executable},
+        )
+
+    return start
+
+
+def finish(process):
+    _, message = process.communicate(timeout=120)
+    return process.returncode, message
+
+
+def test_a_prepared_venv_is_left_alone_and_a_failed_install_is_repeated(prepare_venv, tmp_path):
+    code, message = finish(prepare_venv("./absent-package\n"))
+    assert code != 0
+    assert not list((tmp_path / "venv").glob("installed-*"))
+    code, message = finish(prepare_venv("# nothing\n"))
+    assert code == 0, message
+    assert f"Installing into {tmp_path}/venv" in message
+    assert finish(prepare_venv("# nothing\n")) == (0, "")
+    code, message = finish(prepare_venv("# something else\n"))
+    assert (code, "Installing" in message) == (0, True)
+
+
+@pytest.mark.skipif(shutil.which("flock") is None, reason="without flock concurrent starts are not protected")
+def test_of_two_starts_at_once_one_prepares_and_the_other_waits(prepare_venv):
+    results = [finish(process) for process in [prepare_venv("# nothing\n") for _ in range(2)]]
+    assert [code for code, _ in results] == [0, 0]
+    messages = "".join(message for _, message in results)
+    assert messages.count("Installing") == 1
+    assert messages.count("Waiting for another start") == 1
+
+
+def test_a_folder_that_is_no_virtual_environment_is_neither_cleared_nor_used(prepare_venv, tmp_path):
+    (tmp_path / "venv").mkdir()
+    (tmp_path / "venv" / "thesis.txt").write_text("the only copy")
+    code, message = finish(prepare_venv("# nothing\n"))
+    assert code == 2
+    assert "neither empty nor a virtual environment" in message
+    assert [path.name for path in (tmp_path / "venv").iterdir()] == ["thesis.txt"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from serving import Server
 
 ROOT = Path(__file__).parents[1]
 
@@ -19,3 +20,33 @@ def toy() -> Path:
 def mini() -> Path:
     """The embedded default checkpoint."""
     return ROOT / "checkpoints" / "nv-embed-mini"
+
+
+@pytest.fixture(scope="session")
+def toy_server(toy, tmp_path_factory):
+    """The toy checkpoint, served."""
+    yield from serve(toy, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def toy_server_of_64_tokens(toy, tmp_path_factory):
+    """The same with the limit of the fixture's truncated cases, and small limits on requests."""
+    yield from serve(
+        toy,
+        tmp_path_factory,
+        NV_EMBED_MAX_SEQUENCE_TOKENS="64",
+        NV_EMBED_MAX_REQUEST_DOCUMENTS="20",
+        NV_EMBED_MAX_REQUEST_BYTES="8000",
+    )
+
+
+@pytest.fixture(scope="session")
+def mini_server(tmp_path_factory):
+    """What `./serve.sh` serves when nothing is given."""
+    yield from serve(None, tmp_path_factory)
+
+
+def serve(model_path, tmp_path_factory, **environ):
+    server = Server(tmp_path_factory.mktemp("server") / "log.txt", model_path, environ)
+    yield server.wait_until_ready()
+    assert server.stop() == 0, server.log_text()

@@ -76,17 +76,22 @@ class Engine:
     def warm_up(self, target_seconds: float) -> int:
         """Bring the first real request to full speed, and return how many tokens take about `target_seconds`."""
         sequence = TokenSequence(np.ones(_WARM_UP_SEQUENCE_TOKENS, dtype=np.int32), 0)
-        num_tokens, seconds = _MIN_BATCH_TOKENS, 0.0
+
+        def measure(num_tokens: int) -> float:
+            """Seconds of the fastest of a few runs: the first pays for allocation, any for what else runs here."""
+            seconds = []
+            for _ in range(3):
+                started = time.monotonic()
+                self.embed([sequence] * (num_tokens // _WARM_UP_SEQUENCE_TOKENS))
+                seconds.append(time.monotonic() - started)
+            return min(seconds)
+
         self.embed([sequence])
-        while True:
-            batch = [sequence] * (num_tokens // _WARM_UP_SEQUENCE_TOKENS)
-            self.embed(batch)  # the first of a size pays for allocation and kernel choice
-            started = time.monotonic()
-            self.embed(batch)
-            seconds = time.monotonic() - started
-            if seconds > target_seconds / 2 or 2 * num_tokens > _MAX_BATCH_TOKENS:
-                break
+        num_tokens = _MIN_BATCH_TOKENS
+        seconds = measure(num_tokens)
+        while seconds < target_seconds / 2 and 2 * num_tokens <= _MAX_BATCH_TOKENS:
             num_tokens *= 2
+            seconds = measure(num_tokens)
         fitting = math.floor(num_tokens * target_seconds / seconds)
         fitting = min(max(fitting, _MIN_BATCH_TOKENS), _MAX_BATCH_TOKENS)
         logger.info(

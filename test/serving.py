@@ -1,0 +1,107 @@
+"""A real tritonserver started through `serve.sh`, and ways to ask it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import tritonclient.grpc as triton
+
+ROOT = Path(__file__).parents[1]
+MODEL_NAME = "nv-embed-v2"
+START_SECONDS = 180
+STOP_SECONDS = 60
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+class Server:
+    """One `serve.sh`, from start to stop."""
+
+    def __init__(self, log: Path, model_path: Path | None, environ: Mapping[str, str] | None = None) -> None:
+        """Start, without waiting. Settings of the caller's own shell that would change the server are left out."""
+        self.log = log
+        self.http, self.grpc, self.metrics = (free_port() for _ in range(3))
+        ours = ("NV_EMBED_", "MODEL_PATH", "DEVICE", "RUNTIME", "TRITON_URL")
+        settings = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
+        settings |= {"HTTP_PORT": str(self.http), "GRPC_PORT": str(self.grpc), "METRICS_PORT": str(self.metrics)}
+        settings |= {"RUNTIME": "pip"}
+        if model_path is not None:
+            settings |= {"MODEL_PATH": str(model_path), "DEVICE": "cpu"}
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                [ROOT / "serve.sh"], stdout=output, stderr=subprocess.STDOUT, env=settings | dict(environ or {}),
+                cwd=log.parent, stdin=subprocess.DEVNULL,
+            )  # fmt: skip
+        self.url = f"localhost:{self.grpc}"
+        self.client = triton.InferenceServerClient(self.url)
+
+    def wait_until_ready(self) -> Server:
+        deadline = time.monotonic() + START_SECONDS
+        while self.process.poll() is None and time.monotonic() < deadline:
+            try:
+                with urllib.request.urlopen(f"http://localhost:{self.http}/v2/health/ready", timeout=5):
+                    return self
+            except OSError:
+                threading.Event().wait(0.1)
+        self.process.kill()
+        raise AssertionError(f"the server did not become ready:\n{self.log_text()}")
+
+    def stop(self, with_signal: signal.Signals = signal.SIGTERM) -> int:
+        """Ask it to stop; returns the exit code."""
+        self.client.close()
+        self.process.send_signal(with_signal)
+        return self.process.wait(STOP_SECONDS)
+
+    def log_text(self) -> str:
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+    def infer(self, query=None, documents=None, parameters=None, outputs=("embeddings", "token_counts"), timeout=120):
+        """One gRPC call; returns each output's array by name. Texts are str or bytes."""
+        inputs = []
+        for name, texts in (("query", query), ("documents", documents)):
+            if texts is not None:
+                inputs.append(bytes_input(name, texts))
+        requested = None if outputs is None else [triton.InferRequestedOutput(name) for name in outputs]
+        result = self.client.infer(MODEL_NAME, inputs, outputs=requested, parameters=parameters, client_timeout=timeout)
+        return {output.name: result.as_numpy(output.name) for output in result.get_response().outputs}
+
+    def embed_query(self, text, **parameters):
+        return self.infer(query=[text], parameters=parameters)["embeddings"]
+
+    def embed_documents(self, texts, **parameters):
+        return self.infer(documents=texts, parameters=parameters)["embeddings"]
+
+    def post(self, body: Mapping) -> tuple[int, dict]:
+        """One HTTP inference request; returns status and parsed answer."""
+        request = urllib.request.Request(
+            f"http://localhost:{self.http}/v2/models/{MODEL_NAME}/infer", json.dumps(body).encode()
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=120) as response:
+                return response.status, json.load(response)
+        except urllib.error.HTTPError as error:
+            return error.code, json.load(error)
+
+
+def bytes_input(name: str, texts) -> triton.InferInput:
+    array = np.array([text.encode() if isinstance(text, str) else text for text in texts], dtype=np.object_)
+    if name == "documents":
+        array = array.reshape(1, -1)
+    tensor = triton.InferInput(name, list(array.shape), "BYTES")
+    tensor.set_data_from_numpy(array)
+    return tensor

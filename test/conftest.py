@@ -24,8 +24,8 @@ def mini() -> Path:
 
 @pytest.fixture(scope="session")
 def toy_server(toy, tmp_path_factory):
-    """The toy checkpoint, served."""
-    yield from serve(toy, tmp_path_factory)
+    """The toy checkpoint, served without a cache, so that each answer is computed."""
+    yield from serve(toy, tmp_path_factory, NV_EMBED_CACHE_MEBIBYTES="0")
 
 
 @pytest.fixture(scope="session")

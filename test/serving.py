@@ -36,7 +36,7 @@ class Server:
         """Start, without waiting. Settings of the caller's own shell that would change the server are left out."""
         self.log = log
         self.http, self.grpc, self.metrics = (free_port() for _ in range(3))
-        ours = ("NV_EMBED_", "MODEL_PATH", "DEVICE", "RUNTIME", "TRITON_URL")
+        ours = ("NV_EMBED_", "MODEL_", "DEVICE", "RUNTIME", "ADDRESS", "IMAGE", "SHM_", "TRITON_URL")
         settings = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
         settings |= {"HTTP_PORT": str(self.http), "GRPC_PORT": str(self.grpc), "METRICS_PORT": str(self.metrics)}
         settings |= {"RUNTIME": "pip"}

@@ -112,6 +112,7 @@ def test_a_port_in_use_is_said_before_anything_is_installed_or_started(serve, tm
 
 def test_ports_that_are_no_numbers_or_given_twice_are_refused(serve):
     assert_refused(serve(HTTP_PORT="eight"), "HTTP_PORT: expected a port number, got 'eight'")
+    assert_refused(serve(GRPC_PORT=65536), "GRPC_PORT: expected a port number, got '65536'")
     (port,) = free_ports(1)
     assert_refused(serve(GRPC_PORT=port, METRICS_PORT=port), f"METRICS_PORT: port {port} is given twice")
 

@@ -197,7 +197,7 @@ def test_clients_that_cancel_or_run_out_of_time_disturb_no_other(toy_server):
 
     async def leave_and_stay() -> None:
         async with triton_aio.InferenceServerClient(toy_server.url) as client:
-            bulk = bytes_input("documents", ["some words to compute"] * 3000)
+            bulk = bytes_input("documents", [f"some words to compute {i}" for i in range(3000)])
             leaving = [asyncio.ensure_future(client.infer(MODEL_NAME, [bulk])) for _ in range(5)]
             late = [asyncio.ensure_future(client.infer(MODEL_NAME, [bulk], client_timeout=0.2)) for _ in range(3)]
             await asyncio.sleep(0.3)
@@ -223,7 +223,7 @@ def test_a_stop_answers_what_is_in_flight_and_ends_with_exit_code_0(toy, tmp_pat
 
     def client() -> None:
         own = triton.InferenceServerClient(server.url)
-        texts = ["words of a longer document"] * 2000
+        texts = [f"words of a longer document {i}" for i in range(2000)]
         answered.append(own.infer(MODEL_NAME, [bytes_input("documents", texts)]).as_numpy("embeddings").shape)
 
     thread = threading.Thread(target=client)

@@ -20,6 +20,7 @@ import triton_python_backend_utils as pb_utils
 from nv_embed.batcher import Answer, Batcher, BatchLimits
 from nv_embed.config import CheckpointConfig, ServingConfig
 from nv_embed.errors import Cancelled, ComputeFailed, InvalidRequest, RequestError, StartupError, Unavailable
+from nv_embed.metrics import Labels, Metric, Values
 from nv_embed.requests import EmbedRequest, RequestLimits
 from nv_embed.tokenizer import Tokenizer
 
@@ -55,9 +56,17 @@ class TritonPythonModel:
             max_batch_tokens=config.max_batch_tokens or measured,
             max_queue_tokens=config.max_queue_tokens,
             max_queue_bytes=config.max_queue_bytes,
+            max_queue_seconds=config.max_queue_milliseconds / 1000,
             query_weight=config.query_weight,
+            cache_bytes=config.cache_mebibytes * 2**20,
         )
-        self._batcher = Batcher(tokenizer, [engine.embed for engine in engines], batch_limits, _ask_for_restart)
+        self._batcher = Batcher(
+            tokenizer,
+            [engine.embed for engine in engines],
+            batch_limits,
+            on_fatal=_ask_for_restart,
+            publish=TritonMetrics().publish,
+        )
         logger.info("ready: %s, %s", config, batch_limits)
 
     def execute(self, requests: Sequence[Any]) -> None:
@@ -70,13 +79,15 @@ class TritonPythonModel:
                     documents=_elements(request, "documents"),
                     parameters=json.loads(request.parameters() or "{}"),
                     limits=self._request_limits,
+                    timeout_seconds=request.timeout() / 1e6,
                 )
-                self._batcher.submit(embed_request, reply)
             except RequestError as error:
-                reply.send(error)
+                self._batcher.refuse(reply, error)
             except Exception:  # what leaves execute would show the client our file path and line
-                logger.exception("taking a request failed")
-                reply.send(ComputeFailed("taking this request failed; the server's log says why"))
+                logger.exception("reading a request failed")
+                self._batcher.refuse(reply, ComputeFailed("reading this request failed; the server's log says why"))
+            else:
+                self._batcher.submit(embed_request, reply)
 
     def finalize(self) -> None:
         """Triton has drained its requests by now; end the threads."""
@@ -111,6 +122,42 @@ class TritonReply:
         return pb_utils.InferenceResponse(
             [pb_utils.Tensor(name, array) for name, array in outputs.items() if name in self._output_names]
         )
+
+
+class TritonMetrics:
+    """The table of metrics as Triton's own, on its metrics port."""
+
+    def __init__(self) -> None:
+        kinds = {
+            "counter": pb_utils.MetricFamily.COUNTER,
+            "gauge": pb_utils.MetricFamily.GAUGE,
+            "histogram": pb_utils.MetricFamily.HISTOGRAM,
+        }
+        self._families = {
+            metric: pb_utils.MetricFamily(metric.metric_name, metric.description, kinds[metric.kind])
+            for metric in Metric
+        }
+        self._series: dict[tuple[Metric, Labels], Any] = {}
+        for metric in Metric:
+            if metric.kind != "counter":
+                self._one(metric)
+
+    def publish(self, values: Values) -> None:
+        """Pass on what has come together since the last time."""
+        for (metric, labels), amount in values.counters.items():
+            self._one(metric, labels).increment(amount)
+        for metric, value in values.gauges.items():
+            self._one(metric).set(value)
+        for metric, observations in values.observations.items():
+            for observation in observations:
+                self._one(metric).observe(observation)
+
+    def _one(self, metric: Metric, labels: Labels = ()) -> Any:
+        """The series of a metric with these labels, made when first used."""
+        if (metric, labels) not in self._series:
+            buckets = {"buckets": list(metric.buckets)} if metric.buckets else {}
+            self._series[metric, labels] = self._families[metric].Metric(labels=dict(labels), **buckets)
+        return self._series[metric, labels]
 
 
 def _code(error: RequestError) -> Any:

@@ -1,17 +1,20 @@
 """Requests in, batches to the engines, one answer for each request; knows neither torch nor Triton.
 
 Threads, each with one duty: the caller's (`submit`), one that tokenizes, one for each engine that computes, one that
-answers. A request's sequences may be spread over many batches; it is answered when the last is computed, or as a
-whole by the first error. Waiting is bounded twice: in bytes until tokenized, in tokens from then on.
+answers. A request's texts may be spread over many batches; it is answered when the last is computed, or as a whole by
+the first error. Waiting is bounded three times: in bytes until tokenized, in tokens from then on, and in time.
 """
 
 from __future__ import annotations
 
+import heapq
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 from queue import SimpleQueue
 from threading import Condition, Thread
 from typing import Protocol, TypeAlias
@@ -19,16 +22,27 @@ from typing import Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from nv_embed.errors import Cancelled, ComputeFailed, InvalidRequest, OutOfDeviceMemory, RequestError, Unavailable
+from nv_embed.errors import (
+    Cancelled,
+    ComputeFailed,
+    DeviceLost,
+    InvalidRequest,
+    OutOfDeviceMemory,
+    RequestError,
+    Unavailable,
+)
 from nv_embed.fair_queue import FairQueue, Flow
+from nv_embed.metrics import Metric, Recorder, Values
 from nv_embed.requests import EmbedRequest
 from nv_embed.tokenizer import TokenSequence
+from nv_embed.vector_cache import VectorCache
 
 logger = logging.getLogger(__name__)
 
 # A request is tokenized in slices of about this much, in turn with the others, so that none waits for a huge one.
-_SLICE_BYTES = 256 * 1024
+_SLICE_CHARACTERS = 256 * 1024
 
+Vector: TypeAlias = npt.NDArray[np.float32]  # [dim]
 Embed: TypeAlias = Callable[[Sequence[TokenSequence]], npt.NDArray[np.float32]]
 
 
@@ -36,12 +50,12 @@ Embed: TypeAlias = Callable[[Sequence[TokenSequence]], npt.NDArray[np.float32]]
 class Answer:
     """What a request gets: one row for each of its N texts, in input order."""
 
-    embeddings: npt.NDArray[np.float32]  # [N, embedding_dim], rows of length 1
+    embeddings: npt.NDArray[np.float32]  # [N, dim], rows of length 1
     token_counts: npt.NDArray[np.int32]  # [N], as fed to the network
 
 
 class Reply(Protocol):
-    """The way back to one client. `send` is called exactly once; after it, nothing."""
+    """The way back to one client. `send` is called exactly once."""
 
     def is_cancelled(self) -> bool:
         """Whether nobody waits for the answer any more."""
@@ -61,12 +75,14 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class BatchLimits:
-    """How much is computed at once and how much may wait."""
+    """How much is computed at once, and how much may wait and for how long."""
 
     max_batch_tokens: int
     max_queue_tokens: int
     max_queue_bytes: int
+    max_queue_seconds: float
     query_weight: int
+    cache_bytes: int
 
 
 @dataclass(slots=True, eq=False)
@@ -76,51 +92,67 @@ class _Job:
     request: EmbedRequest
     reply: Reply
     flow: Flow
-    sequences: list[TokenSequence] = field(default_factory=list)
+    arrived: float
+    computations: list[_Computation] = field(default_factory=list)  # one for each text
+    num_tokens: int = 0
     embeddings: npt.NDArray[np.float32] | None = None  # allocated with the first row, which knows the dimension
-    num_missing: int = 0  # rows not computed yet
-    num_tokens: int = 0  # of its sequences so far
-    num_queue_tokens: int = 0  # its share of what waits to be computed
+    num_missing: int = 0  # rows not there yet
+    is_started: bool = False
     is_finished: bool = False
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Row:
-    """One sequence of a job: the unit of batching."""
+@dataclass(slots=True, eq=False)
+class _Computation:
+    """One sequence to compute, for every text, of whatever job, that has the same tokens."""
 
-    job: _Job
-    index: int
+    sequence: TokenSequence
+    key: bytes
+    rows: list[tuple[_Job, int]] = field(default_factory=list)
+    is_waiting: bool = True
 
     @property
-    def sequence(self) -> TokenSequence:
-        return self.job.sequences[self.index]
+    def is_wanted(self) -> bool:
+        return any(not job.is_finished for job, _ in self.rows)
 
 
 class Batcher:
     """Owns every request from `submit` until its answer."""
 
     def __init__(
-        self, encoder: Encoder, engines: Sequence[Embed], limits: BatchLimits, on_fatal: Callable[[], None]
+        self,
+        encoder: Encoder,
+        engines: Sequence[Embed],
+        limits: BatchLimits,
+        *,
+        on_fatal: Callable[[], None],
+        publish: Callable[[Values], None],
     ) -> None:
         """
         Args:
             encoder: the tokenizer.
             engines: one for each device; each is called from one thread of its own.
             limits: how much is computed at once and how much may wait.
-            on_fatal: called once when a thread dies, after every request has been given an error.
+            on_fatal: called when a thread dies, after every request has been given an error.
+            publish: takes the metrics, about once a batch.
         """
         self._encoder = encoder
         self._limits = limits
         self._on_fatal = on_fatal
+        self._publish = publish
+        self._metrics = Recorder()
         self._query_flow = Flow(limits.query_weight)
         self._changed = Condition()  # its lock guards everything below
         self._untokenized: deque[_Job] = deque()
-        self._queue: FairQueue[_Row] = FairQueue()
+        self._queue: FairQueue[_Computation] = FairQueue()
+        self._in_flight: dict[bytes, _Computation] = {}  # waiting or being computed
+        self._cache = VectorCache(limits.cache_bytes)
         self._jobs: set[_Job] = set()  # submitted and not finished
+        self._deadlines: list[tuple[float, int, _Job, str]] = []
+        self._deadline_numbers = count()
         self._num_queue_bytes = 0
         self._num_queue_tokens = 0
-        self._stopping = False
-        self._answers: SimpleQueue[tuple[Reply, Answer | RequestError] | None] = SimpleQueue()
+        self._is_stopping = False
+        self._outbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._workers = [self._start("tokenize", self._tokenize_loop)]
         self._workers += [
             self._start(f"compute-{i}", partial(self._compute_loop, embed)) for i, embed in enumerate(engines)
@@ -128,32 +160,37 @@ class Batcher:
         self._answerer = self._start("answer", self._answer_loop)
 
     def submit(self, request: EmbedRequest, reply: Reply) -> None:
-        """Take charge of a request; returns at once.
-
-        Raises:
-            Unavailable: too much waits, or the server stops. `reply` stays the caller's then.
-        """
-        limit = self._limits.max_queue_bytes
+        """Take charge of a request; returns at once, raises nothing."""
+        job = _Job(request, reply, self._query_flow if request.is_query else Flow(weight=1), time.monotonic())
         with self._changed:
-            if self._stopping:
-                raise _stopping()
-            if self._num_queue_bytes + request.num_bytes > limit:
-                raise Unavailable(
-                    f"expected at most {limit} bytes of text to wait for tokenization; got {self._num_queue_bytes} "
-                    f"waiting and {request.num_bytes} more; retry later"
-                )
-            job = _Job(request, reply, self._query_flow if request.is_query else Flow(weight=1))
             self._jobs.add(job)
-            self._untokenized.append(job)
-            self._num_queue_bytes += request.num_bytes
-            self._changed.notify_all()
+            limit = self._limits.max_queue_bytes
+            if self._is_stopping:
+                self._finish(job, _stopping())
+            elif self._num_queue_bytes + request.num_bytes > limit:
+                waiting = f"got {self._num_queue_bytes} waiting and {request.num_bytes} more"
+                self._finish(
+                    job, Unavailable(f"expected at most {limit} bytes of text to wait; {waiting}; retry later")
+                )
+            else:
+                self._untokenized.append(job)
+                self._num_queue_bytes += request.num_bytes
+                self._add_deadline(job, self._limits.max_queue_seconds, "max_queue_milliseconds")
+                if request.timeout_seconds is not None:
+                    self._add_deadline(job, request.timeout_seconds, "the request's timeout")
+                self._changed.notify_all()
+
+    def refuse(self, reply: Reply, error: RequestError) -> None:
+        """Answer, and count, a request that could not be understood."""
+        self._metrics.add(Metric.REQUESTS, kind="unknown", outcome=_outcome_name(error))
+        self._outbox.put(partial(reply.send, error))
 
     def stop(self) -> None:
         """Answer whatever is unfinished as unavailable and end the threads; returns when they have ended."""
         self._fail_all()
         for worker in self._workers:
             worker.join()
-        self._answers.put(None)
+        self._outbox.put(None)
         self._answerer.join()
 
     # --- tokenizing -------------------------------------------------------------------------------------
@@ -161,13 +198,14 @@ class Batcher:
     def _tokenize_loop(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._untokenized or self._stopping)
-                if self._stopping:
+                self._changed.wait_for(lambda: self._untokenized or self._is_stopping)
+                if self._is_stopping:
                     return
+                self._expire()
                 job = self._untokenized.popleft()
-            complete = self._tokenize_slice(job)
+            is_complete = self._tokenize_slice(job)
             with self._changed:
-                if complete:
+                if is_complete:
                     self._num_queue_bytes -= job.request.num_bytes
                     self._admit(job)
                 else:
@@ -175,22 +213,25 @@ class Batcher:
 
     def _tokenize_slice(self, job: _Job) -> bool:
         """Returns whether nothing is left to tokenize."""
-        request, start = job.request, len(job.sequences)
+        if job.is_finished:
+            return True
+        started, request, start = time.monotonic(), job.request, len(job.computations)
         stop, num_characters = start, 0
-        while stop < len(request.texts) and num_characters < _SLICE_BYTES:
+        while stop < len(request.texts) and num_characters < _SLICE_CHARACTERS:
             num_characters += len(request.instruction) + len(request.texts[stop])
             stop += 1
         try:
             if job.reply.is_cancelled():
-                raise Cancelled("the request was cancelled while it waited for tokenization")
+                raise Cancelled("the request was cancelled while it waited to be tokenized")
             sequences = self._encoder.encode(
                 request.texts[start:stop], request.instruction, truncate=request.truncate, first_index=start
             )
-            num_tokens = job.num_tokens + sum(sequence.num_tokens for sequence in sequences)
-            if num_tokens > self._limits.max_queue_tokens:
+            job.computations += [_Computation(sequence, sequence.digest()) for sequence in sequences]
+            job.num_tokens += sum(sequence.num_tokens for sequence in sequences)
+            if job.num_tokens > self._limits.max_queue_tokens:
                 raise InvalidRequest.of(
                     expected=f"at most {self._limits.max_queue_tokens} tokens a request, for that is all that may wait",
-                    got=f"{num_tokens} or more",
+                    got=f"{job.num_tokens} or more",
                     remedy="split the request",
                 )
         except RequestError as error:
@@ -198,29 +239,34 @@ class Batcher:
         except Exception:
             logger.exception("tokenizing failed")
             self._finish(job, ComputeFailed("tokenizing this request failed; the server's log says why"))
-        else:
-            with self._changed:
-                if not job.is_finished:
-                    job.sequences += sequences
-                    job.num_tokens = num_tokens
+        self._metrics.add(Metric.TOKENIZE_SECONDS, time.monotonic() - started)
         return job.is_finished or stop == len(request.texts)
 
     def _admit(self, job: _Job) -> None:
         """Queue a tokenized job, all of it or nothing. The lock is held."""
         if job.is_finished:
             return
-        if self._num_queue_tokens + job.num_tokens > self._limits.max_queue_tokens:
-            message = (
-                f"expected at most {self._limits.max_queue_tokens} tokens to wait; got {self._num_queue_tokens} "
-                f"waiting and {job.num_tokens} more; retry later"
-            )
-            self._finish(job, Unavailable(message))
+        limit = self._limits.max_queue_tokens
+        if self._num_queue_tokens + job.num_tokens > limit:
+            waiting = f"got {self._num_queue_tokens} waiting and {job.num_tokens} more"
+            self._finish(job, Unavailable(f"expected at most {limit} tokens to wait; {waiting}; retry later"))
             return
-        job.num_queue_tokens = job.num_tokens
-        self._num_queue_tokens += job.num_tokens
-        job.num_missing = len(job.sequences)
-        for index, sequence in enumerate(job.sequences):
-            self._queue.push(_Row(job, index), job.flow, sequence.num_tokens)
+        job.num_missing = len(job.computations)
+        for index, own in enumerate(job.computations):
+            if (vector := self._cache.get(own.key)) is not None:
+                self._metrics.add(Metric.TEXTS, source="cached")
+                self._fill(job, index, vector)
+                continue
+            computation = self._in_flight.setdefault(own.key, own)
+            computation.rows.append((job, index))
+            job.computations[index] = computation
+            num_tokens = computation.sequence.num_tokens
+            if computation is own:
+                self._num_queue_tokens += num_tokens
+            else:
+                self._metrics.add(Metric.TEXTS, source="coalesced")
+            if computation.is_waiting:  # again for one that waits already: this job may be ahead of the first
+                self._queue.push(computation, job.flow, num_tokens)
         self._changed.notify_all()
 
     # --- computing --------------------------------------------------------------------------------------
@@ -228,54 +274,103 @@ class Batcher:
     def _compute_loop(self, embed: Embed) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._queue or self._stopping)
-                if self._stopping:
+                self._changed.wait_for(lambda: self._queue or self._is_stopping)
+                if self._is_stopping:
                     return
-                rows = self._queue.take(self._limits.max_batch_tokens, lambda row: not row.job.is_finished)
-                for row in rows:
-                    row.job.num_queue_tokens -= row.sequence.num_tokens
-                    self._num_queue_tokens -= row.sequence.num_tokens
+                self._expire()
+                batch = self._take()
             # Asked as late as can be, once for each request, for asking is not free.
-            for job in {row.job: None for row in rows}:
-                if job.reply.is_cancelled():
-                    self._finish(job, Cancelled("the request was cancelled while it waited for the device"))
-            self._compute(embed, [row for row in rows if not row.job.is_finished])
+            for job in {job: None for computation in batch for job, _ in computation.rows}:
+                if not job.is_finished and job.reply.is_cancelled():
+                    self._finish(job, Cancelled("the request was cancelled while it waited to be computed"))
+            with self._changed:
+                for computation in batch:
+                    if not computation.is_wanted:
+                        self._drop(computation)
+                batch = [computation for computation in batch if computation.is_wanted]
+            if batch:
+                self._compute(embed, batch)
+                self._outbox.put(_nothing)  # metrics go out once a batch, also while no request is complete
 
-    def _compute(self, embed: Embed, rows: list[_Row]) -> None:
-        if not rows:
-            return
+    def _take(self) -> list[_Computation]:
+        """The next batch. The lock is held."""
+        taken = self._queue.take(
+            self._limits.max_batch_tokens, lambda computation: computation.is_waiting and computation.is_wanted
+        )
+        batch = list(dict.fromkeys(taken))  # one that was queued for two jobs may have come twice
+        now = time.monotonic()
+        for computation in batch:
+            computation.is_waiting = False
+            self._num_queue_tokens -= computation.sequence.num_tokens
+            for job, _ in computation.rows:
+                job.is_started = True
+        if batch:
+            oldest = min(job.arrived for computation in batch for job, _ in computation.rows)
+            self._metrics.observe(Metric.QUEUE_SECONDS, now - oldest)
+        return batch
+
+    def _compute(self, embed: Embed, batch: list[_Computation]) -> None:
+        started, num_tokens = time.monotonic(), sum(computation.sequence.num_tokens for computation in batch)
         try:
-            embeddings = embed([row.sequence for row in rows])
+            embeddings = embed([computation.sequence for computation in batch])
+        except DeviceLost:
+            raise  # no batch can succeed any more; ends this thread, and with it the server
         except OutOfDeviceMemory as error:
-            if len(rows) == 1:
-                self._finish(rows[0].job, OutOfDeviceMemory(f"text {rows[0].index}: {error}; shorten it"))
+            if len(batch) == 1:
+                self._fail(batch[0], OutOfDeviceMemory(f"{error}; shorten the text"))
                 return
-            logger.warning("%s; retrying in halves", error)
-            self._compute(embed, rows[: len(rows) // 2])
-            self._compute(embed, [row for row in rows[len(rows) // 2 :] if not row.job.is_finished])
+            self._metrics.add(Metric.OUT_OF_MEMORY)
+            logger.warning("%s; computing them in halves", error)
+            self._compute(embed, batch[: len(batch) // 2])
+            self._compute(embed, batch[len(batch) // 2 :])
         except Exception:
-            logger.exception("computing a batch of %d texts failed", len(rows))
-            for job in {row.job: None for row in rows}:
-                self._finish(job, ComputeFailed("computing this request failed; the server's log says why"))
+            logger.exception("computing a batch of %d texts failed", len(batch))
+            for computation in batch:
+                self._fail(computation, ComputeFailed("computing this request failed; the server's log says why"))
         else:
-            for row, embedding in zip(rows, embeddings, strict=True):
-                self._deliver(row, embedding)
+            self._metrics.observe(Metric.COMPUTE_SECONDS, time.monotonic() - started)
+            self._metrics.observe(Metric.BATCH_TOKENS, num_tokens)
+            self._metrics.observe(Metric.BATCH_TEXTS, len(batch))
+            self._metrics.add(Metric.TOKENS, num_tokens)
+            self._metrics.add(Metric.TEXTS, len(batch), source="computed")
+            for computation, vector in zip(batch, embeddings, strict=True):
+                self._deliver(computation, vector)
 
-    def _deliver(self, row: _Row, embedding: npt.NDArray[np.float32]) -> None:
-        job = row.job
-        if not np.isfinite(embedding).all():
-            self._finish(job, ComputeFailed(f"text {row.index}: the network's output is not finite"))
+    def _deliver(self, computation: _Computation, vector: Vector) -> None:
+        if not np.isfinite(vector).all():
+            self._fail(computation, ComputeFailed("the network's output for a text is not finite"))
             return
         with self._changed:
-            if job.is_finished:
-                return
-            if job.embeddings is None:
-                job.embeddings = np.empty((len(job.sequences), len(embedding)), dtype=np.float32)
-            job.embeddings[row.index] = embedding
-            job.num_missing -= 1
-            if job.num_missing == 0:
-                counts = np.array([sequence.num_tokens for sequence in job.sequences], dtype=np.int32)
-                self._finish(job, Answer(job.embeddings, counts))
+            del self._in_flight[computation.key]
+            self._cache.put(computation.key, vector)
+            for job, index in computation.rows:
+                self._fill(job, index, vector)
+
+    def _fill(self, job: _Job, index: int, vector: Vector) -> None:
+        """Give a job one of its rows. The lock is held."""
+        if job.is_finished:
+            return
+        if job.embeddings is None:
+            job.embeddings = np.empty((len(job.computations), len(vector)), dtype=np.float32)
+        job.embeddings[index] = vector
+        job.num_missing -= 1
+        if job.num_missing == 0:
+            counts = np.array([own.sequence.num_tokens for own in job.computations], dtype=np.int32)
+            self._finish(job, Answer(job.embeddings, counts))
+
+    def _fail(self, computation: _Computation, error: RequestError) -> None:
+        with self._changed:
+            del self._in_flight[computation.key]
+            for job, _ in computation.rows:
+                self._finish(job, error)
+
+    def _drop(self, computation: _Computation) -> None:
+        """Forget a computation that nobody wants any more. The lock is held."""
+        if computation.is_waiting:
+            computation.is_waiting = False
+            self._num_queue_tokens -= computation.sequence.num_tokens
+        del self._in_flight[computation.key]
+        self._metrics.add(Metric.DROPPED_TEXTS)
 
     # --- answering --------------------------------------------------------------------------------------
 
@@ -286,23 +381,49 @@ class Batcher:
                 return
             job.is_finished = True
             self._jobs.remove(job)
-            self._num_queue_tokens -= job.num_queue_tokens
-            job.num_queue_tokens = 0
-            self._answers.put((job.reply, outcome))
+            if isinstance(outcome, RequestError):
+                for computation in job.computations:
+                    if computation.is_waiting and computation.rows and not computation.is_wanted:
+                        self._drop(computation)
+            kind = "query" if job.request.is_query else "documents"
+            self._metrics.add(Metric.REQUESTS, kind=kind, outcome=_outcome_name(outcome))
+            self._metrics.add(Metric.REQUEST_SECONDS, time.monotonic() - job.arrived, kind=kind)
+            self._outbox.put(partial(job.reply.send, outcome))
 
     def _answer_loop(self) -> None:
-        while (answer := self._answers.get()) is not None:
-            reply, outcome = answer
+        while (send := self._outbox.get()) is not None:
+            started = time.monotonic()
             try:
-                reply.send(outcome)
+                send()
             except Exception:  # the client cannot be told; the others must be
                 logger.exception("sending an answer failed")
+            self._metrics.add(Metric.ANSWER_SECONDS, time.monotonic() - started)
+            if self._outbox.empty():
+                self._metrics.set(Metric.QUEUE_TOKENS, self._num_queue_tokens)
+                self._metrics.set(Metric.QUEUE_BYTES, self._num_queue_bytes)
+                self._metrics.set(Metric.CACHE_BYTES, self._cache.num_bytes)
+                self._publish(self._metrics.take())
+
+    # --- deadlines --------------------------------------------------------------------------------------
+
+    def _add_deadline(self, job: _Job, seconds: float, name: str) -> None:
+        heapq.heappush(self._deadlines, (job.arrived + seconds, next(self._deadline_numbers), job, name))
+
+    def _expire(self) -> None:
+        """Answer jobs whose time is over. The lock is held. Called before every batch and slice: often enough."""
+        now = time.monotonic()
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, _, job, name = heapq.heappop(self._deadlines)
+            if name == "max_queue_milliseconds" and job.is_started:
+                continue
+            waited = round(1000 * (now - job.arrived))
+            self._finish(job, Unavailable(f"expected an answer within {name}; got none in {waited} ms; retry later"))
 
     # --- the end ----------------------------------------------------------------------------------------
 
     def _fail_all(self) -> None:
         with self._changed:
-            self._stopping = True
+            self._is_stopping = True
             for job in list(self._jobs):
                 self._finish(job, _stopping())
             self._changed.notify_all()
@@ -317,12 +438,20 @@ class Batcher:
         try:
             loop()
         except BaseException:
-            logger.exception("a thread of the batcher died; answering every request and asking for a restart")
+            logger.exception("a thread of the batcher died; every request gets an error and the server must restart")
             self._fail_all()
             self._on_fatal()
             if loop == self._answer_loop:  # nobody else answers
                 self._answer_loop()
 
 
+def _outcome_name(outcome: Answer | RequestError) -> str:
+    return "ok" if isinstance(outcome, Answer) else type(outcome).__name__
+
+
 def _stopping() -> Unavailable:
     return Unavailable("the server is stopping; retry with another one, or later")
+
+
+def _nothing() -> None:
+    pass

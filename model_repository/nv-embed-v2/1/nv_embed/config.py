@@ -44,6 +44,12 @@ def _positive(value: str) -> int:
     return int(value)
 
 
+def _not_negative(value: str) -> int:
+    if not re.fullmatch(r"\d{1,18}", value):
+        raise ValueError("a whole number of at least 0")
+    return int(value)
+
+
 def _positive_or_auto(value: str) -> int | None:
     try:
         return None if value == "auto" else _positive(value)
@@ -65,7 +71,9 @@ class ServingConfig:
     max_request_bytes: int
     max_queue_bytes: int
     max_queue_tokens: int
+    max_queue_milliseconds: int
     query_weight: int
+    cache_mebibytes: int
 
     @classmethod
     def from_parameters(cls, parameters: Mapping[str, str], environ: Mapping[str, str]) -> ServingConfig:
@@ -115,6 +123,7 @@ _PARSERS: Mapping[str, Callable[[str], Any]] = {  # of every other parameter: _p
     "device": _devices,
     "dtype": _dtype,
     "max_batch_tokens": _positive_or_auto,
+    "cache_mebibytes": _not_negative,
 }
 
 

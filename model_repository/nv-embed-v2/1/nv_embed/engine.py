@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from nv_embed.config import CheckpointConfig
-from nv_embed.errors import DeviceError, OutOfDeviceMemory
+from nv_embed.errors import DeviceError, DeviceLost, OutOfDeviceMemory
 from nv_embed.network import Network
 from nv_embed.packing import pack
 from nv_embed.tokenizer import TokenSequence
@@ -66,12 +66,15 @@ class Engine:
 
         Raises:
             OutOfDeviceMemory: they do not fit together; fewer may.
+            DeviceLost: the device is beyond use for this process.
         """
         try:
             return self._network(pack(sequences, self._device)).cpu().numpy()  # type: ignore[no-any-return]
         except torch.OutOfMemoryError:
             num_tokens = sum(sequence.num_tokens for sequence in sequences)
             raise OutOfDeviceMemory(f"{num_tokens} tokens do not fit in the memory of {self._device}") from None
+        except torch.AcceleratorError as error:  # CUDA errors other than memory are for ever, until the process ends
+            raise DeviceLost(f"{self._device} failed") from error
 
     def warm_up(self, target_seconds: float) -> int:
         """Bring the first real request to full speed, and return how many tokens take about `target_seconds`."""

@@ -10,6 +10,7 @@ NVEmbedError
     ├── Unavailable          too much waits, or the server stops; the same request may succeed later
     ├── Cancelled            nobody waits for the answer any more
     ├── OutOfDeviceMemory    this batch does not fit on the device beside the weights
+    ├── DeviceLost           the device is beyond use for this process, which must restart
     └── ComputeFailed        the forward pass failed, through no fault of the caller
 """
 
@@ -59,6 +60,10 @@ class Cancelled(RequestError):
 
 class OutOfDeviceMemory(RequestError):
     """This batch does not fit on the device beside the weights."""
+
+
+class DeviceLost(RequestError):
+    """The device is beyond use for this process, which must restart."""
 
 
 class ComputeFailed(RequestError):

@@ -34,6 +34,7 @@ class EmbedRequest:
     truncate: bool  # False: a text over the limit is refused
     is_query: bool
     num_bytes: int  # of UTF-8, the instruction counted once for each text
+    timeout_seconds: float | None = None  # the caller's own limit, from arrival to answer
 
     @classmethod
     def parse(
@@ -42,6 +43,7 @@ class EmbedRequest:
         documents: Sequence[bytes] | None,
         parameters: Mapping[str, object],
         limits: RequestLimits,
+        timeout_seconds: float | None = None,
     ) -> EmbedRequest:
         """Check one request.
 
@@ -50,6 +52,7 @@ class EmbedRequest:
             documents: the elements of input `documents`, N; None when the input is absent.
             parameters: the request's parameters: `instruction` and `truncate`.
             limits: what one request may hold.
+            timeout_seconds: the caller's own limit, None or 0 for none.
 
         Raises:
             InvalidRequest: with what was expected, what came and what to do.
@@ -83,7 +86,7 @@ class EmbedRequest:
                 got=f"{num_bytes} bytes",
                 remedy="split the request, or shorten its texts",
             )
-        return cls(_decode(raw), instruction, truncate, query is not None, num_bytes)
+        return cls(_decode(raw), instruction, truncate, query is not None, num_bytes, timeout_seconds or None)
 
 
 def _decode(raw: Sequence[bytes]) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,10 @@ class TokenSequence:
     @property
     def num_tokens(self) -> int:
         return len(self.input_ids)
+
+    def digest(self) -> bytes:
+        """16 bytes that are the same for another sequence only if its embedding is the same."""
+        return blake2b(self.input_ids.tobytes() + self.num_masked.to_bytes(8, "little"), digest_size=16).digest()
 
 
 class Tokenizer:

@@ -1,0 +1,26 @@
+# Triton with what model.py imports. Neither weights nor model code: both are mounted, so one image serves every
+# checkpoint and a changed model.py needs no build. serve.sh builds it and holds the line that runs it.
+#
+# Run when this file was written: the pip install, with these pins for Python 3.12 (the image's Python) in a virtual
+# environment. Not run, for want of a Docker engine: the build itself, the user, the health check.
+FROM nvcr.io/nvidia/tritonserver:26.07-py3
+
+COPY model_repository/nv-embed-v2/requirements.txt /opt/nv-embed-v2/requirements.txt
+# Ubuntu marks its Python as externally managed; in an image that has one purpose there is nothing to protect.
+RUN python3 -m pip install --no-cache-dir --break-system-packages --requirement /opt/nv-embed-v2/requirements.txt
+
+# glibc's default, eight arenas per core, doubles the server's memory.
+ENV MALLOC_ARENA_MAX=2
+
+# The unprivileged user (uid 1000) that the base image brings.
+USER triton-server
+
+EXPOSE 8000 8001 8002
+
+# Ready means loaded and warmed up; reading 16 GB of weights from a slow disk may take most of the start period.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=15m --retries=3 \
+  CMD curl --fail --silent --output /dev/null http://127.0.0.1:8000/v2/health/ready
+
+# NVIDIA's entry point is kept: it prints what it finds of driver and GPU and then becomes the command.
+CMD ["tritonserver", "--model-repository=/model_repository", "--model-control-mode=none", \
+     "--disable-auto-complete-config", "--exit-timeout-secs=30"]

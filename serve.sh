@@ -1,0 +1,123 @@
+#!/usr/bin/env bash
+# Serves NV-Embed-v2 through NVIDIA Triton in the foreground; Ctrl-C or SIGTERM ends it with exit code 0.
+# Arguments go to tritonserver after the ones given here, so they win:  ./serve.sh --log-verbose=1
+# Every parameter of config.pbtxt can be set as NV_EMBED_<PARAMETER>:  NV_EMBED_MAX_BATCH_TOKENS=8192 ./serve.sh
+set -euo pipefail
+
+repo="$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")"
+
+MODEL_PATH=${MODEL_PATH:-${NV_EMBED_MODEL_PATH:-}}  # folder of the checkpoint; none: the small one of this repository
+DEVICE=${DEVICE:-${NV_EMBED_DEVICE:-}}              # none: cuda:0, but cpu for the small checkpoint
+HTTP_PORT=${HTTP_PORT:-8000}
+GRPC_PORT=${GRPC_PORT:-8001}
+METRICS_PORT=${METRICS_PORT:-8002}
+ADDRESS=${ADDRESS:-}                                # to listen on; none: 127.0.0.1 with RUNTIME=pip, else 0.0.0.0
+RUNTIME=${RUNTIME:-auto}                            # auto, native, docker or pip
+VENV=${VENV:-$repo/.venv}                           # of RUNTIME=pip; made on the first start
+IMAGE=${IMAGE:-}                                    # of RUNTIME=docker; none: built from the Dockerfile here
+MODEL_REPOSITORY=${MODEL_REPOSITORY:-$repo/model_repository}
+# Shared memory between Triton and the model grows as needed, up to what /dev/shm holds. A request of the largest
+# size takes 64 MiB of text and 16,384 x 4096 x 4 bytes = 256 MiB of vectors: Docker's default of 64 MB is too small.
+SHM_SIZE=${SHM_SIZE:-1g}                            # size of /dev/shm with RUNTIME=docker
+SHM_BYTES=${SHM_BYTES:-33554432}                    # taken at the start; small enough for a /dev/shm of 64 MB
+
+refuse() { printf 'serve.sh: %s\n' "$@" >&2; exit 2; }
+absolute() { (CDPATH='' cd -- "$1" && pwd); }
+# shellcheck source=tools/prepare_venv.sh
+source "$repo/tools/prepare_venv.sh"
+
+real_model=yes
+if [[ -z $MODEL_PATH ]]; then
+  real_model=no
+  MODEL_PATH="$repo/checkpoints/nv-embed-mini"
+  DEVICE=${DEVICE:-cpu}
+  printf '%s\n' "No MODEL_PATH: serving this repository's small checkpoint on $DEVICE, not NV-Embed-v2." \
+    "The real model:  MODEL_PATH=/path/to/NV-Embed-v2 $0" >&2
+fi
+DEVICE=${DEVICE:-cuda:0}
+[[ -d $MODEL_PATH ]] || refuse "MODEL_PATH: expected the folder of a checkpoint, found no folder '$MODEL_PATH'."
+[[ -d $MODEL_REPOSITORY ]] || refuse "MODEL_REPOSITORY: expected a folder, found no folder '$MODEL_REPOSITORY'."
+MODEL_PATH="$(absolute "$MODEL_PATH")"
+MODEL_REPOSITORY="$(absolute "$MODEL_REPOSITORY")"
+
+if [[ $RUNTIME == auto ]]; then
+  if command -v tritonserver >/dev/null; then
+    RUNTIME=native
+  elif [[ $real_model == yes && $DEVICE == cuda* ]] && has_gpu && docker info >/dev/null 2>&1; then
+    RUNTIME=docker
+  else
+    RUNTIME=pip
+  fi
+fi
+case $RUNTIME in
+  native) command -v tritonserver >/dev/null || refuse "RUNTIME=native: expected tritonserver on PATH, found none." ;;
+  docker) command -v docker >/dev/null || refuse "RUNTIME=docker: expected docker on PATH, found none." ;;
+  pip)
+    ADDRESS=${ADDRESS:-127.0.0.1}
+    if [[ $ADDRESS != 127.* && $ADDRESS != localhost ]]; then
+      echo "ADDRESS=$ADDRESS: the pip-installed Triton 24.10 has known holes (CVE-2025-23319); use RUNTIME=docker" \
+        "for anything but a trusted network." >&2
+    fi
+    if [[ $DEVICE == cuda* ]] && ! has_gpu; then
+      refuse "DEVICE=$DEVICE: expected an NVIDIA GPU, found none. DEVICE=cpu computes without one."
+    fi
+    ;;
+  *) refuse "RUNTIME: expected auto, native, docker or pip, got '$RUNTIME'." ;;
+esac
+ADDRESS=${ADDRESS:-0.0.0.0}
+
+# Triton opens its ports only after the model is loaded, which is late to learn that one is taken.
+seen=' '
+for setting in HTTP_PORT GRPC_PORT METRICS_PORT; do
+  port=${!setting}
+  if [[ ! $port =~ ^[1-9][0-9]{0,4}$ ]] || ((port > 65535)); then
+    refuse "$setting: expected a port number, got '$port'."
+  fi
+  [[ $seen != *" $port "* ]] || refuse "$setting: port $port is given twice. Set it to another one."
+  seen+="$port "
+  if (exec 3<>"/dev/tcp/${ADDRESS/#0.0.0.0/127.0.0.1}/$port") 2>/dev/null; then
+    refuse "$setting: port $port is already in use. Stop what listens there, or set $setting to a free port."
+  fi
+done
+
+export NV_EMBED_MODEL_PATH=$MODEL_PATH NV_EMBED_DEVICE=$DEVICE
+export MALLOC_ARENA_MAX=${MALLOC_ARENA_MAX:-2}  # glibc's default doubles the server's memory
+
+# Auto-completion would import model.py a second time, in a process of its own.
+settings=(--model-control-mode=none --disable-auto-complete-config --exit-timeout-secs=30
+  "--backend-config=python,shm-default-byte-size=$SHM_BYTES")
+# Without these the log warns of a missing GPU that nobody asked for.
+if [[ $DEVICE == cpu ]]; then settings+=(--allow-gpu-metrics=false --pinned-memory-pool-byte-size=0); fi
+addresses=("--http-address=$ADDRESS" "--grpc-address=$ADDRESS" "--metrics-address=$ADDRESS"
+  "--http-port=$HTTP_PORT" "--grpc-port=$GRPC_PORT" "--metrics-port=$METRICS_PORT")
+
+case $RUNTIME in
+  native)
+    command=(tritonserver "--model-repository=$MODEL_REPOSITORY" "${addresses[@]}" "${settings[@]}")
+    ;;
+  pip)
+    prepare_venv "$VENV" "$repo/model_repository/nv-embed-v2/requirements.txt" "$repo/tools/requirements.txt"
+    command=("$VENV/bin/python" "$repo/tools/pip_triton.py" "--model-repository=$MODEL_REPOSITORY"
+      "${addresses[@]}" "${settings[@]}")
+    ;;
+  docker)
+    if [[ -z $IMAGE ]]; then
+      IMAGE=nv-embed-triton
+      docker build --tag "$IMAGE" "$repo" >&2  # seconds when nothing changed
+    fi
+    # A snapshot in Hugging Face's cache is links to ../../blobs: mount both.
+    mount=$MODEL_PATH
+    if [[ $MODEL_PATH == */snapshots/* ]]; then mount=${MODEL_PATH%/snapshots/*}; fi
+    NV_EMBED_MODEL_PATH="/models/NV-Embed-v2${MODEL_PATH#"$mount"}"
+    # --init: as process 1 the server would ignore SIGTERM while it loads, and a watchdog could not kill it.
+    command=(docker run --rm --init "--shm-size=$SHM_SIZE" --ulimit memlock=-1
+      --publish "$ADDRESS:$HTTP_PORT:8000" --publish "$ADDRESS:$GRPC_PORT:8001" --publish "$ADDRESS:$METRICS_PORT:8002"
+      --mount "type=bind,source=$MODEL_REPOSITORY,target=/model_repository,readonly"
+      --mount "type=bind,source=$mount,target=/models/NV-Embed-v2,readonly")
+    if [[ $DEVICE == cuda* ]]; then command+=(--gpus all); fi
+    for name in MALLOC_ARENA_MAX $(compgen -A export NV_EMBED_); do command+=(--env "$name"); done
+    command+=("$IMAGE" tritonserver --model-repository=/model_repository "${settings[@]}")
+    ;;
+esac
+
+exec "${command[@]}" "$@"

@@ -1,0 +1,86 @@
+# shellcheck shell=bash
+# Sourced by serve.sh and test/run.sh: both use one environment, and neither undoes the other's.
+
+TORCH_CPU_INDEX=${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}
+
+has_gpu() { [[ -e /dev/nvidia0 ]] || nvidia-smi -L >/dev/null 2>&1; }
+
+# Prints the first Python that can run the pip-installed Triton: $PYTHON if set, else one on PATH.
+choose_python() {
+  local check candidate candidates=(python3 python3.12 python3.11 python3.10)
+  check="$(dirname -- "${BASH_SOURCE[0]}")/pip_triton.py"
+  if [[ -n ${PYTHON:-} ]]; then candidates=("$PYTHON"); fi
+  for candidate in "${candidates[@]}"; do
+    if "$candidate" "$check" --check-only >/dev/null 2>&1; then
+      command -v -- "$candidate"
+      return
+    fi
+  done
+  if ! command -v -- "${candidates[0]}" >/dev/null; then
+    echo "Expected Python 3.10, 3.11 or 3.12, found no '${candidates[0]}': install one, or set PYTHON to its path." >&2
+    return 2
+  fi
+  "${candidates[0]}" "$check" --check-only  # fails again, and says which condition it is
+}
+
+# prepare_venv VENV REQUIREMENTS...
+# Creates VENV where there is none and installs the requirement files that are not installed as they are now.
+# The body is a subshell, so that its lock ends with it.
+prepare_venv() (
+  set -euo pipefail
+  venv=$1
+  if [[ $venv != /* ]]; then venv="$PWD/$venv"; fi
+  shift
+
+  # The lock is on the folder itself, which is never replaced: no lock file to leave behind.
+  mkdir -p -- "$venv"
+  exec 9<"$venv"
+  if command -v flock >/dev/null && ! flock --nonblock 9; then
+    echo "Waiting for another start that is preparing $venv" >&2
+    flock 9
+  fi
+
+  # made-for names the Python and the torch build of a venv that was created here. One that somebody else made
+  # has none: it is installed into, but never cleared.
+  python_version() { "$venv/bin/python" -c 'import platform; print(platform.python_version())'; }
+  made_for="$venv/made-for"
+  build=cpu
+  if has_gpu; then build=cuda; fi
+  version="$(python_version 2>/dev/null || true)"
+  if [[ -e $made_for || -z $(ls -A -- "$venv") ]]; then
+    # The CUDA build also runs without a GPU, so losing sight of one does not cost a download.
+    if [[ -z $version || ! $(cat -- "$made_for") =~ ^"$version "(cuda|"$build")$ ]]; then
+      python="$(choose_python)"
+      echo unfinished >"$made_for"
+      find "$venv" -mindepth 1 ! -path "$made_for" -delete
+      "$python" -m venv -- "$venv"
+      echo "$(python_version) $build" >"$made_for"
+    fi
+  elif [[ -z $version ]]; then
+    echo "VENV=$venv is neither empty nor a virtual environment that works: set VENV to another folder." >&2
+    exit 2
+  fi
+
+  # A stamp holds the text of a file that was installed. Stamps go before pip starts and come back after it
+  # succeeded, so that an interrupted install is repeated.
+  stamp_of() { local folder=${1%/*}; echo "$venv/installed-${folder##*/}-${1##*/}"; }
+  options=()
+  changed=no
+  for file in "$@"; do
+    options+=(--requirement "$file")
+    if ! cmp -s -- "$file" "$(stamp_of "$file")"; then changed=yes; fi
+  done
+  if [[ $changed == no ]]; then exit; fi
+  for file in "$@"; do rm -f -- "$(stamp_of "$file")"; done
+
+  # PyPI's torch for Linux brings gigabytes of CUDA. Where the CPU index answers, pip prefers its 2.x.y+cpu.
+  if [[ $build == cpu ]] && timeout 10 "$venv/bin/python" -c \
+    'import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=5)' "$TORCH_CPU_INDEX/torch/" 2>/dev/null
+  then
+    options+=(--extra-index-url "$TORCH_CPU_INDEX")
+  fi
+  if [[ ! -t 2 ]]; then options+=(--quiet); fi  # progress bars are for people
+  echo "Installing into $venv, once: $(sed -n 's/^\([a-z][^ #]*\).*/\1/p' "$@" | paste -sd ' ' -)" >&2
+  "$venv/bin/python" -m pip install --disable-pip-version-check --no-input "${options[@]}" >&2
+  for file in "$@"; do cp -- "$file" "$(stamp_of "$file")"; done
+)

@@ -23,6 +23,7 @@ from nv_embed.errors import Cancelled, ComputeFailed, InvalidRequest, RequestErr
 from nv_embed.metrics import Labels, Metric, Values
 from nv_embed.requests import EmbedRequest, RequestLimits
 from nv_embed.tokenizer import Tokenizer
+from nv_embed.watchdog import Watchdog
 
 logger = logging.getLogger("nv_embed")
 
@@ -33,9 +34,17 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Load and warm up; an exception here ends the server with its message."""
         _log_to_triton()
+        self._watchdog = Watchdog()
+        try:
+            self._load(json.loads(args["model_config"]).get("parameters", {}))
+        except BaseException:
+            self._watchdog.stop()
+            raise
+        self._watchdog.start_beating()
+
+    def _load(self, parameters: dict[str, dict[str, str]]) -> None:
         from nv_embed.engine import Engine  # imports torch, which Triton's own look at this file need not wait for
 
-        parameters = json.loads(args["model_config"]).get("parameters", {})
         try:
             config = ServingConfig.from_parameters(
                 {name: value["string_value"] for name, value in parameters.items()}, os.environ
@@ -92,6 +101,7 @@ class TritonPythonModel:
     def finalize(self) -> None:
         """Triton has drained its requests by now; end the threads."""
         self._batcher.stop()
+        self._watchdog.stop()
 
 
 class TritonReply:

@@ -1,0 +1,117 @@
+"""Ends the server when the model's process dies or freezes, and the other way round; knows no Triton.
+
+Triton 24.10 does not notice that a model's process is gone: its clients wait for ever and readiness stays green. So
+the model starts a process that holds the other end of a pipe. The pipe closing without a goodbye means death; once a
+second a beat comes through it, and silence means a stopped or frozen process. Either way the server is ended: its
+clients see the connection break, and whatever supervises the server starts a new one. And a server that is killed
+while its model loads does not leave the model behind.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+_BEAT_SECONDS = 1.0
+# No honest pause of a Python process is as long. In steps, for a machine or container that was suspended as a whole
+# wakes up to one step that has passed in silence.
+_SILENT_STEPS, _STEP_SECONDS = 4, 2.0
+_GRACE_SECONDS = 4.0  # for the server to end by itself; it would wait 30 s for answers that nobody can give
+_BEAT, _GOODBYE = b"-", b"."
+
+
+class Watchdog:
+    """The model's end of the pipe."""
+
+    def __init__(self) -> None:
+        """Start watching this process and its parent, the server. Silence is no concern before `start_beating`."""
+        python = shutil.which("python3")  # inside Triton sys.executable is not Python
+        assert python is not None, "Triton itself finds this process's Python by PATH"
+        # A session of its own: Ctrl-C in a terminal is for the server, not for who watches it.
+        self._process = subprocess.Popen(
+            [python, "-I", __file__, str(os.getpid()), str(os.getppid())],
+            stdin=subprocess.PIPE, bufsize=0, start_new_session=True,
+        )  # fmt: skip
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="nv-embed-watchdog", daemon=True)
+
+    def start_beating(self) -> None:
+        """From now on a silence counts as a frozen process."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Say goodbye; the server goes on without a watchdog."""
+        self._is_over.set()
+        self._say(_GOODBYE)
+        self._process.wait()
+
+    def _beat(self) -> None:
+        self._say(_BEAT)
+        while not self._is_over.wait(_BEAT_SECONDS):
+            self._say(_BEAT)
+
+    def _say(self, word: bytes) -> None:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(word)
+        except BrokenPipeError:  # somebody killed the watchdog; that is no reason to stop serving
+            self._is_over.set()
+
+
+def watch(pipe: int, server: int) -> str | None:
+    """Wait for what ends the watch: a goodbye, None; or what went wrong with the model or its server.
+
+    Args:
+        pipe: file descriptor of what the model says.
+        server: pidfd of the server.
+    """
+    has_beaten, silent_steps = False, 0
+    while silent_steps < _SILENT_STEPS:
+        ready, _, _ = select.select([pipe, server], [], [], _STEP_SECONDS)
+        if pipe in ready:
+            words = os.read(pipe, 4096)
+            if _GOODBYE in words:
+                return None
+            if not words:
+                return "the model's process has died"
+            has_beaten, silent_steps = True, 0
+        elif server in ready:
+            return "the server has died"
+        elif has_beaten:
+            silent_steps += 1
+    return f"the model's process has been silent for {_SILENT_STEPS * _STEP_SECONDS:.0f} s"
+
+
+def end(process: int, with_signal: signal.Signals) -> None:
+    """Send a signal to the process behind a pidfd, and after a time of grace the one that cannot be ignored."""
+    for each in (with_signal, signal.SIGKILL):
+        try:
+            signal.pidfd_send_signal(process, each)
+        except ProcessLookupError:
+            return
+        if select.select([process], [], [], _GRACE_SECONDS)[0]:
+            return
+
+
+def main() -> None:
+    """The watching process: watchdog.py MODEL_PID SERVER_PID, the pipe as standard input."""
+    try:
+        model, server = (os.pidfd_open(int(pid)) for pid in sys.argv[1:])
+    except ProcessLookupError:
+        return  # over before it began
+    trouble = watch(sys.stdin.fileno(), server)
+    if trouble is not None:
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        print(f"{now} nv-embed-v2 watchdog: {trouble}; ending what is left", file=sys.stderr, flush=True)
+        end(model, signal.SIGKILL)
+        end(server, signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    main()

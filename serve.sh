@@ -12,7 +12,13 @@ HTTP_PORT=${HTTP_PORT:-8000}
 GRPC_PORT=${GRPC_PORT:-8001}
 METRICS_PORT=${METRICS_PORT:-8002}
 ADDRESS=${ADDRESS:-}                                # to listen on; none: 127.0.0.1 with RUNTIME=pip, else 0.0.0.0
+METRICS_ADDRESS=${METRICS_ADDRESS:-}                # none: the same
 RUNTIME=${RUNTIME:-auto}                            # auto, native, docker or pip
+RESTART=${RESTART:-no}                              # always: start the server again whenever it ends unasked
+ADMIN_KEY=${ADMIN_KEY:-}                            # opens Triton's administrative protocols; none: they stay shut
+TLS_CERT=${TLS_CERT:-}                              # gRPC over TLS: the server's certificate, ...
+TLS_KEY=${TLS_KEY:-}                                # ... its key, and ...
+TLS_CLIENT_CA=${TLS_CLIENT_CA:-}                    # ... who signs clients' certificates: then each must show one
 VENV=${VENV:-$repo/.venv}                           # of RUNTIME=pip; made on the first start
 IMAGE=${IMAGE:-}                                    # of RUNTIME=docker; none: built from the Dockerfile here
 MODEL_REPOSITORY=${MODEL_REPOSITORY:-$repo/model_repository}
@@ -65,6 +71,21 @@ case $RUNTIME in
   *) refuse "RUNTIME: expected auto, native, docker or pip, got '$RUNTIME'." ;;
 esac
 ADDRESS=${ADDRESS:-0.0.0.0}
+METRICS_ADDRESS=${METRICS_ADDRESS:-$ADDRESS}
+HTTP_ADDRESS=$ADDRESS
+tls=() tls_mounts=()
+if [[ -n $TLS_CERT$TLS_KEY$TLS_CLIENT_CA ]]; then
+  [[ -n $TLS_CERT && -n $TLS_KEY ]] || refuse "TLS: expected TLS_CERT and TLS_KEY, got only one of them."
+  for setting in TLS_CERT TLS_KEY TLS_CLIENT_CA; do
+    if [[ -z ${!setting} ]]; then continue; fi
+    [[ -r ${!setting} ]] || refuse "$setting: expected a readable file, found none at '${!setting}'."
+    printf -v "$setting" %s "$(readlink -f -- "${!setting}")"
+    tls_mounts+=(--mount "type=bind,source=${!setting},target=${!setting},readonly")
+  done
+  HTTP_ADDRESS=127.0.0.1  # Triton has no TLS for HTTP, so it is for this machine only
+  tls=(--grpc-use-ssl=true "--grpc-server-cert=$TLS_CERT" "--grpc-server-key=$TLS_KEY")
+  if [[ -n $TLS_CLIENT_CA ]]; then tls+=(--grpc-use-ssl-mutual=true "--grpc-root-cert=$TLS_CLIENT_CA"); fi
+fi
 
 # Triton opens its ports only after the model is loaded, which is late to learn that one is taken.
 seen=' '
@@ -86,9 +107,13 @@ export MALLOC_ARENA_MAX=${MALLOC_ARENA_MAX:-2}  # glibc's default doubles the se
 # Auto-completion would import model.py a second time, in a process of its own.
 settings=(--model-control-mode=none --disable-auto-complete-config --exit-timeout-secs=30
   "--backend-config=python,shm-default-byte-size=$SHM_BYTES")
+# What a client never needs and an attacker would like: each call must carry the key, which nobody knows unless given.
+protocols=shared-memory,model-config,model-repository,statistics,trace,logging
+key="nv-embed-admin=${ADMIN_KEY:-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')}"
+settings+=("--grpc-restricted-protocol=$protocols:$key" "--http-restricted-api=$protocols:$key" "${tls[@]}")
 # Without these the log warns of a missing GPU that nobody asked for.
 if [[ $DEVICE == cpu ]]; then settings+=(--allow-gpu-metrics=false --pinned-memory-pool-byte-size=0); fi
-addresses=("--http-address=$ADDRESS" "--grpc-address=$ADDRESS" "--metrics-address=$ADDRESS"
+addresses=("--http-address=$HTTP_ADDRESS" "--grpc-address=$ADDRESS" "--metrics-address=$METRICS_ADDRESS"
   "--http-port=$HTTP_PORT" "--grpc-port=$GRPC_PORT" "--metrics-port=$METRICS_PORT")
 
 case $RUNTIME in
@@ -111,7 +136,9 @@ case $RUNTIME in
     NV_EMBED_MODEL_PATH="/models/NV-Embed-v2${MODEL_PATH#"$mount"}"
     # --init: as process 1 the server would ignore SIGTERM while it loads, and a watchdog could not kill it.
     command=(docker run --rm --init "--shm-size=$SHM_SIZE" --ulimit memlock=-1
-      --publish "$ADDRESS:$HTTP_PORT:8000" --publish "$ADDRESS:$GRPC_PORT:8001" --publish "$ADDRESS:$METRICS_PORT:8002"
+      "${tls_mounts[@]}"
+      --publish "$HTTP_ADDRESS:$HTTP_PORT:8000" --publish "$ADDRESS:$GRPC_PORT:8001"
+      --publish "$METRICS_ADDRESS:$METRICS_PORT:8002"
       --mount "type=bind,source=$MODEL_REPOSITORY,target=/model_repository,readonly"
       --mount "type=bind,source=$mount,target=/models/NV-Embed-v2,readonly")
     if [[ $DEVICE == cuda* ]]; then command+=(--gpus all); fi
@@ -120,4 +147,8 @@ case $RUNTIME in
     ;;
 esac
 
-exec "${command[@]}" "$@"
+case $RESTART in
+  no) exec "${command[@]}" "$@" ;;
+  always) exec "$repo/tools/supervise.sh" "${command[@]}" "$@" ;;
+  *) refuse "RESTART: expected no or always, got '$RESTART'." ;;
+esac

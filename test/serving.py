@@ -7,11 +7,10 @@ import os
 import signal
 import socket
 import subprocess
-import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,9 @@ import tritonclient.grpc as triton
 
 ROOT = Path(__file__).parents[1]
 MODEL_NAME = "nv-embed-v2"
+_SETTINGS = (  # of serve.sh and the model, but for VENV, which every test shares
+    "NV_EMBED_", "MODEL_", "DEVICE", "RUNTIME", "ADDRESS", "IMAGE", "SHM_", "TLS_", "ADMIN_KEY", "RESTART",
+)  # fmt: skip
 START_SECONDS = 180
 STOP_SECONDS = 60
 
@@ -32,20 +34,26 @@ def free_port() -> int:
 class Server:
     """One `serve.sh`, from start to stop."""
 
-    def __init__(self, log: Path, model_path: Path | None, environ: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        log: Path,
+        model_path: Path | None,
+        environ: Mapping[str, str] | None = None,
+        arguments: Sequence[str] = (),
+    ) -> None:
         """Start, without waiting. Settings of the caller's own shell that would change the server are left out."""
         self.log = log
         self.http, self.grpc, self.metrics = (free_port() for _ in range(3))
-        ours = ("NV_EMBED_", "MODEL_", "DEVICE", "RUNTIME", "ADDRESS", "IMAGE", "SHM_", "TRITON_URL")
-        settings = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
+        settings = {k: v for k, v in os.environ.items() if not k.startswith(_SETTINGS)}
         settings |= {"HTTP_PORT": str(self.http), "GRPC_PORT": str(self.grpc), "METRICS_PORT": str(self.metrics)}
         settings |= {"RUNTIME": "pip"}
         if model_path is not None:
             settings |= {"MODEL_PATH": str(model_path), "DEVICE": "cpu"}
+        settings |= environ or {}
         with log.open("wb") as output:
             self.process = subprocess.Popen(
-                [ROOT / "serve.sh"], stdout=output, stderr=subprocess.STDOUT, env=settings | dict(environ or {}),
-                cwd=log.parent, stdin=subprocess.DEVNULL,
+                [ROOT / "serve.sh", *arguments],
+                stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=settings, cwd=log.parent,
             )  # fmt: skip
         self.url = f"localhost:{self.grpc}"
         self.client = triton.InferenceServerClient(self.url)
@@ -53,13 +61,19 @@ class Server:
     def wait_until_ready(self) -> Server:
         deadline = time.monotonic() + START_SECONDS
         while self.process.poll() is None and time.monotonic() < deadline:
-            try:
-                with urllib.request.urlopen(f"http://localhost:{self.http}/v2/health/ready", timeout=5):
-                    return self
-            except OSError:
-                threading.Event().wait(0.1)
+            if self.answers():
+                return self
+            time.sleep(0.1)
         self.process.kill()
         raise AssertionError(f"the server did not become ready:\n{self.log_text()}")
+
+    def answers(self) -> bool:
+        """Whether it says that it is ready."""
+        try:
+            with urllib.request.urlopen(f"http://localhost:{self.http}/v2/health/ready", timeout=5):
+                return True
+        except OSError:
+            return False
 
     def stop(self, with_signal: signal.Signals = signal.SIGTERM) -> int:
         """Ask it to stop; returns the exit code."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,9 +22,11 @@ from nv_embed.errors import Cancelled, ComputeFailed, InvalidRequest, RequestErr
 from nv_embed.metrics import Labels, Metric, Values
 from nv_embed.requests import EmbedRequest, RequestLimits
 from nv_embed.tokenizer import Tokenizer
-from nv_embed.watchdog import Watchdog
+from nv_embed.watchdog import Watchdog, shared_memory
 
 logger = logging.getLogger("nv_embed")
+
+_LARGE_ANSWER_BYTES = 2**20  # a smaller one need not be looked at before it is sent
 
 
 class TritonPythonModel:
@@ -73,7 +74,7 @@ class TritonPythonModel:
             tokenizer,
             [engine.embed for engine in engines],
             batch_limits,
-            on_fatal=_ask_for_restart,
+            on_fatal=self._watchdog.ask_for_restart,
             publish=TritonMetrics().publish,
         )
         logger.info("ready: %s, %s", config, batch_limits)
@@ -119,6 +120,8 @@ class TritonReply:
 
     def send(self, outcome: Answer | RequestError) -> None:
         """Answer, once."""
+        if isinstance(outcome, Answer) and outcome.embeddings.nbytes > _LARGE_ANSWER_BYTES:
+            outcome = _fitting(outcome)
         response = self._response(outcome)
         with self._lock:
             sender, self._sender = self._sender, None
@@ -132,6 +135,19 @@ class TritonReply:
         return pb_utils.InferenceResponse(
             [pb_utils.Tensor(name, array) for name, array in outputs.items() if name in self._output_names]
         )
+
+
+def _fitting(answer: Answer) -> Answer | InvalidRequest:
+    """An answer that fits nowhere in the memory shared with Triton is refused: sending it would fail without a word."""
+    free = os.statvfs("/dev/shm")
+    room = max([free.f_bavail * free.f_frsize, *(path.stat().st_size for path in shared_memory(os.getpid()))])
+    if answer.embeddings.nbytes <= room:
+        return answer
+    return InvalidRequest.of(
+        expected=f"an answer of at most {room} bytes, for which the server has shared memory",
+        got=f"one of {answer.embeddings.nbytes} bytes",
+        remedy="split the request, or give the server's /dev/shm more room (docker run --shm-size)",
+    )
 
 
 class TritonMetrics:
@@ -186,10 +202,6 @@ def _elements(request: Any, name: str) -> list[bytes] | None:
     """The elements of an input, None when it is absent."""
     tensor = pb_utils.get_input_tensor_by_name(request, name)
     return None if tensor is None else list(tensor.as_numpy().reshape(-1))
-
-
-def _ask_for_restart() -> None:
-    os.kill(os.getppid(), signal.SIGTERM)  # the parent is tritonserver; it drains and exits, its supervisor restarts it
 
 
 class _TritonHandler(logging.Handler):

@@ -132,7 +132,7 @@ class Batcher:
             encoder: the tokenizer.
             engines: one for each device; each is called from one thread of its own.
             limits: how much is computed at once and how much may wait.
-            on_fatal: called when a thread dies, after every request has been given an error.
+            on_fatal: called when a thread dies or an answer is lost, after every other request was given an error.
             publish: takes the metrics, about once a batch.
         """
         self._encoder = encoder
@@ -395,8 +395,10 @@ class Batcher:
             started = time.monotonic()
             try:
                 send()
-            except Exception:  # the client cannot be told; the others must be
-                logger.exception("sending an answer failed")
+            except Exception:  # this client can be told nothing any more but by the end of the server
+                logger.exception("an answer is lost; every request gets an error and the server must restart")
+                self._fail_all()
+                self._on_fatal()
             self._metrics.add(Metric.ANSWER_SECONDS, time.monotonic() - started)
             if self._outbox.empty():
                 self._metrics.set(Metric.QUEUE_TOKENS, self._num_queue_tokens)

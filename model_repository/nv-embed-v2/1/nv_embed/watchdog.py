@@ -1,10 +1,10 @@
-"""Ends the server when the model's process dies or freezes, and the other way round; knows no Triton.
+"""Ends the server when the model's process dies or freezes, and the other way round; knows no requests.
 
 Triton 24.10 does not notice that a model's process is gone: its clients wait for ever and readiness stays green. So
 the model starts a process that holds the other end of a pipe. The pipe closing without a goodbye means death; once a
 second a beat comes through it, and silence means a stopped or frozen process. Either way the server is ended: its
 clients see the connection break, and whatever supervises the server starts a new one. And a server that is killed
-while its model loads does not leave the model behind.
+leaves behind neither a model that still loads nor the memory that both shared.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
+_SHARED_MEMORY = "/dev/shm/triton_python_backend_shm_region_"  # as this model's backend names it
 _BEAT_SECONDS = 1.0
 # No honest pause of a Python process is as long. In steps, for a machine or container that was suspended as a whole
 # wakes up to one step that has passed in silence.
 _SILENT_STEPS, _STEP_SECONDS = 4, 2.0
 _GRACE_SECONDS = 4.0  # for the server to end by itself; it would wait 30 s for answers that nobody can give
-_BEAT, _GOODBYE = b"-", b"."
+_BEAT, _HELP, _GOODBYE = b"-", b"!", b"."
 
 
 class Watchdog:
@@ -45,11 +47,14 @@ class Watchdog:
         """From now on a silence counts as a frozen process."""
         self._thread.start()
 
+    def ask_for_restart(self) -> None:
+        """Have the server ended although this process lives: it is beyond repair, or owes an answer it cannot give."""
+        self._say(_HELP)
+
     def stop(self) -> None:
-        """Say goodbye; the server goes on without a watchdog."""
+        """Say goodbye; the server goes on without a watchdog. Does not wait: it may be waiting for the server."""
         self._is_over.set()
         self._say(_GOODBYE)
-        self._process.wait()
 
     def _beat(self) -> None:
         self._say(_BEAT)
@@ -78,6 +83,8 @@ def watch(pipe: int, server: int) -> str | None:
             words = os.read(pipe, 4096)
             if _GOODBYE in words:
                 return None
+            if _HELP in words:
+                return "the model asks for a restart"
             if not words:
                 return "the model's process has died"
             has_beaten, silent_steps = True, 0
@@ -86,6 +93,12 @@ def watch(pipe: int, server: int) -> str | None:
         elif has_beaten:
             silent_steps += 1
     return f"the model's process has been silent for {_SILENT_STEPS * _STEP_SECONDS:.0f} s"
+
+
+def shared_memory(pid: int) -> set[Path]:
+    """Files of the memory that a model shares with its server, which removes them unless it is killed."""
+    maps = Path(f"/proc/{pid}/maps").read_text(encoding="utf-8", errors="replace")
+    return {Path(_SHARED_MEMORY + part.split()[0]) for part in maps.split(_SHARED_MEMORY)[1:]}
 
 
 def end(process: int, with_signal: signal.Signals) -> None:
@@ -103,14 +116,17 @@ def main() -> None:
     """The watching process: watchdog.py MODEL_PID SERVER_PID, the pipe as standard input."""
     try:
         model, server = (os.pidfd_open(int(pid)) for pid in sys.argv[1:])
-    except ProcessLookupError:
+        regions = shared_memory(int(sys.argv[1]))
+    except (ProcessLookupError, FileNotFoundError):
         return  # over before it began
     trouble = watch(sys.stdin.fileno(), server)
     if trouble is not None:
         now = time.strftime("%Y-%m-%d %H:%M:%S")
         print(f"{now} nv-embed-v2 watchdog: {trouble}; ending what is left", file=sys.stderr, flush=True)
-        end(model, signal.SIGKILL)
         end(server, signal.SIGTERM)
+        end(model, signal.SIGKILL)
+        for region in regions:
+            region.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

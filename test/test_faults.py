@@ -1,0 +1,270 @@
+"""Faults on a real tritonserver: every request gets one answer, and the server goes on or ends to be restarted."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tritonclient.grpc as triton
+from nv_embed.watchdog import shared_memory
+from serving import MODEL_NAME, ROOT, Server, bytes_input
+
+ANSWER_SECONDS = 20  # every client has its answer by then
+
+# Appended to the served engine.py: texts with a given number of <s> in them break the engine in a given way.
+FAULTS = """
+
+_embed = Engine.embed
+
+
+def _faulty_embed(self, sequences):
+    import os, signal
+
+    for sequence in sequences:
+        fault = int((sequence.input_ids == 1).sum()) - 1
+        if fault == 101:
+            raise RuntimeError("a kernel failed")
+        if fault == 102:
+            raise DeviceLost("cpu failed")
+        if fault == 103:
+            raise SystemExit("the thread dies")
+        if fault == 104:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if fault == 105 and len(sequences) > 1 or fault == 106:
+            raise OutOfDeviceMemory("the batch does not fit in the memory of cpu")
+        if fault == 108:
+            time.sleep(3)
+    rows = _embed(self, sequences).copy()
+    for row, sequence in zip(rows, sequences):
+        if int((sequence.input_ids == 1).sum()) - 1 == 107:
+            row[3] = float("nan")
+    return rows
+
+
+Engine.embed = _faulty_embed
+"""
+
+
+def fault(number: int) -> str:
+    """A text with so many <s> in it."""
+    return "<s>" * number
+
+
+@pytest.fixture(scope="module")
+def faulty_repository(tmp_path_factory) -> Path:
+    repository = tmp_path_factory.mktemp("repository") / "model_repository"
+    shutil.copytree(ROOT / "model_repository", repository)
+    with (repository / "nv-embed-v2" / "1" / "nv_embed" / "engine.py").open("a", encoding="utf-8") as engine:
+        engine.write(FAULTS)
+    return repository
+
+
+@pytest.fixture
+def start(toy, tmp_path, faulty_repository):
+    """Starts servers that can be broken; whatever is left of them at the end is killed."""
+    servers = []
+
+    def start(**environ) -> Server:
+        environ = {"MODEL_REPOSITORY": str(faulty_repository), "NV_EMBED_CACHE_MEBIBYTES": "0"} | environ
+        servers.append(Server(tmp_path / f"log-{len(servers)}.txt", toy, environ))
+        return servers[-1].wait_until_ready()
+
+    yield start
+    for server in servers:
+        if server.process.poll() is None:
+            server.stop()
+
+
+@pytest.fixture(scope="module")
+def faulty_server(toy, tmp_path_factory, faulty_repository):
+    """One that survives what is done to it."""
+    environ = {"MODEL_REPOSITORY": str(faulty_repository), "NV_EMBED_CACHE_MEBIBYTES": "0"}
+    server = Server(tmp_path_factory.mktemp("server") / "log.txt", toy, environ)
+    yield server.wait_until_ready()
+    assert server.stop() == 0
+
+
+def model_pid(server: Server) -> int:
+    """Of the process that runs model.py."""
+    command = ["pgrep", "--parent", str(server.process.pid), "--full", "triton_python_backend_stub"]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+class Clients:
+    """Requests in flight, each in a thread with a client of its own; what each got, and when."""
+
+    def __init__(self, server: Server, requests: list[list[str]]) -> None:
+        self.outcomes: list[list] = [[] for _ in requests]
+        self._threads = [
+            threading.Thread(target=self._ask, args=(server, texts, outcomes), daemon=True)
+            for texts, outcomes in zip(requests, self.outcomes, strict=True)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _ask(self, server, texts, outcomes) -> None:
+        with triton.InferenceServerClient(server.url) as client:
+            try:
+                outcomes.append(client.infer(MODEL_NAME, [bytes_input("documents", texts)]).as_numpy("embeddings"))
+            except triton.InferenceServerException as error:
+                outcomes.append(error)
+
+    def wait(self) -> list:
+        """One outcome for each request, within the time that an answer may take."""
+        deadline = time.monotonic() + ANSWER_SECONDS
+        for thread in self._threads:
+            thread.join(max(0, deadline - time.monotonic()))
+        assert [len(outcomes) for outcomes in self.outcomes] == [1] * len(self.outcomes)
+        return [outcomes[0] for outcomes in self.outcomes]
+
+
+def texts(count: int) -> list[str]:
+    return [f"words of a document, its number {i} among others of its kind" for i in range(count)]
+
+
+def status(outcome) -> str:
+    return "OK" if isinstance(outcome, np.ndarray) else outcome.status().removeprefix("StatusCode.")
+
+
+# --- the server goes on ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (101, "computing this request failed; the server's log says why"),
+        (106, "does not fit in the memory of cpu; shorten the text"),
+        (107, "the network's output for a text is not finite"),
+    ],
+)
+def test_a_failing_text_gets_an_internal_error_and_the_next_is_served(faulty_server, number, message):
+    with pytest.raises(triton.InferenceServerException, match=re.escape(message)) as caught:
+        faulty_server.embed_documents(["fine", fault(number)])
+    assert caught.value.status() == "StatusCode.INTERNAL"
+    assert faulty_server.embed_documents(["fine"]).shape == (1, 64)
+
+
+def test_a_batch_too_large_for_the_device_is_halved_until_it_fits(faulty_server):
+    documents = [*texts(20), fault(105), *texts(40)]
+    rows = faulty_server.embed_documents(documents)
+    np.testing.assert_allclose(rows[20], faulty_server.embed_documents([fault(105)])[0], atol=1e-5)
+    np.testing.assert_allclose(rows[:20], rows[21:41], atol=1e-5)
+    assert "computing them in halves" in faulty_server.log_text()
+
+
+def test_a_request_that_waits_longer_than_its_timeout_is_answered_unavailable(faulty_server):
+    slow = Clients(faulty_server, [[fault(108)]])
+    time.sleep(0.5)
+    with pytest.raises(triton.InferenceServerException, match="within the request's timeout") as caught:
+        faulty_server.client.infer(MODEL_NAME, [bytes_input("query", ["late"])], timeout=100_000)
+    assert caught.value.status() == "StatusCode.UNAVAILABLE"
+    assert [status(outcome) for outcome in slow.wait()] == ["OK"]
+
+
+# --- the server ends, to be restarted -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "message"), [(102, "DeviceLost"), (103, "a thread of the batcher died")])
+def test_a_lost_device_and_a_dead_thread_answer_everyone_unavailable_and_end_the_server(start, number, message):
+    server = start(NV_EMBED_MAX_BATCH_TOKENS="300")
+    clients = Clients(server, [[fault(108), fault(number)], texts(2000), texts(2000)])
+    assert {status(outcome) for outcome in clients.wait()} == {"UNAVAILABLE"}
+    assert server.process.wait(ANSWER_SECONDS) == 0  # asked for by SIGTERM
+    assert message in server.log_text()
+
+
+def test_a_killed_model_process_leaves_no_client_waiting(start):
+    for with_signal in (signal.SIGKILL, signal.SIGSTOP):
+        server = start(NV_EMBED_MAX_BATCH_TOKENS="300")
+        regions = shared_memory(model_pid(server))
+        assert regions
+        clients = Clients(server, [[fault(108)], texts(3000), texts(3000)])
+        time.sleep(1)
+        os.kill(model_pid(server), with_signal)
+        assert {status(outcome) for outcome in clients.wait()} == {"UNAVAILABLE"}
+        assert server.process.wait(ANSWER_SECONDS) != 0
+        assert "nv-embed-v2 watchdog: the model's process" in server.log_text()
+        wait_until(lambda regions=regions: not any(region.exists() for region in regions))
+
+
+def test_a_segmentation_fault_ends_the_server_and_restart_always_starts_it_again(start):
+    server = start(RESTART="always")
+    outcomes = Clients(server, [[fault(104)], ["waits"]]).wait()
+    assert status(outcomes[0]) == "UNAVAILABLE"
+    wait_until(server.answers)
+    assert server.embed_query("again").shape == (1, 64)
+    assert "supervise.sh: ended with exit code" in server.log_text()
+    assert server.stop() == 0
+
+
+def test_sigterm_while_the_model_loads_leaves_no_process_and_no_memory_behind(toy, tmp_path, faulty_repository):
+    repository = shutil.copytree(faulty_repository, tmp_path / "model_repository")
+    with (repository / "nv-embed-v2" / "1" / "nv_embed" / "engine.py").open("a", encoding="utf-8") as engine:
+        engine.write("\n\ntime.sleep(30)\n")
+    server = Server(tmp_path / "log.txt", toy, {"MODEL_REPOSITORY": str(repository)})
+    wait_until(lambda: "TRITONBACKEND_ModelInstanceInitialize" in server.log_text())
+    time.sleep(1)
+    pid = model_pid(server)
+    regions = shared_memory(pid)
+    server.process.terminate()
+    server.process.wait(ANSWER_SECONDS)
+    wait_until(lambda: not Path(f"/proc/{pid}").exists())
+    wait_until(lambda: not any(region.exists() for region in regions))
+
+
+def test_a_model_reloaded_and_unloaded_in_explicit_mode_serves_again(toy, tmp_path):
+    server = Server(
+        tmp_path / "log.txt",
+        toy,
+        {"ADMIN_KEY": "sesame"},
+        arguments=["--model-control-mode=explicit", f"--load-model={MODEL_NAME}"],  # later arguments win
+    ).wait_until_ready()
+    key = {"triton-grpc-protocol-nv-embed-admin": "sesame"}
+    server.client.load_model(MODEL_NAME, headers=key)
+    assert server.embed_query("reloaded").shape == (1, 64)
+    server.client.unload_model(MODEL_NAME, headers=key)
+    server.client.load_model(MODEL_NAME, headers=key)
+    assert server.embed_query("loaded again").shape == (1, 64)
+    assert server.stop() == 0
+
+
+def test_an_answer_that_shared_memory_cannot_hold_is_refused_and_the_next_is_served(toy, tmp_path):
+    """In a mount namespace of its own, with a small /dev/shm."""
+    probe = ["unshare", "--mount", "sh", "-c", "mount -t tmpfs -o size=8m tmpfs /dev/shm"]
+    if subprocess.run(probe, capture_output=True, check=False).returncode != 0:
+        pytest.skip("mounting a /dev/shm of its own needs privileges")
+    script = f"""
+import sys
+sys.path[:0] = [{str(ROOT / "test")!r}, {str(ROOT / "model_repository" / "nv-embed-v2" / "1")!r}]
+from pathlib import Path
+import tritonclient.grpc as triton
+from serving import Server
+server = Server(Path({str(tmp_path / "log.txt")!r}), Path({str(toy)!r}), {{"SHM_BYTES": "2097152"}}).wait_until_ready()
+assert server.embed_documents(["x"] * 1000).shape == (1000, 64)
+try:
+    server.embed_documents([str(i) for i in range(14_000)])
+    print("answered")
+except triton.InferenceServerException as error:
+    print("refused", error.status(), error.message())
+print(server.embed_documents(["x"] * 1000).shape, server.stop())
+"""
+    command = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=5m tmpfs /dev/shm && exec "$0" -c "$1"']
+    result = subprocess.run([*command, sys.executable, script], capture_output=True, text=True, check=True)
+    assert "refused StatusCode.INVALID_ARGUMENT expected an answer of at most" in result.stdout
+    assert "(1000, 64) 0" in result.stdout

@@ -92,11 +92,15 @@ class Engine:
         self.embed([sequence])
         num_tokens = _MIN_BATCH_TOKENS
         seconds = measure(num_tokens)
-        while seconds < target_seconds / 2 and 2 * num_tokens <= _MAX_BATCH_TOKENS:
-            num_tokens *= 2
-            seconds = measure(num_tokens)
+        largest = _MAX_BATCH_TOKENS
+        while seconds < target_seconds / 2 and 2 * num_tokens <= largest:
+            try:
+                seconds = measure(2 * num_tokens)
+                num_tokens *= 2
+            except OutOfDeviceMemory:
+                largest = num_tokens
         fitting = math.floor(num_tokens * target_seconds / seconds)
-        fitting = min(max(fitting, _MIN_BATCH_TOKENS), _MAX_BATCH_TOKENS)
+        fitting = min(max(fitting, _MIN_BATCH_TOKENS), largest)
         logger.info(
             "%s: %.0f tokens/s, so %d tokens take about %.0f ms",
             self._device, num_tokens / seconds, fitting, 1000 * fitting * seconds / num_tokens,

@@ -1,0 +1,136 @@
+"""The benchmarks, each run for a moment against a real server: they must not rot, and the baseline must be honest."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from serving import ROOT, Server
+
+BENCHMARKS = ROOT / "benchmarks"
+BASELINE = BENCHMARKS / "baseline" / "model_repository"
+MOMENT = ("--seconds", "0.4", "--warm-up", "0.1")
+
+
+@pytest.fixture(scope="module")
+def baseline_server(toy, tmp_path_factory):
+    log = tmp_path_factory.mktemp("baseline") / "log.txt"
+    server = Server(log, toy, {"MODEL_REPOSITORY": str(BASELINE)})
+    yield server.wait_until_ready()
+    assert server.stop() == 0, server.log_text()
+
+
+def run(*command, rc=0) -> tuple[str, dict]:
+    """Run a benchmark with no settings of the caller's; returns its output and its last line."""
+    keep = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "VENV", "LD_LIBRARY_PATH")}
+    result = subprocess.run(
+        [sys.executable, *map(str, command)],
+        env=keep | {"RUNTIME": "pip"}, cwd=BENCHMARKS, capture_output=True, text=True, timeout=180, check=False,
+    )  # fmt: skip
+    assert result.returncode == rc, result.stdout + result.stderr
+    return result.stdout + result.stderr, json.loads((result.stdout.splitlines() or ["{}"])[-1]) if rc < 2 else {}
+
+
+def by_load(answer: dict) -> dict[tuple[str, str], dict]:
+    return {(result["load"], result["target"]): result for result in answer["results"]}
+
+
+def test_the_baseline_gives_the_vectors_of_the_original(baseline_server, toy):
+    expected = np.load(toy / "expected.npz")
+    for case in json.loads((toy / "cases.json").read_text(encoding="utf-8")):
+        texts, rows = case["texts"], expected[case["name"]]
+        if case["name"] == "queries":
+            got = np.concatenate(
+                [baseline_server.infer(query=[text], outputs=["embeddings"])["embeddings"] for text in texts]
+            )
+        elif case["name"] == "documents":
+            got = baseline_server.infer(documents=texts, outputs=["embeddings"])["embeddings"]
+        else:
+            continue
+        assert (got * rows).sum(axis=1).min() > 0.9999
+        np.testing.assert_allclose(got, rows, atol=1e-5)
+
+
+def test_serving_measures_every_load_on_two_servers_and_the_bare_engine(toy_server, baseline_server, toy):
+    output, answer = run(
+        "serving.py", "--url", toy_server.url, "--baseline-url", baseline_server.url, "--engine", "--checkpoint", toy,
+        "--lengths", "short", "--documents", "4", "--rounds", "1", "--probe-rate", "10", "--rate", "10", *MOMENT,
+    )  # fmt: skip
+    results = by_load(answer)
+    for load in ("query", "documents", "bulk alone", "bulk beside", "queries beside", "query, open loop"):
+        for target in ("nv-embed", "baseline"):
+            result = results[load, target]
+            assert result["requests"] > 0, (load, target, output)
+            assert result["errors"] == {}
+            assert result["p50_ms"] <= result["p90_ms"] <= result["p99_ms"]
+            assert result["tokens_per_second"] > 0
+    for target in ("engine, full batches", "engine, as in flight"):
+        assert results["query", target]["requests"] > 0
+    assert answer["ratios"]["query: nv-embed / baseline"]["median"] > 0
+    assert set(answer["forward_pass_ms"]) == {"full batch", "one query"}
+
+
+def test_serving_compares_servers_that_it_starts_itself(toy):
+    output, answer = run(
+        "serving.py", "--compare", "--checkpoint", toy, "--loads", "query", "--rounds", "2", *MOMENT
+    )  # fmt: skip
+    assert set(by_load(answer)) == {("query", "nv-embed"), ("query", "baseline")}, output
+
+
+def test_serving_writes_a_plot_or_says_what_it_lacks(toy_server, toy, tmp_path):
+    arguments = ("serving.py", "--url", toy_server.url, "--checkpoint", toy, "--loads", "query",
+                 "--rounds", "1", *MOMENT, "--plot", tmp_path / "plot.png")  # fmt: skip
+    if importlib.util.find_spec("matplotlib"):
+        run(*arguments)
+        assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    else:
+        assert "pip install matplotlib" in run(*arguments, rc=2)[0]
+
+
+def test_serving_counts_what_is_refused_and_says_when_nobody_answers(toy_server_of_64_tokens, toy):
+    _, answer = run(
+        "serving.py", "--url", toy_server_of_64_tokens.url, "--checkpoint", toy, "--loads", "documents",
+        "--documents", "21", "--rounds", "1", *MOMENT,
+    )  # fmt: skip
+    result = by_load(answer)["documents", "server"]
+    assert result["requests"] == 0
+    assert result["errors"]["INVALID_ARGUMENT"] > 0
+    output, _ = run("serving.py", "--url", "localhost:9", "--loads", "query", *MOMENT, rc=2)
+    assert "UNAVAILABLE" in output
+
+
+def test_soak_finds_nothing_wrong_with_a_running_server(toy_server):
+    output, answer = run(
+        "soak.py", "--url", toy_server.url, "--http-port", toy_server.http, "--requests", "400", "--clients", "8"
+    )  # fmt: skip
+    assert answer["passed"], output
+    assert answer["requests"] >= 400
+    assert answer["checked_rows"] > 100
+
+
+def test_soak_survives_a_kill(toy):
+    output, answer = run("soak.py", "--checkpoint", toy, "--requests", "300", "--clients", "8", "--kills", "1")
+    assert answer["passed"], output
+    assert [kill["signal"] for kill in answer["kills"]] == ["SIGKILL"]
+
+
+def test_soak_notices_wrong_rows(toy_server):
+    sabotage = f"""
+import sys, soak
+expect = soak.Soak._expect
+async def wrong(self):
+    expected = await expect(self)
+    expected.queries = -expected.queries
+    return expected
+soak.Soak._expect = wrong
+sys.argv = ["soak.py", "--url", {toy_server.url!r}, "--requests", "60", "--clients", "4"]
+sys.exit(soak.main())
+"""
+    _, answer = run("-c", sabotage, rc=1)
+    assert answer["wrong_rows"] > 0
+    assert not answer["passed"]

@@ -6,6 +6,7 @@
 FROM nvcr.io/nvidia/tritonserver:26.07-py3
 
 COPY model_repository/nv-embed-v2/requirements.txt /opt/nv-embed-v2/requirements.txt
+RUN apt-get update && apt-get install --yes --no-install-recommends tini && rm -rf /var/lib/apt/lists/*
 # Ubuntu marks its Python as externally managed; in an image that has one purpose there is nothing to protect.
 RUN python3 -m pip install --no-cache-dir --break-system-packages --requirement /opt/nv-embed-v2/requirements.txt
 
@@ -21,6 +22,9 @@ EXPOSE 8000 8001 8002
 HEALTHCHECK --interval=10s --timeout=5s --start-period=15m --retries=3 \
   CMD curl --fail --silent --output /dev/null http://127.0.0.1:8000/v2/health/ready
 
-# NVIDIA's entry point is kept: it prints what it finds of driver and GPU and then becomes the command.
-CMD ["tritonserver", "--model-repository=/model_repository", "--model-control-mode=none", \
-     "--disable-auto-complete-config", "--exit-timeout-secs=30"]
+# As process 1 the server would ignore SIGTERM while it loads, and nothing inside could kill it. tini is process 1, and
+# NVIDIA's entry point, which prints what it finds of driver and GPU, becomes the command.
+ENTRYPOINT ["tini", "--", "/opt/nvidia/nvidia_entrypoint.sh"]
+
+# Administrative protocols need the key, one drawn at the start unless ADMIN_KEY gives it.
+CMD ["bash", "-c", "key=shared-memory,model-config,model-repository,statistics,trace,logging:nv-embed-admin=${ADMIN_KEY:-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \\n')}; exec tritonserver --model-repository=/model_repository --model-control-mode=none --disable-auto-complete-config --exit-timeout-secs=30 --grpc-restricted-protocol=$key --http-restricted-api=$key"]

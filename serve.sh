@@ -46,6 +46,7 @@ DEVICE=${DEVICE:-cuda:0}
 MODEL_PATH="$(absolute "$MODEL_PATH")"
 MODEL_REPOSITORY="$(absolute "$MODEL_REPOSITORY")"
 
+[[ $RESTART == no || $RESTART == always ]] || refuse "RESTART: expected no or always, got '$RESTART'."
 if [[ $RUNTIME == auto ]]; then
   if command -v tritonserver >/dev/null; then
     RUNTIME=native
@@ -89,14 +90,15 @@ fi
 
 # Triton opens its ports only after the model is loaded, which is late to learn that one is taken.
 seen=' '
-for setting in HTTP_PORT GRPC_PORT METRICS_PORT; do
+for pair in "HTTP_PORT $HTTP_ADDRESS" "GRPC_PORT $ADDRESS" "METRICS_PORT $METRICS_ADDRESS"; do
+  read -r setting address <<<"$pair"
   port=${!setting}
   if [[ ! $port =~ ^[1-9][0-9]{0,4}$ ]] || ((port > 65535)); then
     refuse "$setting: expected a port number, got '$port'."
   fi
   [[ $seen != *" $port "* ]] || refuse "$setting: port $port is given twice. Set it to another one."
   seen+="$port "
-  if (exec 3<>"/dev/tcp/${ADDRESS/#0.0.0.0/127.0.0.1}/$port") 2>/dev/null; then
+  if (exec 3<>"/dev/tcp/${address/#0.0.0.0/127.0.0.1}/$port") 2>/dev/null; then
     refuse "$setting: port $port is already in use. Stop what listens there, or set $setting to a free port."
   fi
 done
@@ -107,10 +109,11 @@ export MALLOC_ARENA_MAX=${MALLOC_ARENA_MAX:-2}  # glibc's default doubles the se
 # Auto-completion would import model.py a second time, in a process of its own.
 settings=(--model-control-mode=none --disable-auto-complete-config --exit-timeout-secs=30
   "--backend-config=python,shm-default-byte-size=$SHM_BYTES")
-# What a client never needs and an attacker would like: each call must carry the key, which nobody knows unless given.
+# What a client never needs and an attacker would like: each call must carry the key, one drawn here unless given.
+# It stands in the server's command line, so whoever can list this machine's processes can read it.
 protocols=shared-memory,model-config,model-repository,statistics,trace,logging
 key="nv-embed-admin=${ADMIN_KEY:-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')}"
-settings+=("--grpc-restricted-protocol=$protocols:$key" "--http-restricted-api=$protocols:$key" "${tls[@]}")
+settings+=("--grpc-restricted-protocol=$protocols:$key" "--http-restricted-api=$protocols:$key" ${tls[@]+"${tls[@]}"})
 # Without these the log warns of a missing GPU that nobody asked for.
 if [[ $DEVICE == cpu ]]; then settings+=(--allow-gpu-metrics=false --pinned-memory-pool-byte-size=0); fi
 addresses=("--http-address=$HTTP_ADDRESS" "--grpc-address=$ADDRESS" "--metrics-address=$METRICS_ADDRESS"
@@ -134,21 +137,17 @@ case $RUNTIME in
     mount=$MODEL_PATH
     if [[ $MODEL_PATH == */snapshots/* ]]; then mount=${MODEL_PATH%/snapshots/*}; fi
     NV_EMBED_MODEL_PATH="/models/NV-Embed-v2${MODEL_PATH#"$mount"}"
-    # --init: as process 1 the server would ignore SIGTERM while it loads, and a watchdog could not kill it.
-    command=(docker run --rm --init "--shm-size=$SHM_SIZE" --ulimit memlock=-1
-      "${tls_mounts[@]}"
+    command=(docker run --rm "--shm-size=$SHM_SIZE" --ulimit memlock=-1
+      ${tls_mounts[@]+"${tls_mounts[@]}"}
       --publish "$HTTP_ADDRESS:$HTTP_PORT:8000" --publish "$ADDRESS:$GRPC_PORT:8001"
       --publish "$METRICS_ADDRESS:$METRICS_PORT:8002"
       --mount "type=bind,source=$MODEL_REPOSITORY,target=/model_repository,readonly"
       --mount "type=bind,source=$mount,target=/models/NV-Embed-v2,readonly")
-    if [[ $DEVICE == cuda* ]]; then command+=(--gpus all); fi
+    if [[ $DEVICE == *cuda* ]]; then command+=(--gpus all); fi
     for name in MALLOC_ARENA_MAX $(compgen -A export NV_EMBED_); do command+=(--env "$name"); done
     command+=("$IMAGE" tritonserver --model-repository=/model_repository "${settings[@]}")
     ;;
 esac
 
-case $RESTART in
-  no) exec "${command[@]}" "$@" ;;
-  always) exec "$repo/tools/supervise.sh" "${command[@]}" "$@" ;;
-  *) refuse "RESTART: expected no or always, got '$RESTART'." ;;
-esac
+if [[ $RESTART == always ]]; then command=("$repo/tools/supervise.sh" "${command[@]}"); fi
+exec "${command[@]}" "$@"

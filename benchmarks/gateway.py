@@ -206,15 +206,16 @@ def main() -> int:
                     gateway_texts += result.texts_per_second * elapsed
                 print(f"round {number + 1}: {name:12} {result.texts_per_second:8.0f} texts/s", file=sys.stderr)
         dimension = grpc_clients[0].dimension()
-        for client in [*grpc_clients, *http_clients]:
-            client.close()
+        for grpc_client, http_client in zip(grpc_clients, http_clients, strict=True):
+            grpc_client.close()
+            http_client.close()
 
     pairs = zip(rounds["gateway"], rounds["gRPC client"], strict=True)
     ratios = [through.texts_per_second / direct.texts_per_second for through, direct in pairs]
     cpu_ms = 1000 * gateway_cpu * arguments.batch / gateway_texts if gateway_texts else None
 
     def median(name: str, field: str) -> float:
-        return statistics.median(getattr(each, field) for each in rounds[name])
+        return float(statistics.median(getattr(each, field) for each in rounds[name]))
 
     print(f"{arguments.clients} clients, batches of {arguments.batch}, {dimension} dimensions, medians of rounds")
     print(f"{'':12} {'texts/s':>9} {'median ms':>10} {'p95 ms':>8}")

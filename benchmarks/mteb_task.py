@@ -29,6 +29,8 @@ from nv_embed_client import NVEmbedEncoder, instruction_of
 class ServedEncoder(AbsEncoder):
     """`NVEmbedEncoder` as mteb wants an encoder."""
 
+    model: NVEmbedEncoder
+
     def __init__(self, model: NVEmbedEncoder) -> None:
         self.model = model
         self.mteb_model_meta = ModelMeta.create_empty(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import Counter
 from contextlib import contextmanager
 
@@ -146,7 +147,7 @@ def held(engine, batcher, num_tokens):
     assert engine.started.acquire(timeout=WAIT_SECONDS)
     yield
     with batcher._changed:
-        batcher._changed.wait_for(lambda: batcher._num_queue_tokens >= num_tokens, WAIT_SECONDS)
+        assert batcher._changed.wait_for(lambda: batcher._num_queue_tokens >= num_tokens, WAIT_SECONDS)
     engine.gate.set()
     assert first.lengths() == [1]
 
@@ -180,7 +181,7 @@ def test_an_error_in_one_request_disturbs_no_other():
         assert "text 1 is invalid" in str(replies["invalid"].outcome())
         assert isinstance(replies["boom"].outcome(), ComputeFailed)
         assert "broke" not in str(replies["boom"].outcome())
-        assert "not finite" in str(replies[13].outcome())
+        assert "expected finite numbers" in str(replies[13].outcome())
         assert isinstance(replies[13].outcome(), ComputeFailed)
 
 
@@ -209,7 +210,7 @@ def test_one_text_too_large_for_the_device_gets_an_error_of_its_own():
             small, large = submit(batcher, 10), submit(batcher, 3, 47)
         assert small.lengths() == [10]
         assert isinstance(large.outcome(), OutOfDeviceMemory)
-        assert "shorten the text" in str(large.outcome())
+        assert "expected texts that fit on the device; got too much" in str(large.outcome())
 
 
 def test_cancelled_requests_are_dropped_before_they_are_computed():
@@ -334,7 +335,7 @@ def test_a_text_computed_before_comes_from_the_cache():
 def test_the_same_text_in_flight_is_computed_once_for_all_who_wait():
     engine, published = FakeEngine(), Published()
     with running(engine, publish=published) as batcher:
-        with held(engine, batcher, 50):
+        with held(engine, batcher, 100):
             replies = [submit(batcher, 20, 30, 20), submit(batcher, 30), submit(batcher, 1)]
         assert [reply.lengths() for reply in replies] == [[20, 30, 20], [30], [1]]
     assert engine.batches == [[1], [20, 30]]
@@ -344,9 +345,11 @@ def test_the_same_text_in_flight_is_computed_once_for_all_who_wait():
 def test_a_shared_text_is_computed_for_those_who_stay_when_the_first_leaves():
     engine = FakeEngine()
     with running(engine) as batcher:
-        with held(engine, batcher, 50):
+        with held(engine, batcher, 100):
             first = submit(batcher, 50)
             second = submit(batcher, 50, is_query=True)
+            with batcher._changed:
+                batcher._changed.wait_for(lambda: batcher._num_queue_tokens >= 100, WAIT_SECONDS)
             first.cancelled = True
         assert second.lengths() == [50]
         assert isinstance(first.outcome(), Cancelled)
@@ -355,11 +358,11 @@ def test_a_shared_text_is_computed_for_those_who_stay_when_the_first_leaves():
 def test_a_query_does_not_wait_for_the_place_of_the_bulk_text_it_shares():
     engine = FakeEngine()
     with running(engine) as batcher:
-        with held(engine, batcher, 4000):
+        with held(engine, batcher, 4001 + 41):
             bulk = submit(batcher, *distinct(40, 99), 41)
+            with batcher._changed:
+                batcher._changed.wait_for(lambda: batcher._num_queue_tokens == 4001, WAIT_SECONDS)
             query = submit(batcher, 41, is_query=True)
-            with batcher._changed:  # until the shared text is queued for the query, too
-                batcher._changed.wait_for(lambda: len(batcher._queue) == 101, WAIT_SECONDS)
         assert query.lengths() == [41]
         assert bulk.lengths() == [40] * 99 + [41]
     assert 41 in engine.batches[1]
@@ -383,12 +386,15 @@ def test_no_error_is_ever_cached_or_shared_beyond_its_batch():
 def test_what_waits_too_long_is_answered_unavailable():
     engine = FakeEngine()
     with running(engine, max_queue_seconds=0.05) as batcher:
-        with held(engine, batcher, 90):
-            late = submit(batcher, 90)
-            threading.Event().wait(0.1)
+        engine.gate.clear()
+        first = submit(batcher, 1)
+        assert engine.started.acquire(timeout=WAIT_SECONDS)
+        late = submit(batcher, 90)
         assert isinstance(late.outcome(), Unavailable)
         assert "within max_queue_milliseconds; got none in" in str(late.outcome())
         assert batcher._num_queue_tokens == 0
+        engine.gate.set()
+        assert first.lengths() == [1]
     assert engine.batches == [[1]]
 
 
@@ -429,3 +435,105 @@ def test_metrics_count_requests_texts_tokens_and_batches():
     assert sum(published.observations[Metric.BATCH_TEXTS]) == 3
     assert len(published.observations[Metric.QUEUE_SECONDS]) == len(engine.batches)
     assert published.gauges[Metric.QUEUE_TOKENS] == published.gauges[Metric.QUEUE_BYTES] == 0
+
+
+# --- what must stay small -------------------------------------------------------------------------------
+
+
+def test_an_answered_request_leaves_nothing_large_behind_although_its_deadline_is_far():
+    with running(FakeEngine(), max_queue_seconds=3600.0) as batcher:
+        submit(batcher, *distinct(10, 50), timeout_seconds=2.0**43).lengths()
+        (_, _, job, _), *_ = batcher._deadlines
+        assert (job.computations, job.embeddings, job.request.texts) == ([], None, ())
+
+
+def test_deadlines_of_finished_requests_are_forgotten():
+    with running(FakeEngine(), cache_bytes=10**6) as batcher:
+        for _ in range(3000):
+            submit(batcher, 10).lengths()
+        assert len(batcher._deadlines) < 1500
+
+
+def test_the_same_text_many_times_over_costs_no_more_than_its_rows():
+    engine = FakeEngine()
+    with running(engine, max_queue_tokens=10**6) as batcher:
+        with held(engine, batcher, 2 * 10 * 20_000):
+            first = submit(batcher, *["10"] * 20_000)
+            second = submit(batcher, *["10"] * 20_000)
+            with batcher._changed:
+                batcher._changed.wait_for(lambda: batcher._num_queue_tokens >= 2 * 10 * 20_000, WAIT_SECONDS)
+                assert len(batcher._queue) == 1
+            first.cancelled = True
+        assert second.lengths() == [10] * 20_000
+        assert isinstance(first.outcome(), Cancelled)
+        assert batcher._num_queue_tokens == 0
+
+
+def test_identical_queries_do_not_use_up_the_share_of_others():
+    engine = FakeEngine()
+    with running(engine, max_queue_tokens=10**6) as batcher:
+        with held(engine, batcher, 40 * 200 + 30 * 500 + 35):
+            bulk = submit(batcher, *distinct(40, 200))
+            same = [submit(batcher, 30, is_query=True) for _ in range(500)]
+            other = submit(batcher, 35, is_query=True)
+        assert other.lengths() == [35]
+        assert [reply.lengths() for reply in same] == [[30]] * 500
+        assert bulk.lengths() == [40] * 200
+    assert 35 in engine.batches[1]
+
+
+def test_the_tensors_of_a_batch_that_did_not_fit_are_gone_when_its_halves_are_computed():
+    class Activations:
+        pass
+
+    alive = []
+
+    def embed(sequences):
+        activations = Activations()
+        alive.append(weakref.ref(activations))
+        assert sum(reference() is not None for reference in alive) == 1
+        if len(sequences) > 1:
+            try:
+                raise MemoryError
+            except MemoryError:
+                raise OutOfDeviceMemory("too much") from None
+        return np.array([[1.0, 2.0]], dtype=np.float32)
+
+    with running() as batcher:
+        batcher._start("compute", lambda: batcher._compute_loop(embed))
+        assert isinstance(submit(batcher, *distinct(10, 8)).outcome(), Answer)
+        batcher.stop()
+    assert len(alive) == 15
+
+
+def test_a_query_is_tokenized_before_large_requests_that_came_first():
+    class SlowEncoder(FakeEncoder):
+        def encode(self, texts, instruction, **keywords):
+            order.append(len(texts))
+            started.release()
+            assert gate.wait(WAIT_SECONDS)
+            return super().encode(texts, instruction, **keywords)
+
+    order, started, gate = [], threading.Semaphore(0), threading.Event()
+    engine = FakeEngine()
+    with running(engine) as batcher:
+        batcher._encoder = SlowEncoder()
+        replies = [submit(batcher, 1, 2, 3)]
+        assert started.acquire(timeout=WAIT_SECONDS)
+        replies += [submit(batcher, 4, 5), submit(batcher, 6, 7), submit(batcher, 8, is_query=True)]
+        gate.set()
+        for reply in replies:
+            reply.lengths()
+    assert order == [3, 1, 2, 2]
+
+
+def test_a_request_is_answered_when_its_time_is_over_not_when_the_batch_before_it_is():
+    engine = FakeEngine()
+    with running(engine) as batcher:
+        engine.gate.clear()
+        slow = submit(batcher, 1)
+        assert engine.started.acquire(timeout=WAIT_SECONDS)
+        assert isinstance(submit(batcher, 2, timeout_seconds=0.05).outcome(), Unavailable)
+        assert not slow.answered.is_set()
+        engine.gate.set()
+        assert slow.lengths() == [1]

@@ -43,6 +43,11 @@ def test_the_environment_wins_over_config_pbtxt():
     assert config.max_batch_tokens == 77
 
 
+@pytest.mark.parametrize("name", ["V2_SERVICE_HOST", "SERVICE_PORT_GRPC", "V2_PORT_8001_TCP_ADDR", "PORT"])
+def test_what_kubernetes_adds_beside_a_service_of_this_name_is_left_alone(name):
+    ServingConfig.from_parameters(PARAMETERS, {f"NV_EMBED_{name}": "10.0.0.1"})
+
+
 def test_triton_s_own_parameters_are_left_alone():
     ServingConfig.from_parameters(PARAMETERS | {"EXECUTION_ENV_PATH": "/env.tar.gz"}, {})
 
@@ -54,6 +59,7 @@ def test_triton_s_own_parameters_are_left_alone():
         ({}, {"NV_EMBED_DEVCE": "cpu"}, ["unknown environment variable NV_EMBED_DEVCE", "NV_EMBED_DEVICE"]),
         ({"device": "gpu"}, {}, ["'device'", "'gpu'", "cuda:N"]),
         ({}, {"NV_EMBED_DEVICE": "cuda"}, ["NV_EMBED_DEVICE", "'cuda'", "cuda:N"]),
+        ({"device": "cuda:0,cuda:1,cuda:0"}, {}, ["'device'", "each 'cuda:N' once"]),
         ({"dtype": "fp16"}, {}, ["'dtype'", "'fp16'", "float16"]),
         ({"max_sequence_tokens": "0"}, {}, ["'max_sequence_tokens'", "'0'", "at least 1"]),
         ({"max_batch_tokens": "many"}, {}, ["'max_batch_tokens'", "'many'", "'auto' or a whole number"]),

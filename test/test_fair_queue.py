@@ -39,10 +39,10 @@ def test_a_small_request_passes_the_backlog_of_a_large_one():
 
 def test_queries_get_their_weight_and_bulk_the_rest_while_both_wait():
     queue, bulk, queries = FairQueue(), Flow(1), Flow(8)
-    for _ in range(2000):
-        queue.push("bulk", bulk, num_tokens=100)
-        queue.push("query", queries, num_tokens=100)
-    taken = [item for _ in range(90) for item in take(queue, 1000)]
+    for i in range(2000):
+        queue.push(("bulk", i), bulk, num_tokens=100)
+        queue.push(("query", i), queries, num_tokens=100)
+    taken = [kind for _ in range(90) for kind, _ in take(queue, 1000)]
     assert abs(taken.count("query") / taken.count("bulk") - 8) < 0.2
 
 
@@ -69,6 +69,16 @@ def test_an_idle_flow_saves_up_no_credit():
         queue.push("idle", idle, num_tokens=10)
     taken = take(queue, 200)
     assert abs(taken.count("busy") - taken.count("idle")) <= 1
+
+
+def test_an_item_queued_again_for_a_flow_that_is_ahead_is_taken_early_and_once():
+    queue, bulk, other = FairQueue(), Flow(1), Flow(8)
+    tags = {i: queue.push(i, bulk, num_tokens=10) for i in range(100)}
+    again = queue.push(99, other, num_tokens=10, before=tags[99])
+    assert again < tags[99]
+    assert queue.push(99, other, num_tokens=10, before=again) == again
+    assert 99 in take(queue, 40)
+    assert 99 not in take(queue, 10_000, unwanted=[99])
 
 
 def test_unwanted_items_are_dropped_and_cost_nothing():

@@ -176,7 +176,7 @@ def test_docker_builds_the_image_and_runs_the_mounted_repository_on_the_gpu(serv
     assert done.returncode == 0, done.stderr
     build, run = recorded()
     assert build == ["docker", "build", "--tag", "nv-embed-triton", str(REPO)]
-    assert run[:4] == ["docker", "run", "--rm", "--init"]
+    assert run[:4] == ["docker", "run", "--rm", "--shm-size=2g"]
     assert "--shm-size=2g" in run
     assert values(run, "--ulimit") == ["memlock=-1"]
     assert values(run, "--gpus") == ["all"]

@@ -17,7 +17,7 @@ import torch
 from nv_embed import engine as engine_module
 from nv_embed.config import CheckpointConfig
 from nv_embed.engine import Engine
-from nv_embed.errors import CheckpointError, DeviceError
+from nv_embed.errors import CheckpointError, DeviceError, DeviceLost, OutOfDeviceMemory
 from nv_embed.tokenizer import TokenSequence
 from nv_embed.weights import published_shapes
 from safetensors.torch import load_file, save_file
@@ -191,6 +191,43 @@ def test_memory_too_small_for_the_weights_is_said_before_anything_is_read(publis
     monkeypatch.setattr(engine_module, "_free_host_memory", lambda: 24 * 10**9)
     with pytest.raises(DeviceError, match=r"cpu: expected 3\d\.\d GB of free memory .* in float32; got 24.0 GB"):
         Engine.load(tmp_path, published, device="cpu", dtype="auto")
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected", "message"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), OutOfDeviceMemory, "30 tokens, which the memory of cpu"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), OutOfDeviceMemory, "30 tokens"),
+        (torch.AcceleratorError("CUDA error: unspecified launch failure"), DeviceLost, "cpu failed"),
+        (RuntimeError("a mistake of ours"), RuntimeError, "a mistake of ours"),
+    ],
+)
+def test_errors_of_the_device_are_told_apart(toy, monkeypatch, raised, expected, message):
+    engine = load(toy)
+
+    def fail(batch):
+        raise raised
+
+    monkeypatch.setattr(engine, "_network", fail)
+    with pytest.raises(expected, match=re.escape(message)):
+        engine.embed([TokenSequence(np.ones(30, dtype=np.int32), 0)])
+    if expected is not RuntimeError:
+        with pytest.raises(DeviceError, match="expected cpu to compute 512 tokens; got:"):
+            engine.warm_up(0.01)
+
+
+def test_warm_up_finds_how_many_tokens_take_the_time_that_a_batch_may_take(toy, monkeypatch):
+    engine = load(toy)
+    assert engine.warm_up(1e-6) == 512
+    assert engine.warm_up(1e6) == 65536
+
+    def only_small(sequences):
+        if len(sequences) > 8:
+            raise OutOfDeviceMemory("too much")
+        return np.zeros((len(sequences), 64), dtype=np.float32)
+
+    monkeypatch.setattr(engine, "embed", only_small)
+    assert engine.warm_up(1e6) == 1024
 
 
 def test_progress_of_a_long_load_is_logged(toy, monkeypatch, caplog):

@@ -15,7 +15,10 @@ while [[ -z $asked ]]; do
   started=$SECONDS
   "$@" &
   child=$!
-  while kill -0 "$child" 2>/dev/null; do  # a signal cuts wait short
+  if [[ -n $asked ]]; then end; fi  # asked for between the test above and the start
+  wait "$child"
+  code=$?
+  while kill -0 "$child" 2>/dev/null; do  # a signal cut wait short
     wait "$child"
     code=$?
   done

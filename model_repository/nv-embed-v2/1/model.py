@@ -58,9 +58,9 @@ class TritonPythonModel:
                 max_sequence_tokens=config.max_sequence_tokens,
             )
             engines = [Engine.load(folder, checkpoint, device=device, dtype=config.dtype) for device in config.device]
-        except StartupError as error:
+            measured = min(engine.warm_up(config.target_batch_milliseconds / 1000) for engine in engines)
+        except (StartupError, OSError) as error:  # OSError: a file that this user may not read, say; it names the file
             raise pb_utils.TritonModelException(f"the server does not start: {error}") from None
-        measured = min(engine.warm_up(config.target_batch_milliseconds / 1000) for engine in engines)
         self._request_limits = RequestLimits(config.max_request_documents, config.max_request_bytes)
         batch_limits = BatchLimits(
             max_batch_tokens=config.max_batch_tokens or measured,

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import heapq
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
 from queue import SimpleQueue
@@ -40,7 +41,7 @@ from nv_embed.vector_cache import VectorCache
 logger = logging.getLogger(__name__)
 
 # A request is tokenized in slices of about this much, in turn with the others, so that none waits for a huge one.
-_SLICE_CHARACTERS = 256 * 1024
+_SLICE_CHARACTERS = 64 * 1024
 
 Vector: TypeAlias = npt.NDArray[np.float32]  # [dim]
 Embed: TypeAlias = Callable[[Sequence[TokenSequence]], npt.NDArray[np.float32]]
@@ -97,6 +98,7 @@ class _Job:
     num_tokens: int = 0
     embeddings: npt.NDArray[np.float32] | None = None  # allocated with the first row, which knows the dimension
     num_missing: int = 0  # rows not there yet
+    num_queue_tokens: int = 0  # its share of what waits to be computed
     is_started: bool = False
     is_finished: bool = False
 
@@ -109,6 +111,7 @@ class _Computation:
     key: bytes
     rows: list[tuple[_Job, int]] = field(default_factory=list)
     is_waiting: bool = True
+    tag: float = math.inf  # its place in the queue
 
     @property
     def is_wanted(self) -> bool:
@@ -142,7 +145,9 @@ class Batcher:
         self._metrics = Recorder()
         self._query_flow = Flow(limits.query_weight)
         self._changed = Condition()  # its lock guards everything below
-        self._untokenized: deque[_Job] = deque()
+        # Queries first: tokenizing one takes no time, but a slice of each large request before it would.
+        self._untokenized_queries: deque[_Job] = deque()
+        self._untokenized_documents: deque[_Job] = deque()
         self._queue: FairQueue[_Computation] = FairQueue()
         self._in_flight: dict[bytes, _Computation] = {}  # waiting or being computed
         self._cache = VectorCache(limits.cache_bytes)
@@ -173,7 +178,7 @@ class Batcher:
                     job, Unavailable(f"expected at most {limit} bytes of text to wait; {waiting}; retry later")
                 )
             else:
-                self._untokenized.append(job)
+                (self._untokenized_queries if request.is_query else self._untokenized_documents).append(job)
                 self._num_queue_bytes += request.num_bytes
                 self._add_deadline(job, self._limits.max_queue_seconds, "max_queue_milliseconds")
                 if request.timeout_seconds is not None:
@@ -198,18 +203,19 @@ class Batcher:
     def _tokenize_loop(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._untokenized or self._is_stopping)
+                while not (self._untokenized_queries or self._untokenized_documents or self._is_stopping):
+                    self._changed.wait(self._expire())
                 if self._is_stopping:
                     return
                 self._expire()
-                job = self._untokenized.popleft()
+                job = (self._untokenized_queries or self._untokenized_documents).popleft()
             is_complete = self._tokenize_slice(job)
             with self._changed:
                 if is_complete:
                     self._num_queue_bytes -= job.request.num_bytes
                     self._admit(job)
                 else:
-                    self._untokenized.append(job)
+                    self._untokenized_documents.append(job)  # a query is always one slice
 
     def _tokenize_slice(self, job: _Job) -> bool:
         """Returns whether nothing is left to tokenize."""
@@ -252,7 +258,7 @@ class Batcher:
             self._finish(job, Unavailable(f"expected at most {limit} tokens to wait; {waiting}; retry later"))
             return
         job.num_missing = len(job.computations)
-        for index, own in enumerate(job.computations):
+        for index, own in enumerate(list(job.computations)):
             if (vector := self._cache.get(own.key)) is not None:
                 self._metrics.add(Metric.TEXTS, source="cached")
                 self._fill(job, index, vector)
@@ -260,13 +266,13 @@ class Batcher:
             computation = self._in_flight.setdefault(own.key, own)
             computation.rows.append((job, index))
             job.computations[index] = computation
-            num_tokens = computation.sequence.num_tokens
-            if computation is own:
-                self._num_queue_tokens += num_tokens
-            else:
+            if computation is not own:
                 self._metrics.add(Metric.TEXTS, source="coalesced")
-            if computation.is_waiting:  # again for one that waits already: this job may be ahead of the first
-                self._queue.push(computation, job.flow, num_tokens)
+            if computation.is_waiting:  # also for one that is queued: this job may be ahead of the others
+                num_tokens = computation.sequence.num_tokens
+                computation.tag = self._queue.push(computation, job.flow, num_tokens, before=computation.tag)
+                job.num_queue_tokens += num_tokens
+                self._num_queue_tokens += num_tokens
         self._changed.notify_all()
 
     # --- computing --------------------------------------------------------------------------------------
@@ -294,16 +300,17 @@ class Batcher:
 
     def _take(self) -> list[_Computation]:
         """The next batch. The lock is held."""
-        taken = self._queue.take(
+        batch = self._queue.take(
             self._limits.max_batch_tokens, lambda computation: computation.is_waiting and computation.is_wanted
         )
-        batch = list(dict.fromkeys(taken))  # one that was queued for two jobs may have come twice
         now = time.monotonic()
         for computation in batch:
             computation.is_waiting = False
-            self._num_queue_tokens -= computation.sequence.num_tokens
             for job, _ in computation.rows:
                 job.is_started = True
+                if not job.is_finished:
+                    job.num_queue_tokens -= computation.sequence.num_tokens
+                    self._num_queue_tokens -= computation.sequence.num_tokens
         if batch:
             oldest = min(job.arrived for computation in batch for job, _ in computation.rows)
             self._metrics.observe(Metric.QUEUE_SECONDS, now - oldest)
@@ -316,17 +323,12 @@ class Batcher:
         except DeviceLost:
             raise  # no batch can succeed any more; ends this thread, and with it the server
         except OutOfDeviceMemory as error:
-            if len(batch) == 1:
-                self._fail(batch[0], OutOfDeviceMemory(f"{error}; shorten the text"))
-                return
-            self._metrics.add(Metric.OUT_OF_MEMORY)
-            logger.warning("%s; computing them in halves", error)
-            self._compute(embed, batch[: len(batch) // 2])
-            self._compute(embed, batch[len(batch) // 2 :])
+            out_of_memory = str(error)
         except Exception:
             logger.exception("computing a batch of %d texts failed", len(batch))
             for computation in batch:
                 self._fail(computation, ComputeFailed("computing this request failed; the server's log says why"))
+            return
         else:
             self._metrics.observe(Metric.COMPUTE_SECONDS, time.monotonic() - started)
             self._metrics.observe(Metric.BATCH_TOKENS, num_tokens)
@@ -335,16 +337,26 @@ class Batcher:
             self._metrics.add(Metric.TEXTS, len(batch), source="computed")
             for computation, vector in zip(batch, embeddings, strict=True):
                 self._deliver(computation, vector)
+            return
+        # Only here is the error gone, and with it the tensors of the failed batch that its stack kept alive.
+        if len(batch) == 1:
+            self._fail(batch[0], OutOfDeviceMemory(f"expected texts that fit on the device; got {out_of_memory}"))
+            return
+        self._metrics.add(Metric.OUT_OF_MEMORY)
+        logger.warning("%s; computing them in halves", out_of_memory)
+        self._compute(embed, batch[: len(batch) // 2])
+        self._compute(embed, batch[len(batch) // 2 :])
 
     def _deliver(self, computation: _Computation, vector: Vector) -> None:
         if not np.isfinite(vector).all():
-            self._fail(computation, ComputeFailed("the network's output for a text is not finite"))
+            self._fail(computation, ComputeFailed("expected finite numbers from the network; got others for a text"))
             return
         with self._changed:
             del self._in_flight[computation.key]
             self._cache.put(computation.key, vector)
             for job, index in computation.rows:
                 self._fill(job, index, vector)
+            computation.rows.clear()  # rows and jobs refer to each other
 
     def _fill(self, job: _Job, index: int, vector: Vector) -> None:
         """Give a job one of its rows. The lock is held."""
@@ -363,12 +375,12 @@ class Batcher:
             del self._in_flight[computation.key]
             for job, _ in computation.rows:
                 self._finish(job, error)
+            computation.rows.clear()
 
     def _drop(self, computation: _Computation) -> None:
         """Forget a computation that nobody wants any more. The lock is held."""
-        if computation.is_waiting:
-            computation.is_waiting = False
-            self._num_queue_tokens -= computation.sequence.num_tokens
+        computation.is_waiting = False
+        computation.rows.clear()
         del self._in_flight[computation.key]
         self._metrics.add(Metric.DROPPED_TEXTS)
 
@@ -381,14 +393,17 @@ class Batcher:
                 return
             job.is_finished = True
             self._jobs.remove(job)
+            self._num_queue_tokens -= job.num_queue_tokens
             if isinstance(outcome, RequestError):
-                for computation in job.computations:
+                for computation in dict.fromkeys(job.computations):  # distinct, for one text may come many times
                     if computation.is_waiting and computation.rows and not computation.is_wanted:
                         self._drop(computation)
             kind = "query" if job.request.is_query else "documents"
             self._metrics.add(Metric.REQUESTS, kind=kind, outcome=_outcome_name(outcome))
             self._metrics.add(Metric.REQUEST_SECONDS, time.monotonic() - job.arrived, kind=kind)
             self._outbox.put(partial(job.reply.send, outcome))
+            # A deadline may keep the job itself for a while; what is large goes now.
+            job.computations, job.embeddings, job.request = [], None, replace(job.request, texts=())
 
     def _answer_loop(self) -> None:
         while (send := self._outbox.get()) is not None:
@@ -401,18 +416,25 @@ class Batcher:
                 self._on_fatal()
             self._metrics.add(Metric.ANSWER_SECONDS, time.monotonic() - started)
             if self._outbox.empty():
-                self._metrics.set(Metric.QUEUE_TOKENS, self._num_queue_tokens)
-                self._metrics.set(Metric.QUEUE_BYTES, self._num_queue_bytes)
-                self._metrics.set(Metric.CACHE_BYTES, self._cache.num_bytes)
-                self._publish(self._metrics.take())
+                self._publish_metrics()
+        self._publish_metrics()
+
+    def _publish_metrics(self) -> None:
+        self._metrics.set(Metric.QUEUE_TOKENS, self._num_queue_tokens)
+        self._metrics.set(Metric.QUEUE_BYTES, self._num_queue_bytes)
+        self._metrics.set(Metric.CACHE_BYTES, self._cache.num_bytes)
+        self._publish(self._metrics.take())
 
     # --- deadlines --------------------------------------------------------------------------------------
 
     def _add_deadline(self, job: _Job, seconds: float, name: str) -> None:
+        if len(self._deadlines) > 1000 + 4 * len(self._jobs):  # far deadlines of jobs long finished
+            self._deadlines = [deadline for deadline in self._deadlines if not deadline[2].is_finished]
+            heapq.heapify(self._deadlines)
         heapq.heappush(self._deadlines, (job.arrived + seconds, next(self._deadline_numbers), job, name))
 
-    def _expire(self) -> None:
-        """Answer jobs whose time is over. The lock is held. Called before every batch and slice: often enough."""
+    def _expire(self) -> float | None:
+        """Answer jobs whose time is over; returns the seconds until the next one's, if any. The lock is held."""
         now = time.monotonic()
         while self._deadlines and self._deadlines[0][0] <= now:
             _, _, job, name = heapq.heappop(self._deadlines)
@@ -420,6 +442,7 @@ class Batcher:
                 continue
             waited = round(1000 * (now - job.arrived))
             self._finish(job, Unavailable(f"expected an answer within {name}; got none in {waited} ms; retry later"))
+        return min(self._deadlines[0][0] - now, 3600.0) if self._deadlines else None  # waiting has a limit of its own
 
     # --- the end ----------------------------------------------------------------------------------------
 

@@ -12,6 +12,8 @@ from typing import Any
 from nv_embed.errors import CheckpointError, ConfigError
 
 ENVIRONMENT_PREFIX = "NV_EMBED_"
+# Kubernetes adds such variables to every pod beside a Service whose name begins with nv-embed.
+_KUBERNETES_VARIABLE = re.compile(r"NV_EMBED_(.*_)?(SERVICE_HOST|SERVICE_PORT|PORT)(_.*)?")
 # Triton's Python backend reads these from the same place; by its convention they are in capitals.
 _TRITON_PARAMETERS = {"EXECUTION_ENV_PATH", "FORCE_CPU_ONLY_INPUT_TENSORS"}
 
@@ -29,6 +31,9 @@ def _devices(value: str) -> tuple[str, ...]:
     devices = tuple(part.strip() for part in value.split(","))
     if not all(re.fullmatch(r"cpu|cuda:\d+", device) for device in devices):
         raise ValueError("'cpu', 'cuda:N' or several of them, separated by commas")
+    gpus = [device for device in devices if device != "cpu"]
+    if len(set(gpus)) < len(gpus):
+        raise ValueError("each 'cuda:N' once")
     return devices
 
 
@@ -87,11 +92,15 @@ class ServingConfig:
         values: dict[str, Any] = {}
         for name in parameters:
             if name not in names and name not in _TRITON_PARAMETERS:
-                raise ConfigError(f"unknown parameter {name!r} in config.pbtxt; known: {', '.join(names)}")
+                known = ", ".join(names)
+                raise ConfigError(
+                    f"unknown parameter {name!r} in config.pbtxt; remove it or correct it; known: {known}"
+                )
         for variable in environ:
-            if variable.startswith(ENVIRONMENT_PREFIX) and variable not in variables.values():
+            ours = variable.startswith(ENVIRONMENT_PREFIX) and not _KUBERNETES_VARIABLE.fullmatch(variable)
+            if ours and variable not in variables.values():
                 known = ", ".join(variables.values())
-                raise ConfigError(f"unknown environment variable {variable}; known: {known}")
+                raise ConfigError(f"unknown environment variable {variable}; unset it or correct it; known: {known}")
         for name, variable in variables.items():
             source = variable if variable in environ else f"parameter {name!r} in config.pbtxt"
             value = environ.get(variable, parameters.get(name))
@@ -196,7 +205,7 @@ class CheckpointConfig:
         for keys, required in _REQUIRED.items():
             if (found := _get(raw, keys)) != required:
                 raise CheckpointError(f"{'.'.join(keys)}: only {required!r} is supported; got {found!r}")
-        latent = _LATENT_DEFAULTS | raw.get("latent_attention_config", {})
+        latent = _LATENT_DEFAULTS | (raw.get("latent_attention_config") or {})
         hidden_size = _number(raw, "hidden_size")
         num_heads = _number(raw, "num_attention_heads")
         for name, required in (

@@ -71,13 +71,20 @@ class Engine:
         try:
             return self._network(pack(sequences, self._device)).cpu().numpy()  # type: ignore[no-any-return]
         except torch.OutOfMemoryError:
-            num_tokens = sum(sequence.num_tokens for sequence in sequences)
-            raise OutOfDeviceMemory(f"{num_tokens} tokens do not fit in the memory of {self._device}") from None
-        except torch.AcceleratorError as error:  # CUDA errors other than memory are for ever, until the process ends
-            raise DeviceLost(f"{self._device} failed") from error
+            raise OutOfDeviceMemory(_too_many(sequences, self._device)) from None
+        except torch.AcceleratorError as error:  # for ever, until the process ends
+            raise DeviceLost(f"{self._device} failed; the server must restart") from error
+        except RuntimeError as error:
+            if "DefaultCPUAllocator" not in str(error):  # torch has no type of its own for want of memory on a CPU
+                raise
+            raise OutOfDeviceMemory(_too_many(sequences, self._device)) from None
 
     def warm_up(self, target_seconds: float) -> int:
-        """Bring the first real request to full speed, and return how many tokens take about `target_seconds`."""
+        """Bring the first real request to full speed, and return how many tokens take about `target_seconds`.
+
+        Raises:
+            DeviceError: the device computes nothing, or has no memory for it beside the weights.
+        """
         sequence = TokenSequence(np.ones(_WARM_UP_SEQUENCE_TOKENS, dtype=np.int32), 0)
 
         def measure(num_tokens: int) -> float:
@@ -89,9 +96,12 @@ class Engine:
                 seconds.append(time.monotonic() - started)
             return min(seconds)
 
-        self.embed([sequence])
         num_tokens = _MIN_BATCH_TOKENS
-        seconds = measure(num_tokens)
+        try:
+            self.embed([sequence])
+            seconds = measure(num_tokens)
+        except (OutOfDeviceMemory, DeviceLost) as error:
+            raise DeviceError(f"expected {self._device} to compute {num_tokens} tokens; got: {error}") from None
         largest = _MAX_BATCH_TOKENS
         while seconds < target_seconds / 2 and 2 * num_tokens <= largest:
             try:
@@ -106,6 +116,10 @@ class Engine:
             self._device, num_tokens / seconds, fitting, 1000 * fitting * seconds / num_tokens,
         )  # fmt: skip
         return fitting
+
+
+def _too_many(sequences: Sequence[TokenSequence], device: torch.device) -> str:
+    return f"{sum(sequence.num_tokens for sequence in sequences)} tokens, which the memory of {device} does not hold"
 
 
 def _existing_device(name: str) -> torch.device:

@@ -9,6 +9,7 @@ request, passes the backlog of a large one at once; the large one keeps moving; 
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
@@ -26,7 +27,7 @@ class Flow:
 
 
 class FairQueue(Generic[Item]):
-    """Items of known cost in tokens, in fair order. Not thread-safe: its owner holds a lock."""
+    """Hashable items of known cost in tokens, in fair order. Not thread-safe: its owner holds a lock."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, int, Item]] = []
@@ -36,26 +37,33 @@ class FairQueue(Generic[Item]):
     def __len__(self) -> int:
         return len(self._heap)
 
-    def push(self, item: Item, flow: Flow, num_tokens: int) -> None:
-        """Add an item that costs `num_tokens`."""
-        flow.last_tag = max(self._virtual_time, flow.last_tag) + num_tokens / flow.weight
-        heapq.heappush(self._heap, (flow.last_tag, next(self._arrivals), num_tokens, item))
+    def push(self, item: Item, flow: Flow, num_tokens: int, before: float = math.inf) -> float:
+        """Add an item that costs `num_tokens`, unless its tag would not be below `before`; returns the lower of both.
+
+        An item may so be queued again, for another flow that is ahead of the first. It is taken once.
+        """
+        tag = max(self._virtual_time, flow.last_tag) + num_tokens / flow.weight
+        if tag >= before:
+            return before
+        flow.last_tag = tag
+        heapq.heappush(self._heap, (tag, next(self._arrivals), num_tokens, item))
+        return tag
 
     def take(self, max_tokens: int, is_wanted: Callable[[Item], bool]) -> list[Item]:
         """Remove the next items of at most `max_tokens` together; a single larger one comes alone.
 
         Items that are no longer wanted are dropped on the way.
         """
-        taken: list[Item] = []
+        taken: dict[Item, None] = {}
         while self._heap:
             tag, _, num_tokens, item = self._heap[0]
-            if not is_wanted(item):
+            if item in taken or not is_wanted(item):
                 heapq.heappop(self._heap)
                 continue
             if taken and num_tokens > max_tokens:
                 break
             heapq.heappop(self._heap)
             self._virtual_time = tag
-            taken.append(item)
+            taken[item] = None
             max_tokens -= num_tokens
-        return taken
+        return list(taken)

@@ -16,6 +16,7 @@ from nv_embed.errors import CheckpointError, InvalidRequest
 
 # How a text is tokenized near a cut can depend on what was cut off, but not from this many characters away.
 _CUT_MARGIN_CHARACTERS = 4096
+_MAX_CACHED_INSTRUCTION_CHARACTERS = 4096  # clients choose instructions; what they choose must not fill memory
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,7 +76,7 @@ class Tokenizer:
         self.max_sequence_tokens = max_sequence_tokens
         # Cutting a huge text before tokenizing it bounds time and memory; what is cut could not be reached.
         self._max_characters = max_sequence_tokens * max(map(len, vocabulary)) + _CUT_MARGIN_CHARACTERS
-        self._num_masked = lru_cache(maxsize=1024)(self._count_instruction_tokens)
+        self._cached_num_instruction_tokens = lru_cache(maxsize=1024)(self._num_instruction_tokens)
 
     def encode(
         self, texts: Sequence[str], instruction: str, *, truncate: bool = True, first_index: int = 0
@@ -94,7 +95,9 @@ class Tokenizer:
             InvalidRequest: a text is too long and may not be cut, or nothing of it would be left to pool.
         """
         limit = self.max_sequence_tokens
-        num_masked = self._num_masked(instruction)
+        is_usual = len(instruction) <= _MAX_CACHED_INSTRUCTION_CHARACTERS
+        count = self._cached_num_instruction_tokens if is_usual else self._num_instruction_tokens
+        num_masked = count(instruction)
         inputs = [self._cut(instruction + text) + "</s>" for text in texts]
         sequences = []
         for index, encoding in enumerate(self._tokenizer.encode_batch_fast(inputs), start=first_index):
@@ -120,7 +123,8 @@ class Tokenizer:
     def _cut(self, text: str) -> str:
         return text[: self._max_characters]
 
-    def _count_instruction_tokens(self, instruction: str) -> int:
+    def _num_instruction_tokens(self, instruction: str) -> int:
         # Tokenized alone, although beside a text its last token may merge with the text's first: the original does
         # the same, and its vectors depend on it.
-        return len(self._tokenizer.encode(self._cut(instruction), add_special_tokens=False).ids)
+        (encoding,) = self._tokenizer.encode_batch_fast([self._cut(instruction)], add_special_tokens=False)
+        return len(encoding.ids)

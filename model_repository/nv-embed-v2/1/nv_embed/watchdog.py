@@ -49,7 +49,8 @@ class Watchdog:
 
     def ask_for_restart(self) -> None:
         """Have the server ended although this process lives: it is beyond repair, or owes an answer it cannot give."""
-        self._say(_HELP)
+        if not self._say(_HELP):
+            os.kill(os.getppid(), signal.SIGTERM)
 
     def stop(self) -> None:
         """Say goodbye; the server goes on without a watchdog. Does not wait: it may be waiting for the server."""
@@ -61,12 +62,15 @@ class Watchdog:
         while not self._is_over.wait(_BEAT_SECONDS):
             self._say(_BEAT)
 
-    def _say(self, word: bytes) -> None:
+    def _say(self, word: bytes) -> bool:
+        """Returns whether the watchdog is still there."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(word)
+            return True
         except BrokenPipeError:  # somebody killed the watchdog; that is no reason to stop serving
             self._is_over.set()
+            return False
 
 
 def watch(pipe: int, server: int) -> str | None:

@@ -1,0 +1,56 @@
+"""Client of NV-Embed-v2 behind NVIDIA Triton.
+
+    from nv_embed_client import NVEmbedClient
+
+    with NVEmbedClient("localhost:8001") as client:
+        scores = client.embed_query("...") @ client.embed_documents(["...", "..."]).T
+
+Adapters are modules of their own, each with an extra of the same name: `nv_embed_client.langchain`,
+`nv_embed_client.llama_index`, `nv_embed_client.gateway`.
+"""
+
+from nv_embed_client.async_client import AsyncNVEmbedClient
+from nv_embed_client.client import NVEmbedClient
+from nv_embed_client.connection import TLS
+from nv_embed_client.encoder import NVEmbedEncoder
+from nv_embed_client.errors import (
+    AccessDenied,
+    ClientClosed,
+    DeadlineExceeded,
+    Failure,
+    InvalidInput,
+    ModelNotFound,
+    NVEmbedError,
+    PartialFailure,
+    ServerFailure,
+    Unavailable,
+)
+from nv_embed_client.instructions import DOCUMENT_INSTRUCTIONS, QUERY_INSTRUCTION, TASK_INSTRUCTIONS, instruction_of
+from nv_embed_client.retry import RetryPolicy
+from nv_embed_client.wire import EmbedResult
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "NVEmbedClient",
+    "AsyncNVEmbedClient",
+    "NVEmbedEncoder",
+    "EmbedResult",
+    "RetryPolicy",
+    "TLS",
+    "QUERY_INSTRUCTION",
+    "TASK_INSTRUCTIONS",
+    "DOCUMENT_INSTRUCTIONS",
+    "instruction_of",
+    "NVEmbedError",
+    "InvalidInput",
+    "AccessDenied",
+    "ModelNotFound",
+    "Unavailable",
+    "DeadlineExceeded",
+    "ServerFailure",
+    "ClientClosed",
+    "PartialFailure",
+    "Failure",
+    "__version__",
+]

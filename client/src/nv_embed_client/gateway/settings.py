@@ -1,0 +1,35 @@
+"""What the operator of a gateway decides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from nv_embed_client.connection import TLS, Connection
+from nv_embed_client.core import DEFAULT_MODEL_NAME, DEFAULT_URL
+from nv_embed_client.errors import InvalidInput
+
+
+@dataclass(frozen=True, slots=True)
+class GatewaySettings:
+    """Everything but where the gateway itself listens."""
+
+    triton_url: str = DEFAULT_URL
+    triton_tls: TLS | None = None
+    triton_headers: dict[str, str] = field(default_factory=dict, repr=False)
+    model_name: str = DEFAULT_MODEL_NAME
+    api_key: str | None = field(default=None, repr=False)  # None: anybody may ask
+    request_timeout_seconds: float = 60.0  # from the parsed request to the last vector
+    max_body_bytes: int = 16 * 2**20
+    max_inputs: int = 2048  # as the OpenAI API has it
+
+    def __post_init__(self) -> None:
+        Connection(self.triton_url, self.model_name, self.triton_tls, self.triton_headers)  # raises what is wrong
+        for name in ("request_timeout_seconds", "max_body_bytes", "max_inputs"):
+            if not getattr(self, name) > 0:
+                raise InvalidInput.of(
+                    expected=f"{name} of more than 0", got=str(getattr(self, name)), remedy="correct it"
+                )
+        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable() and self.api_key):
+            raise InvalidInput.of(
+                expected="an API key of printable ASCII characters", got="another", remedy="make a new key"
+            )

@@ -1,0 +1,210 @@
+"""One call of any number of texts: cuts it into requests, takes their outcomes, puts the arrays together. No I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sized
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from tqdm.auto import tqdm
+
+from nv_embed_client import flow
+from nv_embed_client.chunking import Chunk, Chunker, utf8
+from nv_embed_client.errors import Failure, InvalidInput, NVEmbedError, PartialFailure
+from nv_embed_client.flow import Deadline, Flow
+from nv_embed_client.instructions import QUERY_INSTRUCTION
+from nv_embed_client.retry import RetryPolicy
+from nv_embed_client.wire import EmbedResult, InferRequest
+
+InputType: TypeAlias = Literal["query", "passage"]
+Truncate: TypeAlias = Literal["END", "NONE"]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What a caller asks for, beside the texts."""
+
+    input_type: InputType
+    instruction: str | None  # None: the server's own for a query, nothing for a passage
+    truncate: Truncate
+    with_token_counts: bool
+    progress: bool
+    timeout_seconds: float | None  # for the whole call
+
+    def __post_init__(self) -> None:
+        if self.input_type not in ("query", "passage"):
+            raise InvalidInput.of(
+                expected="'query' or 'passage' as input_type", got=repr(self.input_type), remedy="correct it"
+            )
+        if self.truncate not in ("END", "NONE"):
+            raise InvalidInput.of(
+                expected="'END' or 'NONE' as truncate",
+                got=repr(self.truncate),
+                remedy="'END' cuts a text that is too long, 'NONE' has it refused",
+            )
+        try:
+            (self.instruction or "").encode()
+        except UnicodeEncodeError as error:
+            raise InvalidInput.of(
+                expected="valid Unicode as instruction",
+                got=f"an unpaired surrogate at position {error.start}",
+                remedy="correct it",
+            ) from None
+        if self.timeout_seconds is not None and not self.timeout_seconds > 0:
+            raise InvalidInput.of(
+                expected="a timeout of more than 0 seconds",
+                got=str(self.timeout_seconds),
+                remedy="leave it out for the client's default",
+            )
+
+    def request(self, texts: tuple[bytes, ...]) -> InferRequest:
+        """The request of one chunk."""
+        parameters: dict[str, str] = {} if self.truncate == "END" else {"truncate": self.truncate}
+        instruction, input_name = self.instruction, "documents"
+        if self.input_type == "query":
+            if len(texts) == 1:
+                input_name = "query"
+            elif instruction is None:
+                # The server takes one `query` a request; documents with its instruction get the same vectors.
+                instruction = QUERY_INSTRUCTION
+        if instruction is not None:
+            parameters["instruction"] = instruction
+        return InferRequest(input_name, texts, parameters, self.with_token_counts)
+
+    def instruction_bytes(self) -> int:
+        """What each text counts beside its own bytes."""
+        if self.instruction is not None:
+            return len(self.instruction.encode())
+        return len(QUERY_INSTRUCTION) if self.input_type == "query" else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much of a call goes into one request, and how long that may take."""
+
+    max_texts_per_request: int
+    max_bytes_per_request: int
+    request_timeout_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Embedded:
+    indices: tuple[int, ...]
+    result: EmbedResult
+
+
+Outcome: TypeAlias = _Embedded | Failure
+
+
+class Job:
+    """The texts of one call on their way. Used by one thread or task; only its flows may run elsewhere."""
+
+    def __init__(self, texts: Iterable[str], call: Call, limits: Limits, retry: RetryPolicy) -> None:
+        """
+        Raises:
+            InvalidInput: `texts` is a single str.
+        """
+        if isinstance(texts, str | bytes):
+            raise InvalidInput.of(
+                expected="an iterable of texts", got=f"one {type(texts).__name__}", remedy="put it into a list"
+            )
+        self._texts = texts
+        self._call = call
+        self._limits = limits
+        self._retry = retry
+        self._deadline = None if call.timeout_seconds is None else Deadline.after(call.timeout_seconds)
+        self._num_texts = 0  # taken from the caller
+        self._complete = False
+        self._given_up = False
+        self._embedded: list[_Embedded] = []
+        self._failures: list[Failure] = []
+        self._bar: Any = None  # even a disabled one starts a thread
+        if call.progress:
+            self._bar = tqdm(total=len(texts) if isinstance(texts, Sized) else None, unit=" texts")
+
+    def chunks(self) -> Iterator[Chunk]:
+        """The requests to send, as the caller's texts come. Ends early when the server is gone."""
+        chunker = Chunker(
+            max_texts=self._limits.max_texts_per_request,
+            max_bytes=self._limits.max_bytes_per_request,
+            instruction_bytes=self._call.instruction_bytes(),
+        )
+        for index, text in enumerate(self._texts):
+            self._num_texts = index + 1
+            try:
+                chunk = chunker.add(index, utf8(text, index))
+            except InvalidInput as error:
+                self.record([Failure((index,), error)])
+                continue
+            if chunk is not None:
+                yield chunk
+            if self._given_up:
+                # What has gathered since is not worth a request that will fail as well.
+                if (unsent := chunker.rest()) is not None:
+                    self.record([Failure(unsent.indices, self._failures[0].error)])
+                return
+        self._complete = True
+        if (chunk := chunker.rest()) is not None:
+            yield chunk
+
+    def flow(self, chunk: Chunk) -> Flow[list[Outcome]]:
+        """One request, from the first attempt to what became of each text. Raises no `NVEmbedError`."""
+        deadline = Deadline.after(self._limits.request_timeout_seconds).earlier(self._deadline)
+        return self._embed(chunk, deadline)
+
+    def _embed(self, chunk: Chunk, deadline: Deadline) -> Flow[list[Outcome]]:
+        try:
+            result = yield from flow.embed(self._call.request(chunk.texts), deadline, self._retry)
+        except InvalidInput as error:
+            # With NONE one long text has its whole request refused: find it, so that the others get through.
+            if self._call.truncate == "NONE" and len(chunk.texts) > 1:
+                left, right = chunk.halves()
+                return (yield from self._embed(left, deadline)) + (yield from self._embed(right, deadline))
+            return [Failure(chunk.indices, InvalidInput(chunk.renumbered(str(error))))]
+        except NVEmbedError as error:
+            return [Failure(chunk.indices, error)]
+        return [_Embedded(chunk.indices, result)]
+
+    def record(self, outcomes: list[Outcome]) -> None:
+        """Take what a flow returned."""
+        for outcome in outcomes:
+            if self._bar is not None:
+                self._bar.update(len(outcome.indices))
+            if isinstance(outcome, _Embedded):
+                self._embedded.append(outcome)
+            else:
+                self._failures.append(outcome)
+                # Bad input spoils its own texts only; after anything else the next request would fail as well.
+                if not isinstance(outcome.error, InvalidInput):
+                    self._given_up = True
+
+    def close(self) -> None:
+        """The call is over, whatever came of it."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def result(self) -> EmbedResult | None:
+        """All arrays in input order; None when there were no texts.
+
+        Raises:
+            PartialFailure: some texts have embeddings and others do not.
+            NVEmbedError: the one error, when no text has an embedding.
+        """
+        if self._failures and not self._embedded:
+            raise self._failures[0].error
+        if not self._embedded:
+            return None
+        dimension = self._embedded[0].result.embeddings.shape[1]
+        embeddings: npt.NDArray[np.float32] = np.full((self._num_texts, dimension), np.nan, np.float32)
+        token_counts = np.zeros(self._num_texts, np.int32) if self._call.with_token_counts else None
+        while self._embedded:  # popped, so that each reply is freed as it is copied
+            part = self._embedded.pop()
+            rows = list(part.indices)
+            embeddings[rows] = part.result.embeddings
+            if token_counts is not None and part.result.token_counts is not None:
+                token_counts[rows] = part.result.token_counts
+        if self._failures:
+            raise PartialFailure(embeddings, self._failures, complete=self._complete)
+        return EmbedResult(embeddings, token_counts)

@@ -1,0 +1,144 @@
+"""Everything that is not I/O, driven by hand."""
+
+import pytest
+from nv_embed_client import (
+    AccessDenied,
+    DeadlineExceeded,
+    InvalidInput,
+    ModelNotFound,
+    NVEmbedClient,
+    RetryPolicy,
+    ServerFailure,
+    Unavailable,
+    flow,
+)
+from nv_embed_client.chunking import Chunk, Chunker
+from nv_embed_client.flow import Deadline, Send, Sleep
+from nv_embed_client.wire import InferRequest, error_of
+from tritonclient.utils import InferenceServerException
+
+REQUEST = InferRequest("query", (b"text",), {}, False)
+DRAINING = "Request for unknown model: 'nv-embed-v2' has no available versions"
+
+
+def raw(code, message="message"):
+    return InferenceServerException(message, f"StatusCode.{code}")
+
+
+def attempts_and_error(code, message="message", policy=None, seconds=1000.0):
+    """Answers every attempt with the same failure; gives the pauses and how it ends."""
+    steps = flow.embed(REQUEST, Deadline.after(seconds), policy or RetryPolicy())
+    pauses = []
+    step = next(steps)
+    while True:
+        assert isinstance(step, Send)
+        assert step.timeout_seconds <= seconds
+        try:
+            pause = steps.throw(raw(code, message))
+        except Exception as error:
+            return pauses, error
+        assert isinstance(pause, Sleep)
+        pauses.append(pause.seconds)
+        step = steps.send(None)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [("UNAVAILABLE", "queue is full"), ("NOT_FOUND", DRAINING), ("CANCELLED", "server is stopping")],
+)
+def test_a_busy_or_draining_server_is_asked_again_with_growing_pauses(code, message):
+    pauses, error = attempts_and_error(code, message)
+    assert len(pauses) == RetryPolicy().max_attempts - 1
+    for number, pause in enumerate(pauses):
+        full = min(0.1 * 2**number, 5.0)
+        assert full / 2 <= pause <= full
+    assert isinstance(error, Unavailable)
+    assert "attempt 8" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("code", "message", "kind"),
+    [
+        ("INVALID_ARGUMENT", "bad", InvalidInput),
+        ("NOT_FOUND", "Request for unknown model: 'x' is not found", ModelNotFound),
+        ("UNAVAILABLE", "This protocol is restricted, expecting header 'key'", AccessDenied),
+        ("PERMISSION_DENIED", "no", AccessDenied),
+        ("DEADLINE_EXCEEDED", "Deadline Exceeded", DeadlineExceeded),
+        ("INTERNAL", "broken", ServerFailure),
+    ],
+)
+def test_what_asking_again_does_not_mend_is_asked_once(code, message, kind):
+    pauses, error = attempts_and_error(code, message)
+    assert pauses == []
+    assert type(error) is kind
+
+
+def test_no_pause_reaches_past_the_deadline():
+    pauses, error = attempts_and_error(
+        "UNAVAILABLE", policy=RetryPolicy(first_pause_seconds=5, max_pause_seconds=5), seconds=1.0
+    )
+    assert pauses == []
+    assert isinstance(error, Unavailable)
+
+
+def test_a_request_without_time_left_is_not_sent():
+    with pytest.raises(DeadlineExceeded, match="longer timeout"):
+        next(flow.embed(REQUEST, Deadline.after(-1), RetryPolicy()))
+
+
+def test_one_attempt_is_a_policy_too():
+    assert attempts_and_error("UNAVAILABLE", policy=RetryPolicy(max_attempts=1))[0] == []
+
+
+def test_an_error_without_a_code_is_the_servers():
+    assert type(error_of(InferenceServerException("strange"))) is ServerFailure
+
+
+def chunked(texts, **limits):
+    chunker = Chunker(**{"max_texts": 3, "max_bytes": 10, "instruction_bytes": 0, **limits})
+    chunks = [chunker.add(index, text) for index, text in enumerate(texts)] + [chunker.rest()]
+    return [chunk.texts for chunk in chunks if chunk is not None]
+
+
+def test_chunks_are_bounded_by_count():
+    assert chunked([b"a"] * 7) == [(b"a",) * 3, (b"a",) * 3, (b"a",)]
+
+
+def test_chunks_are_bounded_by_bytes_and_the_instruction_counts_for_each_text():
+    assert chunked([b"aaaa", b"bbbb", b"cccc"]) == [(b"aaaa", b"bbbb"), (b"cccc",)]
+    assert chunked([b"aaaa", b"bbbb", b"cccc"], instruction_bytes=2) == [(b"aaaa",), (b"bbbb",), (b"cccc",)]
+
+
+def test_a_text_over_the_limit_goes_alone():
+    assert chunked([b"a", b"b" * 50, b"c"]) == [(b"a",), (b"b" * 50,), (b"c",)]
+
+
+def test_nothing_gives_no_chunk():
+    assert chunked([]) == []
+
+
+def test_a_servers_message_about_its_request_becomes_one_about_the_call():
+    chunk = Chunk((7, 9), (b"", b""))
+    assert chunk.renumbered("got text 1 with; text 5") == "got text 9 with; text 5"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"url": "http://localhost:8000"}, "leave out the scheme"),
+        ({"url": "localhost"}, "host:port"),
+        ({"headers": {"Key": "v"}}, "'key'"),
+        ({"request_timeout": 0}, "request_timeout of more than 0"),
+        ({"max_in_flight": 0}, "max_in_flight"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused_by_name(settings, message):
+    with pytest.raises(InvalidInput, match=message):
+        NVEmbedClient(**settings)
+
+
+def test_a_retry_policy_that_makes_no_sense_is_refused():
+    with pytest.raises(InvalidInput, match="max_attempts"):
+        RetryPolicy(max_attempts=0)
+    with pytest.raises(InvalidInput, match="first_pause_seconds"):
+        RetryPolicy(first_pause_seconds=9, max_pause_seconds=1)

@@ -1,0 +1,102 @@
+"""mteb runs small local tasks through the served endpoint, by the committed command."""
+
+import json
+
+import mteb
+import pytest
+from corpus import DOCUMENTS, QUERIES, RELEVANT, SIMILAR_PAIRS
+from datasets import Dataset, DatasetDict
+from mteb.abstasks.retrieval import AbsTaskRetrieval
+from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
+from mteb.abstasks.sts import AbsTaskSTS
+from mteb.abstasks.task_metadata import TaskMetadata
+from mteb.types import PromptType
+from mteb_task import ServedEncoder, main
+from nv_embed_client import QUERY_INSTRUCTION, TASK_INSTRUCTIONS, NVEmbedEncoder, instruction_of
+
+LOCAL = {
+    "description": "Made for this test.",
+    "reference": "https://example.com",
+    "dataset": {"path": "local", "revision": "1"},
+    "category": "t2t",
+    "eval_splits": ["test"],
+    "eval_langs": ["eng-Latn"],
+    "date": ("2026-01-01", "2026-01-01"),
+    "dialect": [],
+    "domains": [],
+    "task_subtypes": [],
+    "license": "apache-2.0",
+    "annotations_creators": "derived",
+    "modalities": ["text"],
+    "sample_creation": "created",
+    "bibtex_citation": "",
+}
+
+
+class SmallRetrieval(AbsTaskRetrieval):
+    metadata = TaskMetadata(type="Retrieval", name="SmallRetrieval", main_score="ndcg_at_10", **LOCAL)
+
+    def load_data(self, num_proc=None, **kwargs):
+        split = RetrievalSplitData(
+            queries=Dataset.from_dict({"id": list(QUERIES), "text": list(QUERIES.values())}),
+            corpus=Dataset.from_dict(
+                {"id": list(DOCUMENTS), "text": list(DOCUMENTS.values()), "title": [""] * len(DOCUMENTS)}
+            ),
+            relevant_docs={query: dict.fromkeys(documents, 1) for query, documents in RELEVANT.items()},
+            top_ranked=None,
+        )
+        self.dataset = {"default": {"test": split}}
+        self.data_loaded = True
+
+
+class SmallSTS(AbsTaskSTS):
+    metadata = TaskMetadata(type="STS", name="SmallSTS", main_score="cosine_spearman", **LOCAL)
+    min_score = 0
+    max_score = 1
+
+    def load_data(self, num_proc=None, **kwargs):
+        first, second, scores = zip(*SIMILAR_PAIRS, strict=True)
+        self.dataset = DatasetDict(
+            {"test": Dataset.from_dict({"sentence1": first, "sentence2": second, "score": scores})}
+        )
+        self.data_loaded = True
+
+
+@pytest.fixture
+def encoder(client):
+    return ServedEncoder(NVEmbedEncoder(client))
+
+
+@pytest.mark.parametrize(("task", "least"), [(SmallRetrieval(), 0.8), (SmallSTS(), 0.5)])
+def test_mteb_scores_the_served_model(encoder, task, least, default_checkpoint):
+    result = mteb.evaluate(encoder, task, cache=None, co2_tracker=False, show_progress_bar=False)
+    score = result.task_results[0].get_score()
+    assert -1 <= score <= 1
+    if default_checkpoint:
+        assert score >= least
+
+
+def test_queries_have_the_published_instruction_and_documents_none(encoder):
+    scifact = mteb.get_task("SciFact").metadata
+    assert encoder.instruction(scifact, PromptType.query) == TASK_INSTRUCTIONS["SciFact"]
+    assert encoder.instruction(scifact, PromptType.document) == ""
+    quora = mteb.get_task("QuoraRetrieval").metadata
+    assert encoder.instruction(quora, PromptType.document) == TASK_INSTRUCTIONS["QuoraRetrieval"]
+    assert encoder.instruction(mteb.get_task("STSBenchmark").metadata, None) == TASK_INSTRUCTIONS["STS"]
+
+
+def test_other_tasks_have_mtebs_own_instruction_in_the_published_template(encoder):
+    banking = encoder.instruction(mteb.get_task("Banking77Classification").metadata, None)
+    assert banking == instruction_of(mteb.get_task("Banking77Classification").metadata.prompt)
+    assert banking != QUERY_INSTRUCTION
+
+
+def test_the_command_prints_a_table_and_one_json_line(server, monkeypatch, capsys):
+    # The real tasks are downloads.
+    monkeypatch.setattr(mteb, "get_tasks", lambda tasks, languages: [SmallRetrieval()])
+    monkeypatch.setattr("sys.argv", ["mteb_task.py", "SmallRetrieval", "--url", server.url])
+    assert main() == 0
+    *table, last = capsys.readouterr().out.splitlines()
+    assert table[1].split()[:2] == ["SmallRetrieval", "ndcg_at_10"]
+    assert "MTEB's own" in table[1]
+    assert set(json.loads(last)["scores_x100"]) == {"SmallRetrieval"}

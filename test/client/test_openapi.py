@@ -1,0 +1,52 @@
+"""schemathesis against the live gateway: what its OpenAPI page promises is what it does."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+from conftest import gateway_running
+
+
+@pytest.fixture(scope="module")
+def page(gateway):
+    return httpx.get(f"{gateway}/openapi.json", trust_env=False).json()
+
+
+def test_the_page_describes_every_path_and_error(page):
+    assert set(page["paths"]) == {"/v1/embeddings", "/v1/models", "/health/live", "/health/ready", "/metrics"}
+    embeddings = page["paths"]["/v1/embeddings"]["post"]
+    assert set(embeddings["responses"]) == {"200", "400", "404", "413", "502", "503", "504"}
+    assert "Retry-After" in embeddings["responses"]["503"]["headers"]
+    assert not any("Validation" in name for name in page["components"]["schemas"])
+    fields = page["components"]["schemas"]["EmbeddingsRequest"]["properties"]
+    assert fields["model"]["enum"] == ["nv-embed-v2", "nv-embed-v2-query", "nv-embed-v2-passage"]
+    for name, field in fields.items():
+        assert field["description"], name
+    assert len(page["components"]["schemas"]["EmbeddingsRequest"]["not"]["anyOf"]) == 2
+
+
+def run_schemathesis(base: str, folder: Path, *arguments: str) -> str:
+    command = [Path(sys.executable).parent / "schemathesis", "run", f"{base}/openapi.json", *arguments]
+    done = subprocess.run(
+        [*command, "--seed", "1", "--no-color", "--generation-database", "none"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=folder,  # it leaves a database behind
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_gateway_does_what_its_page_says(gateway, tmp_path):
+    report = run_schemathesis(gateway, tmp_path, "--max-examples", "40")
+    assert "Tested: 5" in report
+    assert "No issues found" in report
+
+
+def test_it_does_so_with_a_key_too(server, logs, tmp_path):
+    with gateway_running(logs / "page.log", server.url, GATEWAY_API_KEY="key") as base:
+        run_schemathesis(base, tmp_path, "--header", "Authorization: Bearer key", "--phases", "coverage")

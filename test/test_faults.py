@@ -125,9 +125,9 @@ class Clients:
             except triton.InferenceServerException as error:
                 outcomes.append(error)
 
-    def wait(self) -> list:
+    def wait(self, seconds: float = ANSWER_SECONDS) -> list:
         """One outcome for each request, within the time that an answer may take."""
-        deadline = time.monotonic() + ANSWER_SECONDS
+        deadline = time.monotonic() + seconds
         for thread in self._threads:
             thread.join(max(0, deadline - time.monotonic()))
         assert [len(outcomes) for outcomes in self.outcomes] == [1] * len(self.outcomes)
@@ -211,6 +211,19 @@ def test_a_segmentation_fault_ends_the_server_and_restart_always_starts_it_again
     assert server.embed_query("again").shape == (1, 64)
     assert "supervise.sh: ended with exit code" in server.log_text()
     assert server.stop() == 0
+
+
+def test_sigterm_with_more_work_than_there_is_time_answers_it_unavailable_and_ends_with_exit_code_0(start):
+    server = start(NV_EMBED_MAX_BATCH_TOKENS="100")
+    clients = Clients(server, [[fault(108) + str(i) for i in range(30)], texts(1)])  # 3 s for each text of the first
+    time.sleep(1)
+    asked = time.monotonic()
+    server.process.terminate()
+    outcomes = clients.wait(seconds=26)
+    assert [status(outcome) for outcome in outcomes] == ["UNAVAILABLE", "OK"]
+    assert "within the time the server has to stop" in str(outcomes[0])
+    assert server.process.wait(ANSWER_SECONDS) == 0
+    assert time.monotonic() - asked < 30
 
 
 def test_sigterm_while_the_model_loads_leaves_no_process_and_no_memory_behind(toy, tmp_path, faulty_repository):

@@ -10,9 +10,10 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from threading import Lock
+from threading import Lock, Thread
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
@@ -26,6 +27,8 @@ from nv_embed.watchdog import Watchdog, shared_memory
 
 logger = logging.getLogger("nv_embed")
 
+_LOOK_SECONDS = 1.0
+_DRAIN_SECONDS = 20.0  # of Triton's exit timeout, 30 s by default
 _LARGE_ANSWER_BYTES = 2**20  # a smaller one need not be looked at before it is sent
 
 
@@ -42,6 +45,16 @@ class TritonPythonModel:
             self._watchdog.stop()
             raise
         self._watchdog.start_beating()
+        Thread(target=self._drain_when_stopping, args=(args["model_name"],), name="nv-embed-drain", daemon=True).start()
+
+    def _drain_when_stopping(self, model_name: str) -> None:
+        """Triton calls `finalize` only when all is answered, but stops the hard way after its exit timeout."""
+        was_ready = is_ready = False
+        while is_ready or not was_ready:
+            time.sleep(_LOOK_SECONDS)  # Triton has no way to tell a model; it has to ask
+            is_ready = _is_ready(model_name)
+            was_ready = was_ready or is_ready
+        self._batcher.drain(_DRAIN_SECONDS)
 
     def _load(self, parameters: dict[str, dict[str, str]]) -> None:
         from nv_embed.engine import Engine  # imports torch, which Triton's own look at this file need not wait for
@@ -196,6 +209,13 @@ def _code(error: RequestError) -> Any:
             return pb_utils.TritonError.CANCELLED
         case _:
             return pb_utils.TritonError.INTERNAL
+
+
+def _is_ready(model_name: str) -> bool:
+    try:
+        return bool(pb_utils.is_model_ready(model_name))
+    except pb_utils.TritonModelException:  # "server is stopping"
+        return False
 
 
 def _elements(request: Any, name: str) -> list[bytes] | None:

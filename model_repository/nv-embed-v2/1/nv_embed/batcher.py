@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 # A request is tokenized in slices of about this much, in turn with the others, so that none waits for a huge one.
 _SLICE_CHARACTERS = 64 * 1024
+_LAST_BATCH_SECONDS = 3.0
 
 Vector: TypeAlias = npt.NDArray[np.float32]  # [dim]
 Embed: TypeAlias = Callable[[Sequence[TokenSequence]], npt.NDArray[np.float32]]
@@ -190,11 +191,18 @@ class Batcher:
         self._metrics.add(Metric.REQUESTS, kind="unknown", outcome=_outcome_name(error))
         self._outbox.put(partial(reply.send, error))
 
+    def drain(self, seconds: float) -> None:
+        """Answer what is unfinished after `seconds` as unavailable: the server is about to stop."""
+        with self._changed:
+            for job in self._jobs:
+                self._add_deadline(job, time.monotonic() - job.arrived + seconds, "the time the server has to stop")
+            self._changed.notify_all()
+
     def stop(self) -> None:
         """Answer whatever is unfinished as unavailable and end the threads; returns when they have ended."""
         self._fail_all()
         for worker in self._workers:
-            worker.join()
+            worker.join(_LAST_BATCH_SECONDS)  # the device may be in the middle of a batch that nobody waits for
         self._outbox.put(None)
         self._answerer.join()
 

@@ -100,6 +100,13 @@ class Server:
     def embed_documents(self, texts, **parameters):
         return self.infer(documents=texts, parameters=parameters)["embeddings"]
 
+    def metrics_by_name(self) -> dict[str, float]:
+        """Each series on the metrics port, labels included in its name, once the last batch is published."""
+        time.sleep(0.5)
+        with urllib.request.urlopen(f"http://localhost:{self.metrics}/metrics", timeout=30) as response:
+            lines = response.read().decode().splitlines()
+        return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
+
     def post(self, body: Mapping) -> tuple[int, dict]:
         """One HTTP inference request; returns status and parsed answer."""
         request = urllib.request.Request(

@@ -189,6 +189,76 @@ def test_no_message_or_log_line_holds_request_text_a_path_or_a_stack(toy_server_
     assert "Traceback" not in log
 
 
+ONE = [{"name": "query", "shape": [1], "datatype": "BYTES", "data": ["x"]}]
+NONE = [{"name": "documents", "shape": [1, 0], "datatype": "BYTES", "data": []}]
+MANY = [{"name": "documents", "shape": [1, 21], "datatype": "BYTES", "data": ["x"] * 21}]
+LONG = [{"name": "documents", "shape": [1, 1], "datatype": "BYTES", "data": ["many words " * 40]}]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "parameters", "words"),
+    [
+        (ONE + NONE, {}, "got both"),
+        (NONE, {}, "at least 1 document; got 0"),
+        (MANY, {}, "at most 20 documents a request; got 21"),
+        (LONG, {"truncate": "NONE"}, "at most 64 tokens"),
+        (ONE, {"truncate": "no"}, "expected 'END' or 'NONE'"),
+        (ONE, {"truncate": 7}, "a value of type int"),
+        (ONE, {"instruction": "many words " * 40}, "leaves some of each text to pool"),
+        (ONE, {"instruction": "x" * 8000}, "at most 8000 bytes"),
+        (ONE, {"top_k": 1}, "got 'top_k'"),
+    ],
+)
+def test_bad_input_over_http_is_answered_400_with_the_same_words(toy_server_of_64_tokens, inputs, parameters, words):
+    status, answer = toy_server_of_64_tokens.post({"inputs": inputs, "parameters": parameters})
+    assert status == 400
+    assert words in answer["error"]
+
+
+# --- overload and metrics -------------------------------------------------------------------------------
+
+
+def test_more_than_may_wait_is_answered_unavailable_at_once_and_metrics_tell(toy, tmp_path):
+    limits = {"NV_EMBED_MAX_QUEUE_TOKENS": "70000", "NV_EMBED_MAX_SEQUENCE_TOKENS": "5000"}
+    server = Server(tmp_path / "log.txt", toy, limits | {"NV_EMBED_MAX_BATCH_TOKENS": "600"}).wait_until_ready()
+    bulk = [f"{i} some words to compute" for i in range(3000)]
+
+    async def crowd() -> list:
+        async with triton_aio.InferenceServerClient(server.url) as client:
+            requests = [
+                client.infer(MODEL_NAME, [bytes_input("documents", [f"{k} {t}" for t in bulk])]) for k in range(8)
+            ]
+            gone = asyncio.ensure_future(client.infer(MODEL_NAME, [bytes_input("documents", [f"x {bulk[0]}"] * 9)]))
+            await asyncio.sleep(0.05)
+            gone.cancel()
+            return await asyncio.gather(*requests, return_exceptions=True)
+
+    outcomes = asyncio.run(crowd())
+    refusals = [outcome for outcome in outcomes if isinstance(outcome, triton.InferenceServerException)]
+    assert refusals
+    for refusal in refusals:
+        assert refusal.status() == "StatusCode.UNAVAILABLE"
+        assert "expected at most 70000 tokens to wait; got" in refusal.message()
+        assert "retry later" in refusal.message()
+    assert len(refusals) < len(outcomes)
+    assert "at most 70000 tokens a request" in refused_too_large(server, bulk)
+    metrics = server.metrics_by_name()
+    num_ok = len(outcomes) - len(refusals)
+    assert metrics['nv_embed_requests_total{kind="documents",outcome="ok"}'] >= num_ok
+    assert metrics['nv_embed_requests_total{kind="documents",outcome="Unavailable"}'] == len(refusals)
+    assert metrics['nv_embed_texts_total{source="computed"}'] >= num_ok * len(bulk)
+    assert metrics["nv_embed_batch_tokens_sum"] == metrics["nv_embed_tokens_total"] > 0
+    assert metrics["nv_embed_queue_tokens"] == metrics["nv_embed_queue_bytes"] == 0
+    assert server.stop() == 0
+
+
+def refused_too_large(server, texts) -> str:
+    with pytest.raises(triton.InferenceServerException) as caught:
+        server.embed_documents([f"{i} {text}" for i in range(4) for text in texts])
+    assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"
+    return caught.value.message()
+
+
 # --- clients that leave ---------------------------------------------------------------------------------
 
 

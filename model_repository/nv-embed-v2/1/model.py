@@ -10,10 +10,9 @@ import json
 import logging
 import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from threading import Lock, Thread
+from threading import Event, Lock, Thread
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
@@ -45,16 +44,18 @@ class TritonPythonModel:
             self._watchdog.stop()
             raise
         self._watchdog.start_beating()
-        Thread(target=self._drain_when_stopping, args=(args["model_name"],), name="nv-embed-drain", daemon=True).start()
+        self._is_finalizing = Event()
+        self._drainer = Thread(target=self._drain_when_stopping, args=(args["model_name"],), name="nv-embed-drain")
+        self._drainer.start()
 
     def _drain_when_stopping(self, model_name: str) -> None:
         """Triton calls `finalize` only when all is answered, but stops the hard way after its exit timeout."""
-        was_ready = is_ready = False
-        while is_ready or not was_ready:
-            time.sleep(_LOOK_SECONDS)  # Triton has no way to tell a model; it has to ask
-            is_ready = _is_ready(model_name)
-            was_ready = was_ready or is_ready
-        self._batcher.drain(_DRAIN_SECONDS)
+        while not self._is_finalizing.wait(_LOOK_SECONDS):  # Triton has no way to tell a model; it has to ask
+            if self._batcher.is_idle:
+                continue  # asking a server that is tearing down is dangerous, and with nothing to answer needless
+            if not _is_ready(model_name):  # though it was when the request came
+                self._batcher.drain(_DRAIN_SECONDS)
+                return
 
     def _load(self, parameters: dict[str, dict[str, str]]) -> None:
         from nv_embed.engine import Engine  # imports torch, which Triton's own look at this file need not wait for
@@ -114,6 +115,8 @@ class TritonPythonModel:
 
     def finalize(self) -> None:
         """Triton has drained its requests by now; end the threads."""
+        self._is_finalizing.set()
+        self._drainer.join()
         self._batcher.stop()
         self._watchdog.stop()
 

@@ -22,7 +22,7 @@ from nv_embed.errors import Cancelled, ComputeFailed, InvalidRequest, RequestErr
 from nv_embed.metrics import Labels, Metric, Values
 from nv_embed.requests import EmbedRequest, RequestLimits
 from nv_embed.tokenizer import Tokenizer
-from nv_embed.watchdog import Watchdog, shared_memory
+from nv_embed.watchdog import Watchdog, listening_ports, shared_memory
 
 logger = logging.getLogger("nv_embed")
 
@@ -45,15 +45,17 @@ class TritonPythonModel:
             raise
         self._watchdog.start_beating()
         self._is_finalizing = Event()
-        self._drainer = Thread(target=self._drain_when_stopping, args=(args["model_name"],), name="nv-embed-drain")
+        self._drainer = Thread(target=self._drain_when_stopping, name="nv-embed-drain")
         self._drainer.start()
 
-    def _drain_when_stopping(self, model_name: str) -> None:
+    def _drain_when_stopping(self) -> None:
         """Triton calls `finalize` only when all is answered, but stops the hard way after its exit timeout."""
-        while not self._is_finalizing.wait(_LOOK_SECONDS):  # Triton has no way to tell a model; it has to ask
-            if self._batcher.is_idle:
-                continue  # asking a server that is tearing down is dangerous, and with nothing to answer needless
-            if not _is_ready(model_name):  # though it was when the request came
+        ports = frozenset[int]()
+        # A server that stops closes its doors first. Nothing else shows it, and it may not be asked: a call into it
+        # (pb_utils.is_model_ready) while it tears down crashes this process.
+        while not self._is_finalizing.wait(_LOOK_SECONDS):
+            before, ports = ports, listening_ports(os.getppid())
+            if before - ports:
                 self._batcher.drain(_DRAIN_SECONDS)
                 return
 
@@ -212,13 +214,6 @@ def _code(error: RequestError) -> Any:
             return pb_utils.TritonError.CANCELLED
         case _:
             return pb_utils.TritonError.INTERNAL
-
-
-def _is_ready(model_name: str) -> bool:
-    try:
-        return bool(pb_utils.is_model_ready(model_name))
-    except pb_utils.TritonModelException:  # "server is stopping"
-        return False
 
 
 def _elements(request: Any, name: str) -> list[bytes] | None:

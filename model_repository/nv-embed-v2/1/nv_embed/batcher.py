@@ -191,11 +191,6 @@ class Batcher:
         self._metrics.add(Metric.REQUESTS, kind="unknown", outcome=_outcome_name(error))
         self._outbox.put(partial(reply.send, error))
 
-    @property
-    def is_idle(self) -> bool:
-        """Whether every request has its answer on the way."""
-        return not self._jobs
-
     def drain(self, seconds: float) -> None:
         """Answer what is unfinished after `seconds` as unavailable: the server is about to stop."""
         with self._changed:

@@ -19,6 +19,7 @@ import threading
 import time
 from pathlib import Path
 
+_LISTENING = "0A"  # TCP_LISTEN in the kernel's tables
 _SHARED_MEMORY = "/dev/shm/triton_python_backend_shm_region_"  # as this model's backend names it
 _BEAT_SECONDS = 1.0
 # No honest pause of a Python process is as long. In steps, for a machine or container that was suspended as a whole
@@ -103,6 +104,23 @@ def shared_memory(pid: int) -> set[Path]:
     """Files of the memory that a model shares with its server, which removes them unless it is killed."""
     maps = Path(f"/proc/{pid}/maps").read_text(encoding="utf-8", errors="replace")
     return {Path(_SHARED_MEMORY + part.split()[0]) for part in maps.split(_SHARED_MEMORY)[1:]}
+
+
+def listening_ports(pid: int) -> frozenset[int]:
+    """TCP ports on which a process waits for connections, from proc(5)."""
+    inodes = set()
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            inodes.add(os.readlink(descriptor))
+        except FileNotFoundError:  # closed meanwhile
+            continue
+    ports = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text(encoding="ascii").splitlines()[1:]:
+            _, local, _, state, *rest = line.split()
+            if state == _LISTENING and f"socket:[{rest[5]}]" in inodes:
+                ports.add(int(local.rpartition(":")[2], 16))
+    return frozenset(ports)
 
 
 def end(process: int, with_signal: signal.Signals) -> None:

@@ -1,0 +1,81 @@
+"""What the watchdog sees of processes; the rest of it is tested on a real server in test_faults.py."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+from nv_embed import watchdog
+
+
+def test_listening_ports_are_those_of_the_process_and_of_no_connection():
+    before = watchdog.listening_ports(os.getpid())
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("::1", 0), family=socket.AF_INET6) as two:
+        ports = {listener.getsockname()[1] for listener in (one, two)}
+        with socket.create_connection(one.getsockname()):
+            assert watchdog.listening_ports(os.getpid()) - before == ports
+        assert not ports & watchdog.listening_ports(os.getppid())
+    assert watchdog.listening_ports(os.getpid()) == before
+
+
+@pytest.fixture
+def server():
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
+        yield process
+        process.kill()
+
+
+@pytest.mark.parametrize(
+    ("words", "verdict"),
+    [
+        (b"-.", None),
+        (b"-", "the model's process has died"),
+        (b"", "the model's process has died"),
+        (b"-!", "the model asks for a restart"),
+    ],
+)
+def test_a_closed_pipe_means_death_unless_a_goodbye_came(server, words, verdict):
+    reader, writer = os.pipe()
+    os.write(writer, words)
+    os.close(writer)
+    assert watchdog.watch(reader, os.pidfd_open(server.pid)) == verdict
+
+
+def test_silence_means_a_frozen_model_but_only_after_a_first_beat(server, monkeypatch):
+    monkeypatch.setattr(watchdog, "_STEP_SECONDS", 0.02)
+    reader, writer = os.pipe()
+    os.write(writer, b"-")
+    assert "has been silent" in watchdog.watch(reader, os.pidfd_open(server.pid))
+    loading, _ = os.pipe()
+    server.terminate()
+    assert watchdog.watch(loading, os.pidfd_open(server.pid)) == "the server has died"
+    os.close(writer)
+
+
+def test_end_kills_what_does_not_heed_its_signal(monkeypatch):
+    monkeypatch.setattr(watchdog, "_GRACE_SECONDS", 0.2)
+    script = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as stubborn:
+        stubborn.stdout.readline()
+        watchdog.end(os.pidfd_open(stubborn.pid), signal.SIGTERM)
+        assert stubborn.wait(10) == -signal.SIGKILL
+
+
+def test_a_restart_can_be_asked_for_although_the_watchdog_is_gone():
+    script = """
+import os, signal, sys
+from nv_embed.watchdog import Watchdog
+watchdog = Watchdog()
+watchdog._process.kill()
+watchdog._process.wait()
+watchdog.ask_for_restart()
+"""
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {script!r}]); print('unheard')"
+    environ = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run([sys.executable, "-c", parent], env=environ, capture_output=True, text=True, check=False)
+    assert result.returncode == -signal.SIGTERM, result.stderr
+    assert "unheard" not in result.stdout

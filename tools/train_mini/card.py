@@ -1,0 +1,63 @@
+"""results.json and the model card, README.md, written beside the weights from what the run recorded."""
+
+import json
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from text import SOURCES
+
+ROWS = [
+    ("cosine_to_teacher", "mean cosine to the teacher"),
+    ("recall_at_10", "recall@10 of the teacher's ten nearest among {num_nearest:,}"),
+    ("definition_accuracy_at_1", "definition to headword, accuracy@1 among {num_words:,}"),
+    ("definition_accuracy_at_10", "definition to headword, accuracy@10"),
+    ("question_answer_accuracy_at_1", "30 question-answer pairs, accuracy@1"),
+    ("spearman_judged_pairs", "Spearman, 40 hand-judged sentence pairs"),
+    ("spearman_random_pairs", "Spearman with the teacher, 100,000 random pairs"),
+    ("spearman_near_pairs", "Spearman with the teacher, near pairs"),
+    ("neural_networks_margin", "margin, query on neural networks"),
+    ("long_cosine_to_mean_of_parts", "long texts: cosine to the mean of the parts' teacher vectors"),
+    ("untidy_cosine", "cosine of a text and its upper-case form"),
+    ("instruction_cosine_mean", "question with and without the standard instruction, mean cosine"),
+    ("instruction_cosine_min", "the same, lowest of 30"),
+    ("other_instruction_cosine_mean", "question with another instruction and with none, mean cosine"),
+]
+
+
+def machine() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{os.cpu_count()} cores, {names[0] if names else platform.processor()}, {platform.system()}"
+
+
+def write(out: Path, results: dict[str, Any]) -> None:
+    """`results`: run (settings and counts), figures by model, learning curve, texts by source."""
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    run, figures, curve = results["run"], results["figures"], results["curve"]
+    names = list(figures)
+    table = [f"| | {' | '.join(names)} |", "| --- |" + " ---: |" * len(names)]
+    for key, label in ROWS:
+        cells = [f"{figures[n][key]:.3f}" if key in figures[n] else "" for n in names]
+        table.append(f"| {label.format(**run)} | {' | '.join(cells)} |")
+    thinned = [p for i, p in enumerate(curve) if i % max(1, len(curve) // 12) == 0 or p is curve[-1]]
+    learning = ["| texts seen | tokens | minutes | cosine to the teacher | correlation of similarities |",
+                "| ---: | ---: | ---: | ---: | ---: |"]  # fmt: skip
+    learning += [
+        f"| {p['texts']:,} | {p['tokens']:,} | {p['seconds'] / 60:.0f} | {p['cosine']:.3f} | {p['similarity_r']:.3f} |"
+        for p in thinned
+    ]
+    sources = ["| source | package | licence | texts |", "| --- | --- | --- | ---: |"]
+    counts = run["texts_by_source"]
+    sources += [f"| {s.name} | `{s.package}` | {s.licence} | {counts.get(s.name, 0):,} |" for s in SOURCES]
+    versions = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "tokenizers", "numpy"))
+    size = sum((out / name).stat().st_size for name in ("model.safetensors", "tokenizer.json", "config.json"))
+    template = (Path(__file__).parent / "card.md").read_text(encoding="utf-8")
+    card = template.format(
+        figures="\n".join(table), curve="\n".join(learning), sources="\n".join(sources), versions=versions,
+        machine=machine(), megabytes=size / 1e6, minutes=curve[-1]["seconds"] / 60, tokens=curve[-1]["tokens"],
+        long_tokens=figures["student"]["long_tokens_mean"], **run,
+    )  # fmt: skip
+    (out / "README.md").write_text(card, encoding="utf-8")

@@ -1,0 +1,148 @@
+"""Student, teacher and static baseline measured in one run, on texts none of them was trained on here.
+
+The student is read back from the exported fp16 file. Every figure of the model card comes from `evaluate`.
+"""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pairs
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from static import Bag
+from student import Student
+from teacher import Teacher
+from text import Item
+from torch import Tensor
+from tqdm import tqdm
+from vocabulary import STANDARD, TASKS, TEMPLATE, Vocabulary
+
+Floats = NDArray[np.float64]
+Embed = Callable[[list[str]], Tensor]  # texts -> unit vectors [N, 384]
+
+
+@torch.no_grad()
+def embed_student(model: Student, vocabulary: Vocabulary, texts: list[str], instruction: str = "") -> Tensor:
+    rows = vocabulary.encode([instruction + text for text in texts], 4096)
+    masked = vocabulary.num_masked(instruction)
+    out = torch.empty(len(rows), model.c.hidden_size)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    for start in tqdm(range(0, len(order), 64), desc="student", leave=False, mininterval=5):
+        picked = order[start : start + 64]
+        out[picked] = model([rows[i] for i in picked], [masked] * len(picked)).cpu()
+    return out
+
+
+@torch.no_grad()
+def embed_bag(bag: Bag, vocabulary: Vocabulary, texts: list[str]) -> Tensor:
+    vectors: Tensor = bag(vocabulary.encode(texts, 4096))
+    return vectors.cpu()
+
+
+def average_ranks(values: Floats) -> Floats:
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = counts.cumsum()
+    ranks: Floats = ((last - counts + 1 + last) / 2)[inverse]  # ties share their mean rank
+    return ranks
+
+
+def spearman(a: Floats, b: Floats) -> float:
+    return float(np.corrcoef(average_ranks(a), average_ranks(b))[0, 1])
+
+
+def nearest(vectors: Tensor, count: int) -> Tensor:
+    """Indices [N, count] of each row's nearest others."""
+    found = []
+    for start in range(0, len(vectors), 1000):
+        scores = vectors[start : start + 1000] @ vectors.T
+        scores[torch.arange(len(scores)), torch.arange(start, start + len(scores))] = -2
+        found.append(scores.topk(count).indices)
+    return torch.cat(found)
+
+
+def recall(found: Tensor, wanted: Tensor) -> float:
+    return float((found[:, :, None] == wanted[:, None, :]).any(2).float().mean())
+
+
+def accuracy(queries: Tensor, answers: Tensor, count: int) -> float:
+    """Share of rows whose own answer is among the `count` best."""
+    best = (queries @ answers.T).topk(count).indices
+    return float((best == torch.arange(len(queries))[:, None]).any(1).float().mean())
+
+
+def definitions(test: list[Item], count: int) -> tuple[list[str], list[str]]:
+    """Held-out (definition, headword) pairs of WordNet, each headword once."""
+    found: dict[str, str] = {}
+    for item in test:
+        if item.source == "wordnet" and item.group.startswith(item.text) and len(item.text) < len(item.group):
+            found.setdefault(item.group[len(item.text) :], item.text)
+    words = list(found)[:count]
+    return [found[word] for word in words], words
+
+
+def evaluate(
+    folder: Path, vocabulary: Vocabulary, bag: Bag, bag_vocabulary: Vocabulary, teacher: Teacher, test: list[Item],
+    test_targets: Tensor,
+) -> dict[str, dict[str, float]]:  # fmt: skip
+    """Figures by model name; `folder` is the exported checkpoint."""
+    model = Student.load(folder)
+    known: dict[str, Tensor] = {item.text: vector for item, vector in zip(test, test_targets.float(), strict=True)}
+    texts = [item.text for item in test[:10_000]]
+    target = torch.stack([known[text] for text in texts])
+    wanted = nearest(target, 10)
+    meanings, words = definitions(test, 1000)
+    questions, answers = (list(column) for column in zip(*pairs.QUESTIONS, strict=True))
+    first, second, judged = (list(column) for column in zip(*pairs.SIMILAR, strict=True))
+    pick = random.Random(3)
+    parts = [[pick.randrange(len(texts)) for _ in range(60)] for _ in range(60)]
+    long_texts = [" ".join(texts[i] for i in group) for group in parts]
+    long_target = F.normalize(torch.stack([target[group].mean(0) for group in parts]), dim=-1)
+    left, right = torch.randint(len(texts), (2, 100_000), generator=torch.Generator().manual_seed(4))
+    neighbour = nearest(target, 50)[torch.arange(len(texts)), torch.randint(50, (len(texts),))]
+
+    embedders: dict[str, Embed] = {
+        "student": lambda t: embed_student(model, vocabulary, t),
+        "teacher": teacher.embed,
+        "static baseline": lambda t: embed_bag(bag, bag_vocabulary, t),
+    }
+    results: dict[str, dict[str, float]] = {}
+    for name, embed in embedders.items():
+        out = target if name == "teacher" else embed(texts)
+        vectors = {"meaning": embed(meanings), "word": embed(words), "answer": embed(answers)}
+        ask = (lambda t: embed_student(model, vocabulary, t, STANDARD)) if name == "student" else embed
+        query, bare = ask(questions), embed(questions)
+        one, other = embed(first), embed(second)
+        neural = ask([pairs.NEURAL_QUERY]) @ embed(pairs.NEURAL_RELEVANT + pairs.NEURAL_IRRELEVANT).T
+        count = len(pairs.NEURAL_RELEVANT)
+        # The teacher reads 128 tokens: what it makes of a long text is not what the others are asked for.
+        long = embed(long_texts)
+        figures = {
+            "cosine_to_teacher": float((out * target).sum(1).mean()),
+            "recall_at_10": recall(nearest(out, 10), wanted),
+            "definition_accuracy_at_1": accuracy(vectors["meaning"], vectors["word"], 1),
+            "definition_accuracy_at_10": accuracy(vectors["meaning"], vectors["word"], 10),
+            "question_answer_accuracy_at_1": accuracy(query, vectors["answer"], 1),
+            "spearman_judged_pairs": spearman((one * other).sum(1).numpy(), np.array(judged)),
+            "spearman_random_pairs": spearman(
+                (out[left] * out[right]).sum(1).numpy(), (target[left] * target[right]).sum(1).numpy()
+            ),
+            "spearman_near_pairs": spearman(
+                (out * out[neighbour]).sum(1).numpy(), (target * target[neighbour]).sum(1).numpy()
+            ),
+            "neural_networks_margin": float(neural[0, :count].min() - neural[0, count:].max()),
+            "long_cosine_to_mean_of_parts": float((long * long_target).sum(1).mean()),
+            "untidy_cosine": float((embed([t.upper() for t in texts[:1000]]) * out[:1000]).sum(1).mean()),
+        }
+        if name == "student":
+            other_task = embed_student(model, vocabulary, questions, TEMPLATE.format(TASKS[3]))
+            figures |= {
+                "instruction_cosine_mean": float((query * bare).sum(1).mean()),
+                "instruction_cosine_min": float((query * bare).sum(1).min()),
+                "other_instruction_cosine_mean": float((other_task * bare).sum(1).mean()),
+                "long_tokens_mean": float(np.mean([len(row) for row in vocabulary.encode(long_texts, 4096)])),
+            }
+        results[name] = {key: round(value, 4) for key, value in figures.items()}
+    return results

@@ -1,0 +1,307 @@
+"""The student: NV-Embed-v2's architecture made small, its parameters under the published names.
+
+Its state dict is the checkpoint. Training differs from serving in form only: rows are padded and masked instead of
+packed, and the pooling head stays unfolded so that every published weight is trained.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    vocab_size: int = 20_992
+    hidden_size: int = 384
+    num_layers: int = 2
+    num_heads: int = 6
+    num_kv_heads: int = 2
+    intermediate_size: int = 256
+    num_latents: int = 64
+    num_cross_heads: int = 2
+    cross_dim_head: int = 64
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10_000.0
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    def published(self) -> dict[str, object]:
+        """config.json, every key the published code would otherwise take from its own defaults written out."""
+        return {
+            "architectures": ["NVEmbedModel"],
+            "model_type": "nvembed",
+            "hidden_size": self.hidden_size,
+            "torch_dtype": "float16",
+            "padding_side": "right",
+            "is_mask_instruction": True,
+            "add_eos": True,
+            "mask_type": "b",
+            "latent_attention_config": {
+                "model_type": "latent_attention",
+                "num_latents_value": self.num_latents,
+                "num_cross_heads": self.num_cross_heads,
+                "hidden_dim": self.hidden_size,
+                "latent_dim": self.hidden_size,
+                "cross_dim_head": self.cross_dim_head,
+                "output_normalize": True,
+            },
+            "text_config": {
+                "model_type": "bidir_mistral",
+                "bos_token_id": 1,
+                "eos_token_id": 2,
+                "hidden_act": "silu",
+                "hidden_size": self.hidden_size,
+                "intermediate_size": self.intermediate_size,
+                "max_position_embeddings": 32768,
+                "num_attention_heads": self.num_heads,
+                "num_hidden_layers": self.num_layers,
+                "num_key_value_heads": self.num_kv_heads,
+                "rms_norm_eps": self.rms_norm_eps,
+                "rope_theta": self.rope_theta,
+                "sliding_window": 4096,
+                "vocab_size": self.vocab_size,
+                "torch_dtype": "float16",
+            },
+        }
+
+
+def linear(inputs: int, outputs: int) -> nn.Linear:
+    return nn.Linear(inputs, outputs, bias=False)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, c: Config) -> None:
+        super().__init__()
+        self.c = c
+        self.q_proj = linear(c.hidden_size, c.num_heads * c.head_dim)
+        self.k_proj = linear(c.hidden_size, c.num_kv_heads * c.head_dim)
+        self.v_proj = linear(c.hidden_size, c.num_kv_heads * c.head_dim)
+        self.o_proj = linear(c.num_heads * c.head_dim, c.hidden_size)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+        rows, length, _ = x.shape
+        q, k, v = (
+            p(x).view(rows, length, -1, self.c.head_dim).transpose(1, 2)  # [B, heads, T, 64]
+            for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
+        groups = self.c.num_heads // self.c.num_kv_heads
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        # No causal mask, at any length. Written out: on a CPU, with rows this short, the fused kernel trains slower.
+        scores = q @ k.transpose(-1, -2) * self.c.head_dim**-0.5  # [B, heads, T, T]
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -1e4)
+        out = torch.softmax(scores, dim=-1).to(v.dtype) @ v
+        return self.o_proj(out.transpose(1, 2).reshape(rows, length, -1))
+
+
+class GatedMLP(nn.Module):
+    def __init__(self, c: Config) -> None:
+        super().__init__()
+        self.gate_proj = linear(c.hidden_size, c.intermediate_size)
+        self.up_proj = linear(c.hidden_size, c.intermediate_size)
+        self.down_proj = linear(c.intermediate_size, c.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, c: Config) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = SelfAttention(c)
+        self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = GatedMLP(c)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Encoder(nn.Module):
+    def __init__(self, c: Config) -> None:
+        super().__init__()
+        self.c = c
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_layers))
+        self.norm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+    def forward(self, input_ids: Tensor, mask: Tensor | None) -> Tensor:
+        half = torch.arange(0, self.c.head_dim, 2, device=input_ids.device) / self.c.head_dim
+        angles = torch.arange(input_ids.shape[1], device=input_ids.device)[:, None] / self.c.rope_theta**half
+        cos, sin = angles.cos(), angles.sin()  # [T, 32]
+        x = self.embed_tokens(input_ids)
+        for layer in self.layers:
+            x = layer(x, cos, sin, mask)
+        return self.norm(x)
+
+
+class CrossAttention(nn.Module):
+    def __init__(self, c: Config) -> None:
+        super().__init__()
+        self.heads = c.num_cross_heads
+        inner = c.num_cross_heads * c.cross_dim_head
+        self.to_q = linear(c.hidden_size, inner)
+        self.to_kv = linear(c.hidden_size, 2 * inner)
+        self.to_out = linear(inner, c.hidden_size)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """x: [N, C] tokens; context: [latents, C]."""
+        k, v = self.to_kv(context).chunk(2, dim=-1)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(0, 1) for t in (self.to_q(x), k, v))
+        out = torch.softmax(q @ k.transpose(1, 2) * q.shape[-1] ** -0.5, dim=-1).to(v.dtype) @ v  # [heads, N, 64]
+        return self.to_out(out.transpose(0, 1).flatten(1))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, c: Config) -> None:
+        super().__init__()
+        # Slot 1 is the activation, which has no weights: the published names count it.
+        self.net = nn.ModuleList([
+            nn.Linear(c.hidden_size, 8 * c.hidden_size), nn.Identity(), nn.Linear(4 * c.hidden_size, c.hidden_size),
+        ])  # fmt: skip
+
+    @property
+    def expand(self) -> nn.Linear:
+        return cast(nn.Linear, self.net[0])
+
+    @property
+    def contract(self) -> nn.Linear:
+        return cast(nn.Linear, self.net[2])
+
+    def activations(self, x: Tensor) -> Tensor:
+        value, gate = self.expand(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class AttendBlock(nn.Module):
+    def __init__(self, c: Config) -> None:
+        super().__init__()
+        self.fn = CrossAttention(c)
+        self.norm = nn.LayerNorm(c.hidden_size)
+        self.norm_context = nn.LayerNorm(c.hidden_size)
+
+    def forward(self, x: Tensor, latents: Tensor) -> Tensor:
+        out: Tensor = self.fn(self.norm(x), self.norm_context(latents))
+        return x + out
+
+
+class FeedBlock(nn.Module):
+    def __init__(self, c: Config) -> None:
+        super().__init__()
+        self.fn = FeedForward(c)
+        self.norm = nn.LayerNorm(c.hidden_size)
+
+
+class LatentPooling(nn.Module):
+    def __init__(self, c: Config) -> None:
+        super().__init__()
+        self.latents = nn.Parameter(torch.randn(c.num_latents, c.hidden_size))
+        self.cross_attend_blocks = nn.ModuleList([AttendBlock(c), FeedBlock(c)])
+
+    @property
+    def blocks(self) -> tuple[AttendBlock, FeedBlock]:
+        attend, feed = self.cross_attend_blocks
+        return cast(AttendBlock, attend), cast(FeedBlock, feed)
+
+    def forward(self, x: Tensor, keep: Tensor) -> Tensor:
+        """x: [B, T, C] hidden states, keep: [B, T] the tokens to pool -> unit vectors [B, C] fp32."""
+        attend, feed = self.blocks
+        kept = keep.flatten().nonzero()[:, 0]
+        tokens = x.flatten(0, 1).index_select(0, kept)  # [N, C]; what is not pooled is not computed
+        rows = kept // keep.shape[1]
+        h = attend(tokens, self.latents)
+        activations = feed.fn.activations(feed.norm(h))
+        count = keep.sum(1, keepdim=True).float()
+        mean_h = torch.zeros(len(x), h.shape[1], device=x.device).index_add(0, rows, h.float()) / count
+        mean_a = torch.zeros(len(x), activations.shape[1], device=x.device)
+        mean_a = mean_a.index_add(0, rows, activations.float()) / count
+        # The last linear map and the mean commute: once per text instead of once per token.
+        return F.normalize(mean_h + feed.fn.contract(mean_a).float(), dim=-1)
+
+
+class Student(nn.Module):
+    def __init__(self, c: Config) -> None:
+        super().__init__()
+        self.c = c
+        self.embedding_model = Encoder(c)
+        self.latent_attention_model = LatentPooling(c)
+        for name, p in self.named_parameters():
+            if p.dim() == 2 and "latents" not in name:
+                nn.init.normal_(p, std=0.6 * p.shape[1] ** -0.5)
+
+    def forward(self, rows: list[list[int]], num_masked: list[int]) -> Tensor:
+        """Token rows and where pooling starts in each -> unit vectors [len(rows), C] fp32."""
+        device = self.embedding_model.embed_tokens.weight.device
+        width = max(map(len, rows))
+        input_ids = torch.tensor([row + [2] * (width - len(row)) for row in rows], device=device)
+        lengths = torch.tensor([len(row) for row in rows], device=device)[:, None]
+        position = torch.arange(width, device=device)[None]
+        real = position < lengths
+        mask = None if bool(real.all()) else real[:, None, None, :]
+        hidden = self.embedding_model(input_ids, mask)
+        keep = real & (position >= torch.tensor(num_masked, device=device)[:, None])
+        vectors: Tensor = self.latent_attention_model(hidden, keep)
+        return vectors
+
+    @torch.no_grad()
+    def start_as_bag(self, embeddings: Tensor, bias: Tensor) -> None:
+        """Silence every residual branch, so that the network begins as the static model whose weights these are.
+
+        A bag tells important tokens by the length of their vectors, which an RMS norm would take away. So one
+        dimension, the one that varies least, is given to a large constant: it sets the norm, and the others pass as
+        they are.
+        """
+        encoder, (attend, feed) = self.embedding_model, self.latent_attention_model.blocks
+        constant = int(embeddings.var(0).argmin())
+        loud = 8.0  # times the typical rms of a token's vector
+        encoder.embed_tokens.weight.copy_(embeddings)
+        encoder.embed_tokens.weight[:, constant] = loud * self.c.hidden_size**0.5
+        norms = [encoder.norm]
+        for layer in (cast(Layer, module) for module in encoder.layers):
+            norms += [layer.input_layernorm, layer.post_attention_layernorm]
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        for norm in norms:
+            norm.weight.fill_(loud)
+            norm.weight[constant] = 0.0
+        attend.fn.to_out.weight.zero_()
+        feed.fn.expand.bias.zero_()
+        feed.fn.contract.weight.zero_()
+        feed.fn.contract.bias.copy_(bias)
+
+    def save(self, folder: Path) -> None:
+        """config.json and model.safetensors in fp16; tokenizer.json is put beside them by its owner."""
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {name: p.detach().to("cpu", torch.float16).contiguous() for name, p in self.state_dict().items()}
+        for name, weight in weights.items():
+            assert weight.abs().max() < 1000, f"{name} leaves no room for fp16 arithmetic"  # false for NaN, too
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(self.c.published(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> "Student":
+        """The exported checkpoint, in fp32 arithmetic over its fp16 weights."""
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        t, latent = config["text_config"], config["latent_attention_config"]
+        model = cls(Config(
+            t["vocab_size"], t["hidden_size"], t["num_hidden_layers"], t["num_attention_heads"],
+            t["num_key_value_heads"], t["intermediate_size"], latent["num_latents_value"],
+            latent["num_cross_heads"], latent["cross_dim_head"], t["rms_norm_eps"], t["rope_theta"],
+        ))  # fmt: skip
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+        return model.float().eval()

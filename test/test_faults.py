@@ -149,8 +149,8 @@ def status(outcome) -> str:
     ("number", "message"),
     [
         (101, "computing this request failed; the server's log says why"),
-        (106, "does not fit in the memory of cpu; shorten the text"),
-        (107, "the network's output for a text is not finite"),
+        (106, "expected texts that fit on the device; got the batch does not fit in the memory of cpu"),
+        (107, "expected finite numbers from the network; got others for a text"),
     ],
 )
 def test_a_failing_text_gets_an_internal_error_and_the_next_is_served(faulty_server, number, message):

@@ -38,12 +38,23 @@ def test_a_small_request_passes_the_backlog_of_a_large_one():
 
 
 def test_queries_get_their_weight_and_bulk_the_rest_while_both_wait():
-    queue, bulk, queries = FairQueue(), Flow(1), Flow(8)
-    for i in range(2000):
+    queue, bulk, queries = FairQueue(), Flow(1), Flow(8, kind="queries")
+    for i in range(20_000):
         queue.push(("bulk", i), bulk, num_tokens=100)
         queue.push(("query", i), queries, num_tokens=100)
-    taken = [kind for _ in range(90) for kind, _ in take(queue, 1000)]
-    assert abs(taken.count("query") / taken.count("bulk") - 8) < 0.2
+    taken = [kind for _ in range(900) for kind, _ in take(queue, 1000)]
+    assert abs(taken.count("query") / taken.count("bulk") - 8) < 0.5
+
+
+def test_a_batch_holds_queries_or_documents_not_both():
+    queue, bulk, queries = FairQueue(), Flow(1), Flow(8, kind="queries")
+    for i in range(30):
+        queue.push(("bulk", i), bulk, num_tokens=100)
+    take(queue, 1000)
+    for i in range(3):
+        queue.push(("query", i), queries, num_tokens=100)
+    assert take(queue, 1000) == [("query", 0), ("query", 1), ("query", 2)]
+    assert take(queue, 1000) == [("bulk", i) for i in range(10, 20)]
 
 
 def test_an_endless_stream_of_new_requests_does_not_starve_an_old_one():

@@ -144,7 +144,7 @@ class Batcher:
         self._on_fatal = on_fatal
         self._publish = publish
         self._metrics = Recorder()
-        self._query_flow = Flow(limits.query_weight)
+        self._query_flow = Flow(limits.query_weight, kind="queries")
         self._changed = Condition()  # its lock guards everything below
         # Queries first: tokenizing one takes no time, but a slice of each large request before it would.
         self._untokenized_queries: deque[_Job] = deque()

@@ -73,7 +73,10 @@ class TritonPythonModel:
                 vocab_size=checkpoint.vocab_size,
                 max_sequence_tokens=config.max_sequence_tokens,
             )
-            engines = [Engine.load(folder, checkpoint, device=device, dtype=config.dtype) for device in config.device]
+            engines = [
+                Engine.load(folder, checkpoint, device=device, dtype=config.dtype, attention=config.attention)
+                for device in config.device
+            ]
             measured = min(engine.warm_up(config.target_batch_milliseconds / 1000) for engine in engines)
         except (StartupError, OSError) as error:  # OSError: a file that this user may not read, say; it names the file
             raise pb_utils.TritonModelException(f"the server does not start: {error}") from None

@@ -1,28 +1,38 @@
-"""Attention of every sequence of a packed row over itself; the only file that knows kernels."""
+"""Attention of every sequence of a packed row over itself; the only file that knows kernels.
+
+A kernel is chosen once, at the start, and proved against the readable one before it is used.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+import logging
+from collections.abc import Callable
+from importlib import import_module
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from nv_embed.errors import DeviceError
+from nv_embed.packing import PackedBatch
 
-def attend(q: Tensor, k: Tensor, v: Tensor, seqlens: Sequence[int]) -> Tensor:
-    """Full, bidirectional, grouped-query attention within each sequence; softmax scale head_dim ** -0.5.
+logger = logging.getLogger(__name__)
 
-    Args:
-        q: [T, num_heads, head_dim]
-        k, v: [T, num_kv_heads, head_dim]
-        seqlens: tokens of each sequence, T in all.
+# Full, bidirectional, grouped-query attention within each sequence; softmax scale head_dim ** -0.5.
+# q [T, num_heads, head_dim], k and v [T, num_kv_heads, head_dim], the batch -> [T, num_heads, head_dim]
+Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor, PackedBatch], Tensor]
 
-    Returns:
-        [T, num_heads, head_dim]
-    """
+_LARGEST_DIFFERENCE = 0.02  # between kernels in half precision, of values about 1
+_OLDEST_CAPABILITY = (8, 0)  # of GPUs that flash attention runs on: Ampere
+
+
+def attend_each(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch) -> Tensor:
+    """One sequence after the other, on any device: what every other kernel is compared with."""
     out = torch.empty_like(q)
     start = 0
-    for seqlen in seqlens:
+    for seqlen in batch.seqlens:
         rows = slice(start, start + seqlen)
         # [1, heads, seqlen, head_dim]: SDPA wants the sequence next to last
         out[rows] = functional.scaled_dot_product_attention(
@@ -31,3 +41,77 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seqlens: Sequence[int]) -> Tensor:
         )[0].transpose(0, 1)  # fmt: skip
         start += seqlen
     return out
+
+
+def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> Attend:
+    """The kernel for a device and a precision.
+
+    Args:
+        name: 'sdpa', one sequence after the other; 'varlen', torch's flash attention for all at once; 'flash-attn', the
+            package of that name; or 'auto': varlen where it runs, else sdpa. The log says which and why.
+
+    Raises:
+        DeviceError: the kernel named is missing, does not run here or computes something else.
+    """
+    if name == "sdpa":
+        return attend_each
+    if name == "auto" and device.type == "cpu":
+        return attend_each  # nothing else runs there
+    kernel = "varlen" if name == "auto" else name
+    try:
+        attend = _flash(kernel, device, dtype)
+        _prove(attend, device, dtype)
+    except (ImportError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+        if name == "auto":
+            logger.warning("%s: attention one sequence after the other, which is slower, for: %s", device, error)
+            return attend_each
+        raise DeviceError(
+            f"attention: expected {name!r} to run on {device} in {str(dtype).removeprefix('torch.')}; got: {error}; "
+            "install what is missing, or set attention to 'auto' or 'sdpa'"
+        ) from None
+    logger.info("%s: attention by %s", device, kernel)
+    return attend
+
+
+def _flash(kernel: str, device: torch.device, dtype: torch.dtype) -> Attend:
+    """A kernel for all sequences at once; raises where there is none."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < _OLDEST_CAPABILITY:
+        raise RuntimeError("it needs a CUDA device of capability 8.0 or later")
+    if dtype not in (torch.float16, torch.bfloat16):
+        raise RuntimeError("it needs half precision")
+    if kernel == "flash-attn":
+        flash_attn_varlen_func = import_module("flash_attn").flash_attn_varlen_func
+
+        def attend_by_package(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch) -> Tensor:
+            ends, longest = batch.cu_seqlens, batch.max_seqlen
+            return flash_attn_varlen_func(q, k, v, ends, ends, longest, longest, causal=False)  # type: ignore[no-any-return]
+
+        return attend_by_package
+    varlen_attn = import_module("torch.nn.attention.varlen").varlen_attn
+    # The full window is the default of every torch version that has this; grouped heads came later.
+    knows_groups = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+    def attend_by_torch(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch) -> Tensor:
+        ends, longest = batch.cu_seqlens, batch.max_seqlen
+        if knows_groups:
+            return varlen_attn(q, k, v, ends, ends, longest, longest, enable_gqa=True)  # type: ignore[no-any-return]
+        groups = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        return varlen_attn(q, k, v, ends, ends, longest, longest)  # type: ignore[no-any-return]
+
+    return attend_by_torch
+
+
+def _prove(attend: Attend, device: torch.device, dtype: torch.dtype) -> None:
+    """Compare with the readable kernel on sequences of one token, a few, and more than any kernel's block."""
+    seqlens = (1, 5, 300)
+    ends = torch.tensor([0, *seqlens], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
+    nothing = torch.empty(0, dtype=torch.int64, device=device)
+    batch = PackedBatch(nothing, nothing, ends, seqlens, nothing, seqlens)
+    generator = torch.Generator(device).manual_seed(0)
+    q, k, v = (
+        torch.randn(sum(seqlens), heads, 128, device=device, dtype=dtype, generator=generator) for heads in (8, 2, 2)
+    )
+    difference = (attend(q, k, v, batch).float() - attend_each(q, k, v, batch).float()).abs().max().item()
+    if not difference < _LARGEST_DIFFERENCE:  # NaN is not smaller either
+        raise ValueError(f"it differs from the reference by {difference:.3g}")

@@ -43,6 +43,12 @@ def _dtype(value: str) -> str:
     return value
 
 
+def _attention(value: str) -> str:
+    if value not in ("auto", "varlen", "flash-attn", "sdpa"):
+        raise ValueError("'auto', 'varlen', 'flash-attn' or 'sdpa'")
+    return value
+
+
 def _positive(value: str) -> int:
     if not re.fullmatch(r"[1-9]\d{0,17}", value):
         raise ValueError("a whole number of at least 1")
@@ -69,6 +75,7 @@ class ServingConfig:
     model_path: str
     device: tuple[str, ...]
     dtype: str
+    attention: str
     max_sequence_tokens: int
     max_batch_tokens: int | None  # None: measured at warm-up
     target_batch_milliseconds: int
@@ -131,6 +138,7 @@ _PARSERS: Mapping[str, Callable[[str], Any]] = {  # of every other parameter: _p
     "model_path": _text,
     "device": _devices,
     "dtype": _dtype,
+    "attention": _attention,
     "max_batch_tokens": _positive_or_auto,
     "cache_mebibytes": _not_negative,
 }

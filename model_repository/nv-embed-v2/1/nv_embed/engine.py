@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from nv_embed.attention import choose_attention
 from nv_embed.config import CheckpointConfig
 from nv_embed.errors import DeviceError, DeviceLost, OutOfDeviceMemory
 from nv_embed.network import Network
@@ -33,11 +34,13 @@ class Engine:
 
     def __init__(self, network: Network, device: torch.device) -> None:
         self._network = network
-        self._device = device
+        self.device = device
         self.embedding_dim = network.config.hidden_size
 
     @classmethod
-    def load(cls, folder: Path, config: CheckpointConfig, *, device: str, dtype: str) -> Engine:
+    def load(
+        cls, folder: Path, config: CheckpointConfig, *, device: str, dtype: str, attention: str = "auto"
+    ) -> Engine:
         """Load a checkpoint.
 
         Args:
@@ -45,17 +48,21 @@ class Engine:
             config: what the former says.
             device: 'cpu' or 'cuda:N'.
             dtype: 'float16', 'bfloat16', 'float32'; or 'auto': the checkpoint's on a GPU, float32 on a CPU.
+            attention: see `choose_attention`.
 
         Raises:
-            DeviceError: the device is absent or its free memory too small.
+            DeviceError: the device is absent, its free memory too small or the attention kernel missing.
             CheckpointError: files or tensors are missing, damaged or of another model.
         """
         target = _existing_device(device)
         name = dtype if dtype != "auto" else "float32" if target.type == "cpu" else config.dtype
         precision: torch.dtype = getattr(torch, name)
         _check_memory(target, config, precision)
+        attend = choose_attention(attention, target, precision)
         with torch.inference_mode():
-            return cls(load_network(folder, config, target, precision), target)
+            network = load_network(folder, config, target, precision)
+        network.attend = attend
+        return cls(network, target)
 
     @torch.inference_mode()
     def embed(self, sequences: Sequence[TokenSequence]) -> npt.NDArray[np.float32]:
@@ -69,15 +76,15 @@ class Engine:
             DeviceLost: the device is beyond use for this process.
         """
         try:
-            return self._network(pack(sequences, self._device)).cpu().numpy()  # type: ignore[no-any-return]
+            return self._network(pack(sequences, self.device)).cpu().numpy()  # type: ignore[no-any-return]
         except torch.OutOfMemoryError:
-            raise OutOfDeviceMemory(_too_many(sequences, self._device)) from None
+            raise OutOfDeviceMemory(_too_many(sequences, self.device)) from None
         except torch.AcceleratorError as error:  # for ever, until the process ends
-            raise DeviceLost(f"{self._device} failed; the server must restart") from error
+            raise DeviceLost(f"{self.device} failed; the server must restart") from error
         except RuntimeError as error:
             if "DefaultCPUAllocator" not in str(error):  # torch has no type of its own for want of memory on a CPU
                 raise
-            raise OutOfDeviceMemory(_too_many(sequences, self._device)) from None
+            raise OutOfDeviceMemory(_too_many(sequences, self.device)) from None
 
     def warm_up(self, target_seconds: float) -> int:
         """Bring the first real request to full speed, and return how many tokens take about `target_seconds`.
@@ -101,7 +108,7 @@ class Engine:
             self.embed([sequence])
             seconds = measure(num_tokens)
         except (OutOfDeviceMemory, DeviceLost) as error:
-            raise DeviceError(f"expected {self._device} to compute {num_tokens} tokens; got: {error}") from None
+            raise DeviceError(f"expected {self.device} to compute {num_tokens} tokens; got: {error}") from None
         largest = _MAX_BATCH_TOKENS
         while seconds < target_seconds / 2 and 2 * num_tokens <= largest:
             try:
@@ -113,7 +120,7 @@ class Engine:
         fitting = min(max(fitting, _MIN_BATCH_TOKENS), largest)
         logger.info(
             "%s: %.0f tokens/s, so %d tokens take about %.0f ms",
-            self._device, num_tokens / seconds, fitting, 1000 * fitting * seconds / num_tokens,
+            self.device, num_tokens / seconds, fitting, 1000 * fitting * seconds / num_tokens,
         )  # fmt: skip
         return fitting
 

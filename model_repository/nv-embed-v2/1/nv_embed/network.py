@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nv_embed.attention import attend
+from nv_embed.attention import Attend, attend_each
 from nv_embed.config import CheckpointConfig
 from nv_embed.packing import PackedBatch
 
@@ -22,6 +22,7 @@ class Network(nn.Module):
     def __init__(self, config: CheckpointConfig) -> None:
         super().__init__()
         self.config = config
+        self.attend: Attend = attend_each
         self.embed_tokens = _parameter(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.norm = _parameter(config.hidden_size)
@@ -32,7 +33,7 @@ class Network(nn.Module):
         x = functional.embedding(batch.input_ids, self.embed_tokens)  # [T, C]
         cos, sin = self._rotary_table(batch.position_ids)
         for layer in self.layers:
-            x = layer(x, cos, sin, batch.seqlens)
+            x = layer(x, cos, sin, batch, self.attend)
         x = _rms_norm(x[batch.pooled_indices], self.norm, self.config.rms_norm_eps)  # [P, C]
         return functional.normalize(self.pooling(x, batch.pooled_seqlens), dim=-1)
 
@@ -58,13 +59,13 @@ class Layer(nn.Module):
         self.gate_up = _parameter(2 * config.intermediate_size, config.hidden_size)
         self.down = _parameter(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, seqlens: tuple[int, ...]) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, batch: PackedBatch, attend: Attend) -> Tensor:
         """x: [T, C] to [T, C]."""
         config = self.config
         h = _rms_norm(x, self.input_norm, config.rms_norm_eps)
         heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
         q, k, v = functional.linear(h, self.qkv).view(len(x), -1, config.head_dim).split_with_sizes(heads, dim=1)
-        attended = attend(_rotate(q, cos, sin), _rotate(k, cos, sin), v, seqlens)  # [T, H, D]
+        attended = attend(_rotate(q, cos, sin), _rotate(k, cos, sin), v, batch)  # [T, H, D]
         x = x + functional.linear(attended.flatten(1), self.o)
         h = _rms_norm(x, self.post_attention_norm, config.rms_norm_eps)
         gate, up = functional.linear(h, self.gate_up).chunk(2, dim=-1)  # [T, I] each

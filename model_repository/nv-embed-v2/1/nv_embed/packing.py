@@ -23,6 +23,10 @@ class PackedBatch:
     pooled_indices: Tensor  # [P] int64: tokens that are pooled, in order
     pooled_seqlens: tuple[int, ...]  # pooled tokens of each sequence, at least 1
 
+    @property
+    def max_seqlen(self) -> int:
+        return max(self.seqlens)
+
 
 def pack(sequences: Sequence[TokenSequence], device: torch.device) -> PackedBatch:
     """Lay sequences one after the other on a device."""

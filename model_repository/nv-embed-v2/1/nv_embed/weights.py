@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -83,18 +83,23 @@ def load_network(folder: Path, config: CheckpointConfig, device: torch.device, d
         with torch.device("meta"):
             network = Network(config)
         network = network.to(dtype).to_empty(device=device).eval()
-        destinations = dict(_destinations(network))
-        num_bytes = sum(place.numel() for place in destinations.values()) * dtype.itemsize
-        copied, started, reported = 0, time.monotonic(), time.monotonic()
-        for name, place in destinations.items():
-            place.copy_(tensors[name][:])
-            copied += place.numel() * dtype.itemsize
-            if time.monotonic() - reported > _PROGRESS_SECONDS:
-                reported = time.monotonic()
-                logger.info("loading weights: %.1f of %.1f GB", copied / 1e9, num_bytes / 1e9)
-        _fold_cross_attention(network, tensors)
-        logger.info("loaded %.2f GB of weights in %.1f s", num_bytes / 1e9, time.monotonic() - started)
+        fill_network(network, tensors)
         return network
+
+
+def fill_network(network: Network, tensors: Mapping[str, Any]) -> None:
+    """Copy and fold published tensors, by name: anything that a slice or a tuple of slices makes a tensor of."""
+    destinations = dict(_destinations(network))
+    num_bytes = sum(place.numel() * place.itemsize for place in destinations.values())
+    copied, started, reported = 0, time.monotonic(), time.monotonic()
+    for name, place in destinations.items():
+        place.copy_(tensors[name][:])
+        copied += place.numel() * place.itemsize
+        if time.monotonic() - reported > _PROGRESS_SECONDS:
+            reported = time.monotonic()
+            logger.info("loading weights: %.1f of %.1f GB", copied / 1e9, num_bytes / 1e9)
+    _fold_cross_attention(network, tensors)
+    logger.info("loaded %.2f GB of weights in %.1f s", num_bytes / 1e9, time.monotonic() - started)
 
 
 def _destinations(network: Network) -> Iterator[tuple[str, Tensor]]:
@@ -127,7 +132,7 @@ def _destinations(network: Network) -> Iterator[tuple[str, Tensor]]:
     yield _MLP + "fn.net.2.bias", pooling.mlp_out_bias
 
 
-def _fold_cross_attention(network: Network, tensors: dict[str, Any]) -> None:
+def _fold_cross_attention(network: Network, tensors: Mapping[str, Any]) -> None:
     """Fold latents and the four projections of the cross-attention into `keys` and `values`, a head at a time.
 
     With no bias in any of them, (LN(x) Wq^T) (Wk c)^T = LN(x) (c Wk^T Wq)^T, and likewise for values and output.

@@ -1,0 +1,65 @@
+"""The choice of an attention kernel: what is named must run, and must compute attention."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from nv_embed.attention import _prove, attend_each, choose_attention
+from nv_embed.errors import DeviceError
+from torch.nn import functional
+
+CPU = torch.device("cpu")
+
+
+def attend_masked(q, k, v, batch):
+    """All at once, with a mask that keeps sequences apart: written differently from the product."""
+    owner = torch.repeat_interleave(torch.arange(len(batch.seqlens)), torch.tensor(batch.seqlens))
+    groups = q.shape[1] // k.shape[1]
+    q, k, v = (t.float().transpose(0, 1) for t in (q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)))
+    scores = (q @ k.transpose(1, 2) * q.shape[-1] ** -0.5).masked_fill(owner[:, None] != owner, -torch.inf)
+    return (scores.softmax(-1) @ v).transpose(0, 1)
+
+
+def attend_causally(q, k, v, batch):
+    """What flash attention does when asked the wrong way."""
+    out, start = torch.empty_like(q), 0
+    groups = q.shape[1] // k.shape[1]
+    tensors = (q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1))
+    for n in batch.seqlens:
+        parts = (t[start : start + n].transpose(0, 1) for t in tensors)
+        out[start : start + n] = functional.scaled_dot_product_attention(*parts, is_causal=True).transpose(0, 1)
+        start += n
+    return out
+
+
+def test_a_cpu_computes_one_sequence_after_the_other():
+    assert choose_attention("auto", CPU, torch.float32) is attend_each
+    assert choose_attention("sdpa", CPU, torch.float32) is attend_each
+
+
+@pytest.mark.parametrize("name", ["varlen", "flash-attn"])
+def test_a_named_kernel_that_does_not_run_here_stops_the_start(name):
+    with pytest.raises(DeviceError, match=f"expected '{name}' to run on cpu in float32; got: .*; install .* 'auto'"):
+        choose_attention(name, CPU, torch.float32)
+
+
+def test_a_kernel_that_computes_attention_is_accepted():
+    _prove(attend_masked, CPU, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "kernel", [attend_causally, lambda q, k, v, batch: q, lambda q, k, v, batch: q * torch.nan],
+    ids=["causal", "nothing", "NaN"],
+)  # fmt: skip
+def test_a_kernel_that_computes_something_else_is_refused(kernel):
+    with pytest.raises(ValueError, match="differs from the reference"):
+        _prove(kernel, CPU, torch.float32)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_gpu_computes_all_sequences_at_once(dtype):
+    device = torch.device("cuda:0")
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        pytest.skip("flash attention needs capability 8.0")
+    assert choose_attention("varlen", device, dtype) is not attend_each  # proved against the readable kernel

@@ -72,6 +72,7 @@ class FakeReply:
     def send(self, outcome):
         self.outcomes.append(outcome)
         self.answered.set()
+        return outcome
 
     def outcome(self):
         assert self.answered.wait(WAIT_SECONDS)
@@ -435,6 +436,32 @@ def test_metrics_count_requests_texts_tokens_and_batches():
     assert sum(published.observations[Metric.BATCH_TEXTS]) == 3
     assert len(published.observations[Metric.QUEUE_SECONDS]) == len(engine.batches)
     assert published.gauges[Metric.QUEUE_TOKENS] == published.gauges[Metric.QUEUE_BYTES] == 0
+
+
+def test_an_answer_that_its_way_back_refuses_is_counted_as_what_the_client_got():
+    class NarrowReply(FakeReply):
+        def send(self, outcome):
+            return super().send(InvalidRequest("too large to send"))
+
+    published, reply = Published(), NarrowReply()
+    with running(FakeEngine(), publish=published) as batcher:
+        batcher.submit(EmbedRequest(("10",), "", True, False, 2, None), reply)
+        assert isinstance(reply.outcome(), InvalidRequest)
+    assert published.counters[Metric.REQUESTS, "documents", "InvalidRequest"] == 1
+    assert published.counters[Metric.REQUESTS, "documents", "ok"] == 0
+
+
+def test_an_answer_that_is_lost_is_not_counted_as_given():
+    class BrokenReply(FakeReply):
+        def send(self, outcome):
+            super().send(outcome)
+            raise RuntimeError("no way to the client")
+
+    published, fatal = Published(), threading.Event()
+    with running(FakeEngine(), publish=published, on_fatal=fatal.set) as batcher:
+        batcher.submit(EmbedRequest(("10",), "", True, False, 2, None), BrokenReply())
+        assert fatal.wait(WAIT_SECONDS)
+    assert all(metric is not Metric.REQUESTS for metric, *_ in published.counters)
 
 
 # --- what must stay small -------------------------------------------------------------------------------

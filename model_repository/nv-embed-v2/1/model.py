@@ -136,8 +136,8 @@ class TritonReply:
         with self._lock:
             return self._sender is None or bool(self._sender.is_cancelled())
 
-    def send(self, outcome: Answer | RequestError) -> None:
-        """Answer, once."""
+    def send(self, outcome: Answer | RequestError) -> Answer | RequestError:
+        """Answer, once; returns what was sent."""
         if isinstance(outcome, Answer) and outcome.embeddings.nbytes > _LARGE_ANSWER_BYTES:
             outcome = _fitting(outcome)
         response = self._response(outcome)
@@ -145,6 +145,7 @@ class TritonReply:
             sender, self._sender = self._sender, None
             assert sender is not None, "a request was answered twice"
             sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        return outcome
 
     def _response(self, outcome: Answer | RequestError) -> Any:
         if isinstance(outcome, RequestError):

@@ -19,7 +19,7 @@ import triton_python_backend_utils as pb_utils
 from nv_embed.batcher import Answer, Batcher, BatchLimits
 from nv_embed.config import CheckpointConfig, ServingConfig
 from nv_embed.errors import Cancelled, ComputeFailed, InvalidRequest, RequestError, StartupError, Unavailable
-from nv_embed.metrics import Labels, Metric, Values
+from nv_embed.metrics import SERIES, Labels, Metric, Values
 from nv_embed.requests import EmbedRequest, RequestLimits
 from nv_embed.tokenizer import Tokenizer
 from nv_embed.watchdog import Watchdog, listening_ports, shared_memory
@@ -183,9 +183,8 @@ class TritonMetrics:
             for metric in Metric
         }
         self._series: dict[tuple[Metric, Labels], Any] = {}
-        for metric in Metric:
-            if metric.kind != "counter":
-                self._one(metric)
+        for metric, labels in SERIES:
+            self._one(metric, labels)
 
     def publish(self, values: Values) -> None:
         """Pass on what has come together since the last time."""
@@ -198,7 +197,7 @@ class TritonMetrics:
                 self._one(metric).observe(observation)
 
     def _one(self, metric: Metric, labels: Labels = ()) -> Any:
-        """The series of a metric with these labels, made when first used."""
+        """The series of a metric with these labels, made when first asked for."""
         if (metric, labels) not in self._series:
             buckets = {"buckets": list(metric.buckets)} if metric.buckets else {}
             self._series[metric, labels] = self._families[metric].Metric(labels=dict(labels), **buckets)

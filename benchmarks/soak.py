@@ -12,10 +12,14 @@ load starts, or, of a server that runs elsewhere, from one request for each text
 
 `--kills` starts the server through serve.sh with RESTART=always and kills, in turn, the model's process (SIGKILL,
 SIGSEGV), freezes it (SIGSTOP), and ends tritonserver (SIGTERM, SIGKILL), all in the first 60 % of the requests; memory
-is judged in the rest, which one life of the server sees. A request counts as unanswered when nothing came for
---answer-seconds; as answered twice when a stream brought more responses than requests or an answer bore another
-request's id. Exit code 0 only if nothing was unanswered, answered twice, wrong or answered with a code that it must
-not get, and memory stayed flat.
+is judged in the rest, which one life of the server sees. From the signal until the server is seen ready again, and a
+moment longer, the kill excuses broken and refused connections, however long that takes; whether it took too long is
+checked by itself (--restart-seconds). At any other time they are wrong, and so is a server that ended unasked.
+
+A request counts as unanswered when nothing came for --answer-seconds; as answered twice when a stream brought more
+responses than requests or an answer bore another request's id. Exit code 0 only if nothing was unanswered, answered
+twice, wrong or answered with a code that it must not get, the server ended only when told to and was soon back, and
+memory stayed flat.
 """
 
 from __future__ import annotations
@@ -34,7 +38,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,6 +66,7 @@ OTHER_INSTRUCTION = "Instruct: Retrieve semantically similar text\nQuery: "
 TOLERANCE = 1e-4  # of one element of a unit vector; batches differ from single texts by about 1e-6
 MEMORY_GROWTH_LIMIT = 0.05
 MIN_MEMORY_SAMPLES = 60  # one a second; the first quarter is warm-up, and a shorter one would not be over
+GRACE_SECONDS = 2  # in which clients find a server that is ready again
 KILL_SHARE = 0.6  # of the requests; the rest judges memory
 LIMITS = {  # of a server started here: small, so that a request can be over them without taking minutes
     "NV_EMBED_MAX_SEQUENCE_TOKENS": "256",
@@ -74,11 +79,12 @@ LIMITS = {  # of a server started here: small, so that a request can be over the
 OK = "OK"
 INVALID = frozenset({"INVALID_ARGUMENT", "HTTP 400"})
 BUSY = frozenset({"UNAVAILABLE", "HTTP 503"})
+REFUSED = "connection refused"  # on gRPC, whose own code for it is that of a busy server
 ANY_TEXT = frozenset({OK, "HTTP 200"}) | INVALID  # nobody can say beforehand whether random bytes are a valid text
 GIVEN_UP = frozenset({OK, "DEADLINE_EXCEEDED", "CANCELLED"})
 # What Triton itself says while the model's process is dead or the server goes down; only right around a kill.
 GOING_DOWN = frozenset({"UNAVAILABLE", "NOT_FOUND", "CANCELLED", "INTERNAL", "HTTP 503", "HTTP 404", "HTTP 400",
-                        "HTTP 500", "HTTP broken"})  # fmt: skip
+                        "HTTP 500", "HTTP broken", REFUSED})  # fmt: skip
 CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
@@ -105,6 +111,7 @@ class Tally:
     kinds: Counter[str] = field(default_factory=Counter)
     unexpected: Counter[str] = field(default_factory=Counter)  # kind, code and message
     around_kills: int = 0  # errors that only a kill excuses
+    unasked_ends: int = 0  # of the server, between kills
     longest_seconds: float = 0.0
 
 
@@ -360,7 +367,7 @@ class Client:
             try:
                 _, writer = await asyncio.open_connection(self.soak.host, port)
             except ConnectionError:
-                return Outcome("UNAVAILABLE", "connection refused")
+                return Outcome(REFUSED)
             writer.write(content)
             writer.transport.abort()
             return Outcome("hung up")
@@ -485,6 +492,7 @@ class Soak:
         self.threads = ThreadPoolExecutor(16)
         self.up = asyncio.Event()
         self.excused_until = 0.0
+        self.server: int | None = None  # its pid; none: it is being killed, or runs elsewhere
         self.done = False
         self.expected: Expected
         self.judged_from = 0.0
@@ -504,6 +512,7 @@ class Soak:
             )
             self.expected = await self._expect()
             self.up.set()
+            self.server = None if self.root_pid is None else processes_of(self.root_pid).get("server")
             started = time.monotonic()
             helpers = [asyncio.ensure_future(self._watch())]
             if arguments.kills:
@@ -516,8 +525,11 @@ class Soak:
                 await helper
             # Quiet again: the server must still answer, and rightly.
             _, run = Client(self, -1).valid_query()
-            outcome = await asyncio.wait_for(run(), arguments.answer_seconds)
-            self.tally.wrong_rows += outcome.wrong
+            try:
+                outcome = await asyncio.wait_for(run(), arguments.answer_seconds)
+                self.tally.wrong_rows += outcome.wrong
+            except (grpc.aio.AioRpcError, asyncio.TimeoutError) as error:
+                self.tally.unexpected[f"the last query: {error!r}"[:150]] += 1
         self.threads.shutdown(wait=False)
 
     async def _expect(self) -> Expected:
@@ -548,6 +560,8 @@ class Soak:
                 outcome = await asyncio.wait_for(run(), self.arguments.answer_seconds)
             except grpc.aio.AioRpcError as error:
                 outcome = Outcome(error.code().name, error.details() or "")
+                if "Connection refused" in outcome.message:
+                    outcome.code = REFUSED
             except (asyncio.TimeoutError, TimeoutError):
                 tally.unanswered += 1
                 progress(f"unanswered: {kind}")
@@ -560,14 +574,27 @@ class Soak:
             if outcome.wrong:
                 progress(f"wrong rows: {outcome.wrong} of {kind}")
             if outcome.code not in right | BUSY:
-                if outcome.code in GOING_DOWN and started < self.excused_until:
+                if self._is_excused(outcome.code, started):
                     tally.around_kills += 1
                     await asyncio.sleep(0.5)
                 else:
                     tally.unexpected[f"{kind}: {outcome.code}: {outcome.message[:150]}"] += 1
-            if outcome.code in BUSY:
+            if outcome.code in BUSY | {REFUSED}:
                 await asyncio.sleep(0.05)
-            await self.up.wait()  # a server that is down would eat up all requests
+            if not self.up.is_set():  # a server that is down would eat up all requests
+                with suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(self.up.wait(), deadline - time.monotonic())
+
+    def _is_excused(self, code: str, started: float) -> bool:
+        """Whether a kill explains this answer to a request of that moment."""
+        return code in GOING_DOWN and started < self.excused_until
+
+    def _notice(self, server: int) -> None:
+        """A server that is another one than the last, though nobody ended that, replaces one that ended unasked."""
+        if self.server not in (None, server):
+            self.tally.unasked_ends += 1
+            progress("the server ended unasked")
+            self.server = server
 
     async def _watch(self) -> None:
         """Once a second: memory, and whether the server is there."""
@@ -577,6 +604,7 @@ class Soak:
                 (self.up.set if ready else self.up.clear)()
                 if ready and (usage := memory_of(self.root_pid)) is not None:
                     self.usages.append(usage)
+                    self._notice(usage.pid)
             await asyncio.sleep(1)
         self.up.set()
 
@@ -597,22 +625,27 @@ class Soak:
             pids = processes_of(self.root_pid or 0)
             if self.done or whom not in pids:
                 break
-            killed, before = time.monotonic(), pids["server"]
-            self.excused_until = float("inf")
-            os.kill(pids[whom], with_signal)
-            while not self.done:  # ready, and not the same server as before
-                await asyncio.sleep(0.2)
-                if processes_of(self.root_pid or 0).get("server") not in (None, before) and await self._is_ready():
-                    break
-                if time.monotonic() - killed > arguments.answer_seconds + 120:
-                    self.tally.unexpected[f"kill: {with_signal.name} of the {whom} was not noticed"] += 1
-                    break
-            seconds = time.monotonic() - killed
-            self.kills.append({"whom": whom, "signal": with_signal.name, "seconds_until_ready": round(seconds, 1)})
-            progress(f"kill {number + 1}: {whom} {with_signal.name}, ready again after {seconds:.1f} s")
-            self.up.set()
-            self.excused_until = time.monotonic() + 2
+            await self._kill_once(pids, whom, with_signal)
         self.judged_from = time.monotonic()
+
+    async def _kill_once(self, pids: dict[str, int], whom: str, with_signal: signal.Signals) -> None:
+        """One kill, until another server is ready; what breaks from before the signal until after that is excused."""
+        self._notice(pids["server"])
+        killed, self.server, self.excused_until = time.monotonic(), None, float("inf")
+        os.kill(pids[whom], with_signal)
+        while not self.done:
+            await asyncio.sleep(0.2)
+            server = processes_of(self.root_pid or 0).get("server")
+            if server not in (None, pids["server"]) and await self._is_ready():
+                break
+        else:
+            return  # and the number of kills in the report is not the one asked for
+        seconds = time.monotonic() - killed
+        self.kills.append({"whom": whom, "signal": with_signal.name, "seconds_until_ready": round(seconds, 1)})
+        progress(f"kill {len(self.kills)}: {whom} {with_signal.name}, ready again after {seconds:.1f} s")
+        self.server = server
+        self.up.set()
+        self.excused_until = time.monotonic() + GRACE_SECONDS
 
 
 # --- memory ---------------------------------------------------------------------------------------------
@@ -686,12 +719,15 @@ def report(soak: Soak) -> dict[str, Any]:
     flat = all(memory[name]["growth"] < MEMORY_GROWTH_LIMIT for name in ("server", "worker", "shm") if name in memory)
     failures = tally.unanswered + tally.answered_twice + tally.wrong_rows + tally.unexpected.total()
     complete = len(soak.kills) == soak.arguments.kills
+    slowest = max((kill["seconds_until_ready"] for kill in soak.kills), default=0.0)
     left_behind = sum(region.exists() for region in {region for usage in soak.usages for region in usage.regions})
     rows: list[tuple[str, object]] = [
         ("requests", tally.requests),
         ("of them hostile", tally.hostile),
         ("seconds", round(soak.seconds)),
         ("kills", len(soak.kills)),
+        ("slowest restart after a kill, s", slowest),
+        ("ends of the server unasked", tally.unasked_ends),
         ("unanswered", tally.unanswered),
         ("answered twice", tally.answered_twice),
         ("rows checked", tally.checked_rows),
@@ -714,7 +750,10 @@ def report(soak: Soak) -> dict[str, Any]:
         print(f"wrong code, {count} times: {key!a}")
     return {
         "benchmark": "soak",
-        "passed": failures + left_behind == 0 and flat and complete,
+        "passed": failures + left_behind + tally.unasked_ends == 0
+        and flat
+        and complete
+        and slowest <= soak.arguments.restart_seconds,
         "requests": tally.requests,
         "hostile": tally.hostile,
         "seconds": round(soak.seconds, 1),
@@ -728,6 +767,8 @@ def report(soak: Soak) -> dict[str, Any]:
         "codes": dict(tally.codes),
         "kinds": dict(tally.kinds),
         "kills": soak.kills,
+        "slowest_restart_seconds": slowest,
+        "unasked_ends": tally.unasked_ends,
         "memory": memory,
         "memory_judged": "server" in memory,
         "shm_files_left_behind": left_behind,
@@ -745,6 +786,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--kills", type=int, default=0, help="of the server started here (%(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="(%(default)s)")
     parser.add_argument("--answer-seconds", type=float, default=90, help="until unanswered (%(default)s)")
+    parser.add_argument("--restart-seconds", type=float, default=60,  # Triton's 30 to stop and as many to start
+                        help="at most, from a kill until ready again (%(default)s)")  # fmt: skip
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "checkpoints" / "nv-embed-mini",
                         help="of the server started here (%(default)s)")  # fmt: skip
     parser.add_argument("--device", default="cpu", help="of the server started here (%(default)s)")

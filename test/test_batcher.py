@@ -10,8 +10,16 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 from nv_embed.batcher import Answer, Batcher, BatchLimits
-from nv_embed.errors import Cancelled, ComputeFailed, DeviceLost, InvalidRequest, OutOfDeviceMemory, Unavailable
-from nv_embed.metrics import Metric
+from nv_embed.errors import (
+    Cancelled,
+    ComputeFailed,
+    DeviceLost,
+    InvalidRequest,
+    OutOfDeviceMemory,
+    RequestError,
+    Unavailable,
+)
+from nv_embed.metrics import SERIES, Metric
 from nv_embed.requests import EmbedRequest
 from nv_embed.tokenizer import TokenSequence
 
@@ -72,6 +80,7 @@ class FakeReply:
     def send(self, outcome):
         self.outcomes.append(outcome)
         self.answered.set()
+        return outcome
 
     def outcome(self):
         assert self.answered.wait(WAIT_SECONDS)
@@ -90,9 +99,10 @@ class Published:
     """The metrics of a batcher, added up."""
 
     def __init__(self):
-        self.counters, self.observations, self.gauges = Counter(), {}, {}
+        self.counters, self.observations, self.gauges, self.series = Counter(), {}, {}, set()
 
     def __call__(self, values):
+        self.series |= set(values.counters)
         for (metric, labels), amount in values.counters.items():
             self.counters[(metric, *dict(labels).values())] += amount
         for metric, observed in values.observations.items():
@@ -435,6 +445,50 @@ def test_metrics_count_requests_texts_tokens_and_batches():
     assert sum(published.observations[Metric.BATCH_TEXTS]) == 3
     assert len(published.observations[Metric.QUEUE_SECONDS]) == len(engine.batches)
     assert published.gauges[Metric.QUEUE_TOKENS] == published.gauges[Metric.QUEUE_BYTES] == 0
+
+
+def test_every_series_that_is_ever_counted_is_known_beforehand():
+    engine, published = FakeEngine(capacity=50), Published()
+    with running(engine, publish=published, cache_bytes=10**6) as batcher:
+        with held(engine, batcher, 40):
+            same = [submit(batcher, 20), submit(batcher, 20)]
+        assert [reply.lengths() for reply in same] == [[20], [20]]
+        assert submit(batcher, 20).lengths() == [20]
+        for text in ("invalid", 60, 13):
+            submit(batcher, text, is_query=True).outcome()
+        batcher.refuse(FakeReply(), InvalidRequest("neither"))
+    assert published.series <= set(SERIES)
+    sources = {labels for metric, labels in SERIES if metric is Metric.TEXTS}
+    assert sources == {labels for metric, labels in published.series if metric is Metric.TEXTS}
+    outcomes = {dict(labels)["outcome"] for metric, labels in SERIES if metric is Metric.REQUESTS}
+    errors = {error.__name__ for error in RequestError.__subclasses__()}
+    assert outcomes == {"ok"} | errors - {"DeviceLost"}  # for which its requests get Unavailable
+
+
+def test_an_answer_that_its_way_back_refuses_is_counted_as_what_the_client_got():
+    class NarrowReply(FakeReply):
+        def send(self, outcome):
+            return super().send(InvalidRequest("too large to send"))
+
+    published, reply = Published(), NarrowReply()
+    with running(FakeEngine(), publish=published) as batcher:
+        batcher.submit(EmbedRequest(("10",), "", True, False, 2, None), reply)
+        assert isinstance(reply.outcome(), InvalidRequest)
+    assert published.counters[Metric.REQUESTS, "documents", "InvalidRequest"] == 1
+    assert published.counters[Metric.REQUESTS, "documents", "ok"] == 0
+
+
+def test_an_answer_that_is_lost_is_not_counted_as_given():
+    class BrokenReply(FakeReply):
+        def send(self, outcome):
+            super().send(outcome)
+            raise RuntimeError("no way to the client")
+
+    published, fatal = Published(), threading.Event()
+    with running(FakeEngine(), publish=published, on_fatal=fatal.set) as batcher:
+        batcher.submit(EmbedRequest(("10",), "", True, False, 2, None), BrokenReply())
+        assert fatal.wait(WAIT_SECONDS)
+    assert all(metric is not Metric.REQUESTS for metric, *_ in published.counters)
 
 
 # --- what must stay small -------------------------------------------------------------------------------

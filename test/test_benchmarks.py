@@ -119,6 +119,53 @@ def test_soak_survives_a_kill(toy):
     assert [kill["signal"] for kill in answer["kills"]] == ["SIGKILL"]
 
 
+def test_soak_excuses_what_a_kill_breaks_until_the_server_is_ready_again_and_no_other_end_of_it():
+    script = """
+import asyncio, json, os, signal, time, soak
+
+soak.GRACE_SECONDS = 0.3
+pids, is_ready, killed = {"server": 1, "worker": 2}, True, []
+soak.processes_of = lambda root: pids
+os.kill = lambda pid, with_signal: killed.append(pid)
+
+async def main():
+    global pids, is_ready
+    run = soak.Soak(soak.parse(["--kills", "1"]), "localhost:8001", 8000, 7, None)
+    run.server = 1
+    async def ready(): return is_ready
+    run._is_ready = ready
+    excused = lambda: [run._is_excused(code, time.monotonic()) for code in ("HTTP broken", soak.REFUSED)]
+    said = {"before": excused()}
+    kill = asyncio.ensure_future(run._kill_once(pids, "worker", signal.SIGKILL))
+    await asyncio.sleep(0.5)
+    said["still the old one"] = excused()
+    pids, is_ready = {"server": 3, "worker": 4}, False
+    await asyncio.sleep(0.5)
+    said["not ready"] = excused()
+    is_ready = True
+    await kill
+    said["moment after"] = excused()
+    await asyncio.sleep(0.4)
+    said["after"] = excused()
+    passed = {"once killed": soak.report(run)["passed"]}
+    run.arguments.restart_seconds = 0.9
+    passed["slow"] = soak.report(run)["passed"]
+    run.arguments.restart_seconds = 60
+    run._notice(3)
+    passed["the same"] = soak.report(run)["passed"]
+    run._notice(5)
+    passed["another"] = soak.report(run)["passed"]
+    print(json.dumps({"killed": killed, "excused": said, "passed": passed}))
+
+asyncio.run(main())
+"""
+    _, answer = run("-c", script)
+    assert answer["killed"] == [2]
+    in_the_window = ["still the old one", "not ready", "moment after"]
+    assert answer["excused"] == {when: [when in in_the_window] * 2 for when in ("before", *in_the_window, "after")}
+    assert answer["passed"] == {"once killed": True, "slow": False, "the same": True, "another": False}
+
+
 def test_soak_notices_wrong_rows(toy_server):
     sabotage = f"""
 import sys, soak

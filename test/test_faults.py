@@ -275,9 +275,13 @@ try:
     print("answered")
 except triton.InferenceServerException as error:
     print("refused", error.status(), error.message())
+metrics = server.metrics_by_name()
+print({{outcome: metrics[f'nv_embed_requests_total{{{{kind="documents",outcome="{{outcome}}"}}}}'] for outcome in
+       ("ok", "InvalidRequest")}})
 print(server.embed_documents(["x"] * 1000).shape, server.stop())
 """
     command = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=5m tmpfs /dev/shm && exec "$0" -c "$1"']
     result = subprocess.run([*command, sys.executable, script], capture_output=True, text=True, check=True)
     assert "refused StatusCode.INVALID_ARGUMENT expected an answer of at most" in result.stdout
+    assert "{'ok': 1.0, 'InvalidRequest': 1.0}" in result.stdout
     assert "(1000, 64) 0" in result.stdout

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton
 import tritonclient.grpc.aio as triton_aio
+from nv_embed.metrics import SERIES
 from serving import MODEL_NAME, ROOT, Server, bytes_input
 
 TOLERANCE = 1e-5
@@ -221,6 +222,12 @@ def test_bad_input_over_http_is_answered_400_with_the_same_words(toy_server_of_6
 def test_more_than_may_wait_is_answered_unavailable_at_once_and_metrics_tell(toy, tmp_path):
     limits = {"NV_EMBED_MAX_QUEUE_TOKENS": "70000", "NV_EMBED_MAX_SEQUENCE_TOKENS": "5000"}
     server = Server(tmp_path / "log.txt", toy, limits | {"NV_EMBED_MAX_BATCH_TOKENS": "600"}).wait_until_ready()
+    fresh = {name: value for name, value in server.metrics_by_name().items() if name.startswith("nv_embed_")}
+    assert set(fresh.values()) == {0}
+    for metric, labels in SERIES:
+        name = metric.metric_name + ("_count" if metric.kind == "histogram" else "")
+        given = ",".join(f'{label}="{value}"' for label, value in labels)
+        assert fresh[f"{name}{{{given}}}" if labels else name] == 0
     bulk = [f"{i} some words to compute" for i in range(3000)]
 
     async def crowd() -> list:

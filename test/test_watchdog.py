@@ -52,7 +52,7 @@ def test_silence_means_a_frozen_model_but_only_after_a_first_beat(server, monkey
     assert "has been silent" in watchdog.watch(reader, os.pidfd_open(server.pid))
     loading, _ = os.pipe()
     server.terminate()
-    assert watchdog.watch(loading, os.pidfd_open(server.pid)) == "the server has died"
+    assert watchdog.watch(loading, os.pidfd_open(server.pid)) == "the server is gone"
     os.close(writer)
 
 

@@ -19,7 +19,7 @@ import triton_python_backend_utils as pb_utils
 from nv_embed.batcher import Answer, Batcher, BatchLimits
 from nv_embed.config import CheckpointConfig, ServingConfig
 from nv_embed.errors import Cancelled, ComputeFailed, InvalidRequest, RequestError, StartupError, Unavailable
-from nv_embed.metrics import Labels, Metric, Values
+from nv_embed.metrics import SERIES, Labels, Metric, Values
 from nv_embed.requests import EmbedRequest, RequestLimits
 from nv_embed.tokenizer import Tokenizer
 from nv_embed.watchdog import Watchdog, listening_ports, shared_memory
@@ -139,8 +139,8 @@ class TritonReply:
         with self._lock:
             return self._sender is None or bool(self._sender.is_cancelled())
 
-    def send(self, outcome: Answer | RequestError) -> None:
-        """Answer, once."""
+    def send(self, outcome: Answer | RequestError) -> Answer | RequestError:
+        """Answer, once; returns what was sent."""
         if isinstance(outcome, Answer) and outcome.embeddings.nbytes > _LARGE_ANSWER_BYTES:
             outcome = _fitting(outcome)
         response = self._response(outcome)
@@ -148,6 +148,7 @@ class TritonReply:
             sender, self._sender = self._sender, None
             assert sender is not None, "a request was answered twice"
             sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        return outcome
 
     def _response(self, outcome: Answer | RequestError) -> Any:
         if isinstance(outcome, RequestError):
@@ -185,9 +186,8 @@ class TritonMetrics:
             for metric in Metric
         }
         self._series: dict[tuple[Metric, Labels], Any] = {}
-        for metric in Metric:
-            if metric.kind != "counter":
-                self._one(metric)
+        for metric, labels in SERIES:
+            self._one(metric, labels)
 
     def publish(self, values: Values) -> None:
         """Pass on what has come together since the last time."""
@@ -200,7 +200,7 @@ class TritonMetrics:
                 self._one(metric).observe(observation)
 
     def _one(self, metric: Metric, labels: Labels = ()) -> Any:
-        """The series of a metric with these labels, made when first used."""
+        """The series of a metric with these labels, made when first asked for."""
         if (metric, labels) not in self._series:
             buckets = {"buckets": list(metric.buckets)} if metric.buckets else {}
             self._series[metric, labels] = self._families[metric].Metric(labels=dict(labels), **buckets)

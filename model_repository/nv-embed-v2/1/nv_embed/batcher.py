@@ -62,8 +62,8 @@ class Reply(Protocol):
     def is_cancelled(self) -> bool:
         """Whether nobody waits for the answer any more."""
 
-    def send(self, outcome: Answer | RequestError) -> None:
-        """Answer."""
+    def send(self, outcome: Answer | RequestError) -> Answer | RequestError:
+        """Answer; returns what was sent, which is an error in place of an answer that this way cannot carry."""
 
 
 class Encoder(Protocol):
@@ -188,8 +188,7 @@ class Batcher:
 
     def refuse(self, reply: Reply, error: RequestError) -> None:
         """Answer, and count, a request that could not be understood."""
-        self._metrics.add(Metric.REQUESTS, kind="unknown", outcome=_outcome_name(error))
-        self._outbox.put(partial(reply.send, error))
+        self._outbox.put(partial(self._answer, reply, error, "unknown"))
 
     def drain(self, seconds: float) -> None:
         """Answer what is unfinished after `seconds` as unavailable: the server is about to stop."""
@@ -407,11 +406,14 @@ class Batcher:
                     if computation.is_waiting and computation.rows and not computation.is_wanted:
                         self._drop(computation)
             kind = "query" if job.request.is_query else "documents"
-            self._metrics.add(Metric.REQUESTS, kind=kind, outcome=_outcome_name(outcome))
             self._metrics.add(Metric.REQUEST_SECONDS, time.monotonic() - job.arrived, kind=kind)
-            self._outbox.put(partial(job.reply.send, outcome))
+            self._outbox.put(partial(self._answer, job.reply, outcome, kind))
             # A deadline may keep the job itself for a while; what is large goes now.
             job.computations, job.embeddings, job.request = [], None, replace(job.request, texts=())
+
+    def _answer(self, reply: Reply, outcome: Answer | RequestError, kind: str) -> None:
+        sent = reply.send(outcome)
+        self._metrics.add(Metric.REQUESTS, kind=kind, outcome=_outcome_name(sent))
 
     def _answer_loop(self) -> None:
         while (send := self._outbox.get()) is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import product
 from threading import Lock
 from typing import TypeAlias
 
@@ -43,7 +44,23 @@ class Metric(Enum):
         self.buckets = buckets
 
 
-Labels: TypeAlias = tuple[tuple[str, str], ...]
+Labels: TypeAlias = tuple[tuple[str, str], ...]  # name and value, sorted by name
+
+_INPUTS = ("query", "documents")
+_LABELS: dict[Metric, dict[str, tuple[str, ...]]] = {
+    Metric.REQUESTS: {
+        "kind": (*_INPUTS, "unknown"),  # unknown: refused before it was understood
+        "outcome": ("ok", "InvalidRequest", "Unavailable", "Cancelled", "OutOfDeviceMemory", "ComputeFailed"),
+    },
+    Metric.REQUEST_SECONDS: {"kind": _INPUTS},
+    Metric.TEXTS: {"source": ("computed", "cached", "coalesced")},
+}
+# Every series there can be. One that is absent until it first counts neither a dashboard nor an alert can see.
+SERIES: tuple[tuple[Metric, Labels], ...] = tuple(
+    (metric, tuple(zip(_LABELS.get(metric, {}), values, strict=True)))
+    for metric in Metric
+    for values in product(*_LABELS.get(metric, {}).values())
+)
 
 
 @dataclass(slots=True)

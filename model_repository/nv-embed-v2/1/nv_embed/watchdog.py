@@ -94,7 +94,7 @@ def watch(pipe: int, server: int) -> str | None:
                 return "the model's process has died"
             has_beaten, silent_steps = True, 0
         elif server in ready:
-            return "the server has died"
+            return "the server is gone"  # killed, or stopped on purpose while the model still loads
         elif has_beaten:
             silent_steps += 1
     return f"the model's process has been silent for {_SILENT_STEPS * _STEP_SECONDS:.0f} s"

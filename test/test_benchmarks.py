@@ -56,6 +56,19 @@ def test_the_baseline_gives_the_vectors_of_the_original(baseline_server, toy):
         np.testing.assert_allclose(got, rows, atol=1e-5)
 
 
+def test_engine_is_measured_beside_the_ceiling_and_the_usual_way_and_ahead_of_it_on_mixed_lengths():
+    output, answer = run("engine.py", "--device", "cpu", "--quick")
+    assert set(answer["mixes"]) == {"16", "64", "512", "lognormal"}
+    for name, found in answer["mixes"].items():
+        assert found["tokens_per_s"] > 0, name
+        assert 0 < found["ceiling_fraction"] < 1.5, name  # of a ceiling measured a moment before
+        assert found["baseline_ratio"] > 0, name
+    # Padding makes the usual way compute several times the tokens: no noise of a shared machine hides that.
+    assert answer["mixes"]["lognormal"]["baseline_ratio"] >= 1.2, output
+    assert answer["query_ms"]["engine"] > 0
+    assert answer["ceiling"]["flops"] > 0
+
+
 def test_serving_measures_every_load_on_two_servers_and_the_bare_engine(toy_server, baseline_server, toy):
     output, answer = run(
         "serving.py", "--url", toy_server.url, "--baseline-url", baseline_server.url, "--engine", "--checkpoint", toy,

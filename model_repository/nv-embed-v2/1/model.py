@@ -60,7 +60,7 @@ class TritonPythonModel:
                 return
 
     def _load(self, parameters: dict[str, dict[str, str]]) -> None:
-        from nv_embed.engine import Engine  # imports torch, which Triton's own look at this file need not wait for
+        from nv_embed.engine import load_engines  # imports torch: Triton's own look at this file does not wait for it
 
         try:
             config = ServingConfig.from_parameters(
@@ -73,10 +73,9 @@ class TritonPythonModel:
                 vocab_size=checkpoint.vocab_size,
                 max_sequence_tokens=config.max_sequence_tokens,
             )
-            engines = [
-                Engine.load(folder, checkpoint, device=device, dtype=config.dtype, attention=config.attention)
-                for device in config.device
-            ]
+            engines = load_engines(
+                folder, checkpoint, devices=config.device, dtype=config.dtype, attention=config.attention
+            )
             measured = min(engine.warm_up(config.target_batch_milliseconds / 1000) for engine in engines)
         except (StartupError, OSError) as error:  # OSError: a file that this user may not read, say; it names the file
             raise pb_utils.TritonModelException(f"the server does not start: {error}") from None

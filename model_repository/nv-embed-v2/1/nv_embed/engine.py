@@ -125,6 +125,15 @@ class Engine:
         return fitting
 
 
+def load_engines(
+    folder: Path, config: CheckpointConfig, *, devices: Sequence[str], dtype: str, attention: str
+) -> list[Engine]:
+    """One engine for each device, loaded one after the other; several on the CPU share its cores. See `Engine.load`."""
+    if devices.count("cpu") > 1:  # each would start a thread for every core, and they would wait for each other
+        torch.set_num_threads(max(1, torch.get_num_threads() // devices.count("cpu")))
+    return [Engine.load(folder, config, device=device, dtype=dtype, attention=attention) for device in devices]
+
+
 def _too_many(sequences: Sequence[TokenSequence], device: torch.device) -> str:
     return f"{sum(sequence.num_tokens for sequence in sequences)} tokens, which the memory of {device} does not hold"
 

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 _LISTENING = "0A"  # TCP_LISTEN in the kernel's tables
@@ -107,16 +108,18 @@ def shared_memory(pid: int) -> set[Path]:
 
 
 def listening_ports(pid: int) -> frozenset[int]:
-    """TCP ports on which a process waits for connections, from proc(5)."""
+    """TCP ports on which a process waits for connections, from proc(5); none if it has ended."""
     inodes = set()
-    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-        try:
-            inodes.add(os.readlink(descriptor))
-        except FileNotFoundError:  # closed meanwhile
-            continue
     ports = set()
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/{pid}/net/{table}").read_text(encoding="ascii").splitlines()[1:]:
+    try:
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(FileNotFoundError):  # closed meanwhile
+                inodes.add(os.readlink(descriptor))
+        tables = [Path(f"/proc/{pid}/net/{name}").read_text(encoding="ascii") for name in ("tcp", "tcp6")]
+    except (FileNotFoundError, ProcessLookupError, PermissionError):  # a process that ends gives up its folder in parts
+        return frozenset()
+    for table in tables:
+        for line in table.splitlines()[1:]:
             _, local, _, state, *rest = line.split()
             if state == _LISTENING and f"socket:[{rest[5]}]" in inodes:
                 ports.add(int(local.rpartition(":")[2], 16))

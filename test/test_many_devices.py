@@ -1,0 +1,123 @@
+"""Several devices behind one queue, proved with `cpu,cpu`: two real engines, and a real server."""
+
+from __future__ import annotations
+
+import json
+import threading
+from random import Random
+
+import numpy as np
+import pytest
+from nv_embed.batcher import Answer, Batcher, BatchLimits
+from nv_embed.config import CheckpointConfig
+from nv_embed.engine import Engine
+from nv_embed.errors import DeviceLost, Unavailable
+from nv_embed.requests import EmbedRequest
+from nv_embed.tokenizer import Tokenizer
+from serving import Server
+
+WAIT_SECONDS = 60
+WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
+
+
+class CountingEngine:
+    """A real engine that counts its tokens, and fails for good after some batches where that is asked for."""
+
+    def __init__(self, folder, config, batches_to_live=10**9):
+        self.engine = Engine.load(folder, config, device="cpu", dtype="float32")
+        self.num_tokens, self.batches_to_live = 0, batches_to_live
+
+    def embed(self, sequences):
+        self.batches_to_live -= 1
+        if self.batches_to_live < 0:
+            raise DeviceLost("the device failed")
+        self.num_tokens += sum(sequence.num_tokens for sequence in sequences)
+        return self.engine.embed(sequences)
+
+
+class Reply:
+    def __init__(self):
+        self.outcomes, self.answered = [], threading.Event()
+
+    def is_cancelled(self):
+        return False
+
+    def send(self, outcome):
+        self.outcomes.append(outcome)
+        self.answered.set()
+        return outcome
+
+
+@pytest.fixture(scope="module")
+def checkpoint(toy):
+    config = CheckpointConfig.load(toy)
+    return toy, config, Tokenizer(toy / "tokenizer.json", vocab_size=config.vocab_size, max_sequence_tokens=512)
+
+
+def requests(num_requests):
+    random = Random(5)
+    return [[" ".join(random.choices(WORDS, k=random.randint(1, 60))) for _ in range(20)] for _ in range(num_requests)]
+
+
+def submit_all(batcher, texts):
+    replies = []
+    for documents in texts:
+        replies.append(Reply())
+        size = sum(map(len, documents))
+        batcher.submit(EmbedRequest(tuple(documents), "", True, False, size, None), replies[-1])
+    return replies
+
+
+def start(tokenizer, engines, on_fatal=lambda: None):
+    limits = BatchLimits(
+        max_batch_tokens=600, max_queue_tokens=10**7, max_queue_bytes=10**8, max_queue_seconds=60.0, query_weight=8,
+        cache_bytes=0,
+    )  # fmt: skip
+    return Batcher(tokenizer, [e.embed for e in engines], limits, on_fatal=on_fatal, publish=lambda values: None)
+
+
+def test_two_engines_share_the_work_of_one_queue_and_give_the_rows_of_one(checkpoint):
+    folder, config, tokenizer = checkpoint
+    engines = [CountingEngine(folder, config) for _ in range(2)]
+    alone = Engine.load(folder, config, device="cpu", dtype="float32")
+    texts = requests(60)
+    batcher = start(tokenizer, engines)
+    try:
+        replies = submit_all(batcher, texts)
+        for documents, reply in zip(texts, replies, strict=True):
+            assert reply.answered.wait(WAIT_SECONDS)
+            (outcome,) = reply.outcomes
+            assert isinstance(outcome, Answer)
+            expected = alone.embed(tokenizer.encode(documents, "", truncate=True, first_index=0))
+            np.testing.assert_allclose(outcome.embeddings, expected, atol=1e-5)
+    finally:
+        batcher.stop()
+    shares = [engine.num_tokens / sum(other.num_tokens for other in engines) for engine in engines]
+    assert max(shares) <= 1.2 * min(shares), shares
+
+
+def test_when_one_of_two_devices_fails_everyone_is_answered_once_and_the_server_must_restart(checkpoint):
+    folder, config, tokenizer = checkpoint
+    engines = [CountingEngine(folder, config), CountingEngine(folder, config, batches_to_live=3)]
+    restart = threading.Event()
+    batcher = start(tokenizer, engines, on_fatal=restart.set)
+    try:
+        replies = submit_all(batcher, requests(60))
+        assert restart.wait(WAIT_SECONDS)
+        assert all(reply.answered.wait(WAIT_SECONDS) for reply in replies)
+        outcomes = [outcome for reply in replies for outcome in reply.outcomes]
+        assert len(outcomes) == len(replies)
+        assert {type(outcome) for outcome in outcomes} <= {Answer, Unavailable}
+        assert any(isinstance(outcome, Unavailable) for outcome in outcomes)
+    finally:
+        batcher.stop()
+
+
+def test_a_server_with_two_devices_gives_the_originals_rows(toy, tmp_path):
+    server = Server(tmp_path / "log.txt", toy, {"DEVICE": "cpu,cpu"}).wait_until_ready()
+    case = next(c for c in json.loads((toy / "cases.json").read_text("utf-8")) if c["name"] == "documents")
+    for _ in range(5):
+        rows = server.embed_documents(case["texts"])
+        np.testing.assert_allclose(rows, np.load(toy / "expected.npz")["documents"], atol=1e-5)
+    assert server.stop() == 0
+    assert server.log_text().count("tokens/s, so ") == 2  # each engine says how fast it is

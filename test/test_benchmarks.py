@@ -69,6 +69,13 @@ def test_engine_is_measured_beside_the_ceiling_and_the_usual_way_and_ahead_of_it
     assert answer["ceiling"]["flops"] > 0
 
 
+def test_loading_is_measured_with_a_checkpoint_of_the_published_layout():
+    output, answer = run("loading.py", "--device", "cpu", "--layers", "2", "--hidden-size", "256")
+    assert answer["gb_per_s"] > 0
+    # Neither the checkpoint nor the network is ever held twice.
+    assert answer["host_gigabytes_beside_weights"] < answer["gigabytes"], output
+
+
 def test_serving_measures_every_load_on_two_servers_and_the_bare_engine(toy_server, baseline_server, toy):
     output, answer = run(
         "serving.py", "--url", toy_server.url, "--baseline-url", baseline_server.url, "--engine", "--checkpoint", toy,

@@ -208,7 +208,7 @@ def test_errors_of_the_device_are_told_apart(toy, monkeypatch, raised, expected,
     def fail(batch):
         raise raised
 
-    monkeypatch.setattr(engine, "_network", fail)
+    monkeypatch.setattr(engine, "network", fail)
     with pytest.raises(expected, match=re.escape(message)):
         engine.embed([TokenSequence(np.ones(30, dtype=np.int32), 0)])
     if expected is not RuntimeError:

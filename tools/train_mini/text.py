@@ -1,4 +1,4 @@
-"""Training text: openly licensed English from Debian and PyPI packages -> two lists of items, train and test.
+"""Training text: English from Debian and PyPI packages -> two lists of items, train and test.
 
 An item is one text with its source and the group it was made from; every text made from one gloss (the gloss,
 the headword, a question about it) is of one group, and whole groups go to the test side, chosen by a hash of the
@@ -40,18 +40,18 @@ class Source(NamedTuple):
 
 SOURCES = [
     Source("wordnet", "wordnet-base", "WordNet 3.0 licence (BSD-like)", 200_000),
-    Source("gcide", "dict-gcide", "GPL-3+ (Webster 1913 in the public domain)", 16_000),
-    Source("foldoc", "dict-foldoc", "GFDL-1.2+", 20_000),
-    Source("fortunes", "fortunes", "BSD (collection), quotations", 12_000),
+    Source("gcide", "dict-gcide", "GPL-2+", 16_000),
+    Source("foldoc", "dict-foldoc", "GFDL-1.1+, no invariant sections", 20_000),
+    Source("fortunes", "fortunes", "BSD-3-Clause (program); none stated for the quotations", 12_000),
     Source("cataclysm", "cataclysm-dda-data", "CC-BY-SA-3.0", 45_000),
     Source("wesnoth", "wesnoth-1.16-data", "GPL-2+", 6_000),
     Source("endless-sky", "endless-sky-data", "GPL-3+", 30_000),
-    Source("crawl", "crawl-common", "GPL-2+", 4_000),
+    Source("crawl", "crawl-common", "GPL-2+ (a tenth of it quotations)", 4_000),
     Source("libreoffice-help", "libreoffice-help-en-us", "MPL-2.0", 14_000),
     Source("gnome-help", "gnome-user-docs", "CC-BY-SA-3.0", 5_000),
     Source("debian-descriptions", "apt:Translation-en", "the licence of each package", 8_000),
     Source("chatterbot", "pypi:chatterbot-corpus==1.3.3", "BSD-3-Clause", 20_000),
-    Source("meteor-phrases", "pypi:pycocoevalcap==1.2", "LGPL-2.1 (METEOR 1.5 paraphrase table)", 30_000),
+    Source("meteor-phrases", "pypi:pycocoevalcap==1.2", "LGPL-2.1 (says METEOR 1.5; the package, nothing)", 30_000),
     Source("templates", "phrases.py", "Apache-2.0 (this project)", 60_000),
 ]
 

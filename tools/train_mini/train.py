@@ -86,8 +86,9 @@ def optimizers(model: Student) -> list[torch.optim.Optimizer]:
         is_matrix = p.dim() == 2 and "latents" not in name
         (embeddings if "embed_tokens" in name else matrices if is_matrix else rest).append(p)
     adam = torch.optim.AdamW(
-        [{"params": embeddings, "lr": EMBED_LR}, {"params": rest, "lr": OTHER_LR}], betas=(0.9, 0.98), weight_decay=0.0
-    )
+        [{"params": embeddings, "lr": EMBED_LR}, {"params": rest, "lr": OTHER_LR}],
+        betas=(0.9, 0.98), weight_decay=0.0, fused=True,
+    )  # fmt: skip
     muon = torch.optim.Muon(matrices, lr=MUON_LR, weight_decay=0.01, momentum=0.95)
     for group in [*adam.param_groups, *muon.param_groups]:
         group["peak"] = group["lr"]
@@ -247,7 +248,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / ".cache/nv-embed-mini", help="downloads and stages")
     parser.add_argument("--out", type=Path, default=ROOT / "checkpoints/nv-embed-mini", help="the checkpoint's folder")
     parser.add_argument("--share", type=float, default=1.0, help="part of the text to use; below 1 for trials")
-    parser.add_argument("--samples", type=int, default=500_000, help="texts to train the student on")
+    parser.add_argument("--samples", type=int, default=900_000, help="texts to train the student on")
     parser.add_argument("--static-epochs", type=float, default=2.0)
     parser.add_argument("--seed", type=int, default=2026)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -33,7 +33,7 @@ class Engine:
     """One network on one device. Not thread-safe: one thread calls it."""
 
     def __init__(self, network: Network, device: torch.device) -> None:
-        self._network = network
+        self.network = network
         self.device = device
         self.embedding_dim = network.config.hidden_size
 
@@ -76,7 +76,7 @@ class Engine:
             DeviceLost: the device is beyond use for this process.
         """
         try:
-            return self._network(pack(sequences, self.device)).cpu().numpy()  # type: ignore[no-any-return]
+            return self.network(pack(sequences, self.device)).cpu().numpy()  # type: ignore[no-any-return]
         except torch.OutOfMemoryError:
             raise OutOfDeviceMemory(_too_many(sequences, self.device)) from None
         except torch.AcceleratorError as error:  # for ever, until the process ends

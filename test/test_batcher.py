@@ -591,3 +591,17 @@ def test_a_request_is_answered_when_its_time_is_over_not_when_the_batch_before_i
         assert not slow.answered.is_set()
         engine.gate.set()
         assert slow.lengths() == [1]
+
+
+def test_draining_says_how_much_is_unanswered_and_refuses_what_takes_too_long():
+    engine = FakeEngine()
+    engine.gate.clear()
+    with running(engine) as batcher:
+        computing = submit(batcher, 90)
+        assert engine.started.acquire(timeout=WAIT_SECONDS)
+        waiting = submit(batcher, 80)
+        assert batcher.drain(0.05) == 2
+        outcome = waiting.outcome()  # answered although the device is busy
+        assert isinstance(outcome, Unavailable)
+        assert "the time the server has to stop" in str(outcome)
+        assert isinstance(computing.outcome(), Unavailable)

@@ -56,7 +56,10 @@ class TritonPythonModel:
         while not self._is_finalizing.wait(_LOOK_SECONDS):
             before, ports = ports, listening_ports(os.getppid())
             if before - ports:
-                self._batcher.drain(_DRAIN_SECONDS)
+                num_unanswered = self._batcher.drain(_DRAIN_SECONDS)
+                # Past Triton's log, which tears down too. A stop that takes long although nothing is unanswered here
+                # waits for something of Triton's own.
+                print(f"nv-embed: the server stops; requests not yet answered: {num_unanswered}", file=sys.stderr)
                 return
 
     def _load(self, parameters: dict[str, dict[str, str]]) -> None:

@@ -190,12 +190,17 @@ class Batcher:
         """Answer, and count, a request that could not be understood."""
         self._outbox.put(partial(self._answer, reply, error, "unknown"))
 
-    def drain(self, seconds: float) -> None:
-        """Answer what is unfinished after `seconds` as unavailable: the server is about to stop."""
+    def drain(self, seconds: float) -> int:
+        """Answer what is unfinished after `seconds` as unavailable: the server is about to stop.
+
+        Returns:
+            how many requests that may be.
+        """
         with self._changed:
             for job in self._jobs:
                 self._add_deadline(job, time.monotonic() - job.arrived + seconds, "the time the server has to stop")
             self._changed.notify_all()
+            return len(self._jobs)
 
     def stop(self) -> None:
         """Answer whatever is unfinished as unavailable and end the threads; returns when they have ended."""

@@ -133,7 +133,7 @@ def run(
         network = Network(config)
     network = network.to(dtype).to_empty(device=device).eval()
     fill_network(network, weights)
-    network.attend = choose_attention(attention, device, dtype)
+    network.attend = choose_attention(attention, config, device, dtype)
     engine = Engine(network, device)
     baseline = PaddedNetwork(raw, weights) if has_baseline else None
     if baseline:
@@ -158,7 +158,7 @@ def run(
         "size": size.name,
         "budget": size.budget,
         "passes": passes,
-        "attention": attention,
+        "attention": network.attend.__name__,
         **machine(device, dtype),
     }
 
@@ -262,7 +262,7 @@ def measure_ceiling(size: Size, device: torch.device, dtype: torch.dtype) -> dic
         for _ in range(repeats):
             torch.mm(a, b, out=out)
 
-    source = torch.empty(size.matrix**2 * 8, dtype=torch.uint8, device=device)
+    source = torch.empty(2**28, dtype=torch.uint8, device=device)  # beyond every cache
     target = torch.empty_like(source)
 
     def copy() -> None:
@@ -294,10 +294,12 @@ def measure_mix(
 ) -> dict[str, Any]:  # fmt: skip
     device = engine.device
     by_length = sorted(texts, key=lambda text: text.num_tokens)
-    if device.type == "cuda":
+    if device.type == "cuda":  # of ours alone: what else is allocated is the other side's weights
+        own = sum(parameter.nbytes for parameter in engine.network.parameters())
+        others = torch.cuda.memory_allocated(device) - own
         torch.cuda.reset_peak_memory_stats(device)
         embed_packed(engine, texts, budget)
-        peak = torch.cuda.max_memory_allocated(device)
+        peak = torch.cuda.max_memory_allocated(device) - others
     sides: list[Callable[[], object]] = [lambda: embed_packed(engine, texts, budget)]
     if baseline:
         sides += [lambda: embed_padded(baseline, texts, budget), lambda: embed_padded(baseline, by_length, budget)]

@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from nv_embed.attention import _prove, attend_each, choose_attention
+from nv_embed.config import CheckpointConfig
 from nv_embed.errors import DeviceError
+from serving import ROOT
 from torch.nn import functional
 
 CPU = torch.device("cpu")
+CONFIG = CheckpointConfig.load(ROOT / "checkpoints" / "nv-embed-mini")
 
 
 def attend_masked(q, k, v, batch):
@@ -33,18 +36,18 @@ def attend_causally(q, k, v, batch):
 
 
 def test_a_cpu_computes_one_sequence_after_the_other():
-    assert choose_attention("auto", CPU, torch.float32) is attend_each
-    assert choose_attention("sdpa", CPU, torch.float32) is attend_each
+    assert choose_attention("auto", CONFIG, CPU, torch.float32) is attend_each
+    assert choose_attention("sdpa", CONFIG, CPU, torch.float32) is attend_each
 
 
 @pytest.mark.parametrize("name", ["varlen", "flash-attn"])
 def test_a_named_kernel_that_does_not_run_here_stops_the_start(name):
     with pytest.raises(DeviceError, match=f"expected '{name}' to run on cpu in float32; got: .*; install .* 'auto'"):
-        choose_attention(name, CPU, torch.float32)
+        choose_attention(name, CONFIG, CPU, torch.float32)
 
 
 def test_a_kernel_that_computes_attention_is_accepted():
-    _prove(attend_masked, CPU, torch.float32)
+    _prove(attend_masked, CONFIG, CPU, torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +56,7 @@ def test_a_kernel_that_computes_attention_is_accepted():
 )  # fmt: skip
 def test_a_kernel_that_computes_something_else_is_refused(kernel):
     with pytest.raises(ValueError, match="differs from the reference"):
-        _prove(kernel, CPU, torch.float32)
+        _prove(kernel, CONFIG, CPU, torch.float32)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -62,4 +65,4 @@ def test_a_gpu_computes_all_sequences_at_once(dtype):
     device = torch.device("cuda:0")
     if torch.cuda.get_device_capability(device) < (8, 0):
         pytest.skip("flash attention needs capability 8.0")
-    assert choose_attention("varlen", device, dtype) is not attend_each  # proved against the readable kernel
+    assert choose_attention("varlen", CONFIG, device, dtype) is not attend_each  # proved against the readable kernel

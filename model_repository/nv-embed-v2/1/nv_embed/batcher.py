@@ -153,6 +153,7 @@ class Batcher:
         self._in_flight: dict[bytes, _Computation] = {}  # waiting or being computed
         self._cache = VectorCache(limits.cache_bytes)
         self._jobs: set[_Job] = set()  # submitted and not finished
+        self._num_unanswered = 0  # requests whose answers are not sent
         self._deadlines: list[tuple[float, int, _Job, str]] = []
         self._deadline_numbers = count()
         self._num_queue_bytes = 0
@@ -169,6 +170,7 @@ class Batcher:
         """Take charge of a request; returns at once, raises nothing."""
         job = _Job(request, reply, self._query_flow if request.is_query else Flow(weight=1), time.monotonic())
         with self._changed:
+            self._num_unanswered += 1
             self._jobs.add(job)
             limit = self._limits.max_queue_bytes
             if self._is_stopping:
@@ -188,19 +190,21 @@ class Batcher:
 
     def refuse(self, reply: Reply, error: RequestError) -> None:
         """Answer, and count, a request that could not be understood."""
+        with self._changed:
+            self._num_unanswered += 1
         self._outbox.put(partial(self._answer, reply, error, "unknown"))
 
     def drain(self, seconds: float) -> int:
         """Answer what is unfinished after `seconds` as unavailable: the server is about to stop.
 
         Returns:
-            how many requests that may be.
+            how many requests have no answer yet, settled ones included that are still to be sent.
         """
         with self._changed:
             for job in self._jobs:
                 self._add_deadline(job, time.monotonic() - job.arrived + seconds, "the time the server has to stop")
             self._changed.notify_all()
-            return len(self._jobs)
+            return self._num_unanswered
 
     def stop(self) -> None:
         """Answer whatever is unfinished as unavailable and end the threads; returns when they have ended."""
@@ -418,6 +422,8 @@ class Batcher:
 
     def _answer(self, reply: Reply, outcome: Answer | RequestError, kind: str) -> None:
         sent = reply.send(outcome)
+        with self._changed:
+            self._num_unanswered -= 1
         self._metrics.add(Metric.REQUESTS, kind=kind, outcome=_outcome_name(sent))
 
     def _answer_loop(self) -> None:

@@ -58,7 +58,7 @@ class Engine:
         name = dtype if dtype != "auto" else "float32" if target.type == "cpu" else config.dtype
         precision: torch.dtype = getattr(torch, name)
         _check_memory(target, config, precision)
-        attend = choose_attention(attention, target, precision)
+        attend = choose_attention(attention, config, target, precision)
         with torch.inference_mode():
             network = load_network(folder, config, target, precision)
         network.attend = attend

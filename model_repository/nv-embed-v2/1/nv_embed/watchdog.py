@@ -115,8 +115,10 @@ def listening_ports(pid: int) -> frozenset[int]:
         for descriptor in Path(f"/proc/{pid}/fd").iterdir():
             with suppress(FileNotFoundError):  # closed meanwhile
                 inodes.add(os.readlink(descriptor))
-        tables = [Path(f"/proc/{pid}/net/{name}").read_text(encoding="ascii") for name in ("tcp", "tcp6")]
-    except (FileNotFoundError, ProcessLookupError, PermissionError):  # a process that ends gives up its folder in parts
+        tables = [Path(f"/proc/{pid}/net/tcp").read_text(encoding="ascii")]
+        with suppress(FileNotFoundError):  # a machine without IPv6
+            tables.append(Path(f"/proc/{pid}/net/tcp6").read_text(encoding="ascii"))
+    except (FileNotFoundError, ProcessLookupError):
         return frozenset()
     for table in tables:
         for line in table.splitlines()[1:]:

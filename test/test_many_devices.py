@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from contextlib import suppress
 from random import Random
 
 import numpy as np
@@ -24,7 +25,8 @@ WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "
 class CountingEngine:
     """A real engine that counts its tokens, and fails for good after some batches where that is asked for."""
 
-    def __init__(self, folder, config, batches_to_live=10**9):
+    def __init__(self, folder, config, batches_to_live=10**9, pace=None):
+        self.pace = pace
         self.engine = Engine.load(folder, config, device="cpu", dtype="float32")
         self.num_tokens, self.batches_to_live = 0, batches_to_live
 
@@ -32,6 +34,9 @@ class CountingEngine:
         self.batches_to_live -= 1
         if self.batches_to_live < 0:
             raise DeviceLost("the device failed")
+        if self.pace is not None:
+            with suppress(threading.BrokenBarrierError):  # an odd batch at the end has no other to wait for
+                self.pace.wait(timeout=5)
         self.num_tokens += sum(sequence.num_tokens for sequence in sequences)
         return self.engine.embed(sequences)
 
@@ -79,7 +84,9 @@ def start(tokenizer, engines, on_fatal=lambda: None):
 
 def test_two_engines_share_the_work_of_one_queue_and_give_the_rows_of_one(checkpoint):
     folder, config, tokenizer = checkpoint
-    engines = [CountingEngine(folder, config) for _ in range(2)]
+    # Devices of equal speed, whatever else this machine does: each batch of one waits for a batch of the other.
+    pace = threading.Barrier(2)
+    engines = [CountingEngine(folder, config, pace=pace) for _ in range(2)]
     alone = Engine.load(folder, config, device="cpu", dtype="float32")
     texts = requests(60)
     batcher = start(tokenizer, engines)
@@ -94,8 +101,7 @@ def test_two_engines_share_the_work_of_one_queue_and_give_the_rows_of_one(checkp
     finally:
         batcher.stop()
     shares = [engine.num_tokens / sum(other.num_tokens for other in engines) for engine in engines]
-    # Equal but for what the machine does beside; with nothing beside they are within a few hundredths.
-    assert min(shares) > 0.3, shares
+    assert max(shares) <= 1.2 * min(shares), shares
 
 
 def test_engines_on_one_cpu_share_its_cores(checkpoint):

@@ -46,7 +46,7 @@ SOURCES = [
     Source("cataclysm", "cataclysm-dda-data", "CC-BY-SA-3.0", 45_000),
     Source("wesnoth", "wesnoth-1.16-data", "GPL-2+", 6_000),
     Source("endless-sky", "endless-sky-data", "GPL-3+", 30_000),
-    Source("crawl", "crawl-common", "GPL-2+ (a tenth of it quotations)", 4_000),
+    Source("crawl", "crawl-common", "GPL-2+ (an eighth of it quotations)", 4_000),
     Source("libreoffice-help", "libreoffice-help-en-us", "MPL-2.0", 14_000),
     Source("gnome-help", "gnome-user-docs", "CC-BY-SA-3.0", 5_000),
     Source("debian-descriptions", "apt:Translation-en", "the licence of each package", 8_000),

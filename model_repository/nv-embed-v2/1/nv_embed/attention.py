@@ -96,9 +96,9 @@ def _flash(kernel: str, device: torch.device, dtype: torch.dtype) -> Attend:
     varlen_attn = import_module("torch.nn.attention.varlen").varlen_attn
     # The full window is the default of every torch version that has this; grouped heads came later.
     knows_groups = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    grouped = {"enable_gqa": True} if knows_groups else {}
 
     def attend_by_torch(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch) -> Tensor:
-        grouped = {"enable_gqa": True} if knows_groups else {}
         if not knows_groups:
             groups = q.shape[1] // k.shape[1]
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
@@ -115,7 +115,7 @@ def _prove(attend: Attend, config: CheckpointConfig, device: torch.device, dtype
     seqlens = (1, 5, 300)
     cu_seqlens = torch.tensor([0, *seqlens], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
     nothing = torch.empty(0, dtype=torch.int64, device=device)
-    batch = PackedBatch(nothing, nothing, cu_seqlens, seqlens, nothing, seqlens)
+    batch = PackedBatch(nothing, nothing, cu_seqlens, max(seqlens), seqlens, nothing, seqlens)
     heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
     generator = torch.Generator(device).manual_seed(0)
     # Strided as in the network, where all three are parts of one product.

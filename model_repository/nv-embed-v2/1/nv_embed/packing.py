@@ -19,13 +19,10 @@ class PackedBatch:
     input_ids: Tensor  # [T] int64
     position_ids: Tensor  # [T] int64, from 0 in every sequence
     cu_seqlens: Tensor  # [S + 1] int32: sequence s is tokens cu_seqlens[s] to cu_seqlens[s + 1]
+    max_seqlen: int
     seqlens: tuple[int, ...]  # the lengths again, on the host, where loops and kernel choice need them
     pooled_indices: Tensor  # [P] int64: tokens that are pooled, in order
     pooled_seqlens: tuple[int, ...]  # pooled tokens of each sequence, at least 1
-
-    @property
-    def max_seqlen(self) -> int:
-        return max(self.seqlens)
 
 
 def pack(sequences: Sequence[TokenSequence], device: torch.device) -> PackedBatch:
@@ -45,6 +42,7 @@ def pack(sequences: Sequence[TokenSequence], device: torch.device) -> PackedBatc
         input_ids=on_device(np.concatenate([sequence.input_ids for sequence in sequences]).astype(np.int64)),
         position_ids=on_device(position_ids),
         cu_seqlens=on_device(cu_seqlens),
+        max_seqlen=max(seqlens),
         seqlens=seqlens,
         pooled_indices=on_device(pooled_indices),
         pooled_seqlens=tuple(n - masked for n, masked in zip(seqlens, num_masked, strict=True)),

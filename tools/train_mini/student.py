@@ -17,15 +17,15 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    vocab_size: int = 20_992
+    vocab_size: int = 20_480
     hidden_size: int = 384
     num_layers: int = 2
-    num_heads: int = 6
-    num_kv_heads: int = 2
-    intermediate_size: int = 256
-    num_latents: int = 64
+    num_heads: int = 12
+    num_kv_heads: int = 12
+    intermediate_size: int = 288
+    num_latents: int = 32
     num_cross_heads: int = 2
-    cross_dim_head: int = 64
+    cross_dim_head: int = 32
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10_000.0
 
@@ -94,12 +94,13 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
         rows, length, _ = x.shape
         q, k, v = (
-            p(x).view(rows, length, -1, self.c.head_dim).transpose(1, 2)  # [B, heads, T, 64]
+            p(x).view(rows, length, -1, self.c.head_dim).transpose(1, 2)  # [B, heads, T, head_dim]
             for p in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
         groups = self.c.num_heads // self.c.num_kv_heads
-        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        if groups > 1:
+            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         # No causal mask, at any length. Written out: on a CPU, with rows this short, the fused kernel trains slower.
         scores = q @ k.transpose(-1, -2) * self.c.head_dim**-0.5  # [B, heads, T, T]
         if mask is not None:
@@ -143,7 +144,7 @@ class Encoder(nn.Module):
     def forward(self, input_ids: Tensor, mask: Tensor | None) -> Tensor:
         half = torch.arange(0, self.c.head_dim, 2, device=input_ids.device) / self.c.head_dim
         angles = torch.arange(input_ids.shape[1], device=input_ids.device)[:, None] / self.c.rope_theta**half
-        cos, sin = angles.cos(), angles.sin()  # [T, 32]
+        cos, sin = angles.cos(), angles.sin()  # [T, head_dim / 2]
         x = self.embed_tokens(input_ids)
         for layer in self.layers:
             x = layer(x, cos, sin, mask)
@@ -163,7 +164,7 @@ class CrossAttention(nn.Module):
         """x: [N, C] tokens; context: [latents, C]."""
         k, v = self.to_kv(context).chunk(2, dim=-1)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(0, 1) for t in (self.to_q(x), k, v))
-        out = torch.softmax(q @ k.transpose(1, 2) * q.shape[-1] ** -0.5, dim=-1).to(v.dtype) @ v  # [heads, N, 64]
+        out = torch.softmax(q @ k.transpose(1, 2) * q.shape[-1] ** -0.5, dim=-1).to(v.dtype) @ v  # [heads, N, width]
         return self.to_out(out.transpose(0, 1).flatten(1))
 
 
@@ -257,32 +258,6 @@ class Student(nn.Module):
         keep = real & (position >= torch.tensor(num_masked, device=device)[:, None])
         vectors: Tensor = self.latent_attention_model(hidden, keep)
         return vectors
-
-    @torch.no_grad()
-    def start_as_bag(self, embeddings: Tensor, bias: Tensor) -> None:
-        """Silence every residual branch, so that the network begins as the static model whose weights these are.
-
-        A bag tells important tokens by the length of their vectors, which an RMS norm would take away. So one
-        dimension, the one that varies least, is given to a large constant: it sets the norm, and the others pass as
-        they are.
-        """
-        encoder, (attend, feed) = self.embedding_model, self.latent_attention_model.blocks
-        constant = int(embeddings.var(0).argmin())
-        loud = 8.0  # times the typical rms of a token's vector
-        encoder.embed_tokens.weight.copy_(embeddings)
-        encoder.embed_tokens.weight[:, constant] = loud * self.c.hidden_size**0.5
-        norms = [encoder.norm]
-        for layer in (cast(Layer, module) for module in encoder.layers):
-            norms += [layer.input_layernorm, layer.post_attention_layernorm]
-            layer.self_attn.o_proj.weight.zero_()
-            layer.mlp.down_proj.weight.zero_()
-        for norm in norms:
-            norm.weight.fill_(loud)
-            norm.weight[constant] = 0.0
-        attend.fn.to_out.weight.zero_()
-        feed.fn.expand.bias.zero_()
-        feed.fn.contract.weight.zero_()
-        feed.fn.contract.bias.copy_(bias)
 
     def save(self, folder: Path) -> None:
         """config.json and model.safetensors in fp16; tokenizer.json is put beside them by its owner."""

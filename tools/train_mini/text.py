@@ -42,11 +42,10 @@ SOURCES = [
     Source("wordnet", "wordnet-base", "WordNet 3.0 licence (BSD-like)", 200_000),
     Source("gcide", "dict-gcide", "GPL-2+", 16_000),
     Source("foldoc", "dict-foldoc", "GFDL-1.1+, no invariant sections", 20_000),
-    Source("fortunes", "fortunes", "BSD-3-Clause (program); none stated for the quotations", 12_000),
     Source("cataclysm", "cataclysm-dda-data", "CC-BY-SA-3.0", 45_000),
     Source("wesnoth", "wesnoth-1.16-data", "GPL-2+", 6_000),
     Source("endless-sky", "endless-sky-data", "GPL-3+", 30_000),
-    Source("crawl", "crawl-common", "GPL-2+ (an eighth of it quotations)", 4_000),
+    Source("crawl", "crawl-common", "GPL-2+", 4_000),
     Source("libreoffice-help", "libreoffice-help-en-us", "MPL-2.0", 14_000),
     Source("gnome-help", "gnome-user-docs", "CC-BY-SA-3.0", 5_000),
     Source("debian-descriptions", "apt:Translation-en", "the licence of each package", 8_000),
@@ -166,16 +165,6 @@ def foldoc(folder: Path) -> Iterator[tuple[str, str]]:
             yield title + clean(body), f"What is {title}?"
 
 
-def fortunes(folder: Path) -> Iterator[tuple[str, str]]:
-    for path in sorted(glob.glob(f"{folder}/usr/share/games/fortunes/*")):
-        if "." in Path(path).name:
-            continue
-        for cookie in read(path).split("\n%\n"):
-            body = clean(re.sub(r"\n\s*--.*", "", cookie, flags=re.S))
-            for sentence in sentences(body):
-                yield body, sentence
-
-
 def catalogue(folder: Path) -> Iterator[tuple[str, str]]:
     """English message ids of gettext catalogues, and a little of their translations for other scripts."""
     for path in sorted(glob.glob(f"{folder}/**/LC_MESSAGES/*.mo", recursive=True)):
@@ -203,6 +192,8 @@ def endless_sky(folder: Path) -> Iterator[tuple[str, str]]:
 
 def crawl(folder: Path) -> Iterator[tuple[str, str]]:
     for path in sorted(glob.glob(f"{folder}/usr/share/crawl/dat/descript/*.txt")):
+        if path.endswith("/quotes.txt"):  # other people's words, for which no licence is stated
+            continue
         for entry in read(path).split("%%%%"):
             body = clean(entry.strip().partition("\n")[2])
             for sentence in sentences(body):
@@ -251,7 +242,7 @@ def meteor(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 READERS = {
-    "wordnet": wordnet, "gcide": gcide, "foldoc": foldoc, "fortunes": fortunes, "cataclysm": catalogue,
+    "wordnet": wordnet, "gcide": gcide, "foldoc": foldoc, "cataclysm": catalogue,
     "wesnoth": catalogue, "endless-sky": endless_sky, "crawl": crawl, "libreoffice-help": help_pages,
     "gnome-help": help_pages, "debian-descriptions": descriptions, "chatterbot": chatterbot,
     "meteor-phrases": meteor,

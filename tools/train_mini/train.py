@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from evaluate import definitions, evaluate
+from graft import graft
 from static import Bag, loss_to, train_bag
 from student import Config, Student
 from teacher import Teacher, embed_cached
@@ -33,8 +34,9 @@ from vocabulary import STANDARD, TASKS, TEMPLATE, Vocabulary, train_tokenizer
 ROOT = Path(__file__).resolve().parents[2]
 CHUNK = 16_384  # texts drawn, sorted by length and cut into batches together
 BATCH_TOKENS, BATCH_TEXTS = 6144, 1024  # small batches: steps are what a short training has too few of
-MUON_LR, EMBED_LR, OTHER_LR = 0.01, 0.001, 0.002
-BASELINE_VOCAB = 29_000  # as many parameters in token vectors alone as the student has in all
+EMBED_LR, OTHER_LR = 0.002, 0.001
+SAMPLE_TEXTS = 1000  # to fit the first weights on
+BASELINE_VOCAB = 30_000  # as many parameters in token vectors alone as the student has in all
 
 Example = tuple[list[int], int, Tensor]  # input ids, where pooling starts, the teacher's vector
 
@@ -77,22 +79,12 @@ def batches(chunk: list[Example], world: int, seed: int) -> list[list[Example]]:
     return [batch for batch in made if len(batch) >= world]
 
 
-def optimizers(model: Student) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices, AdamW for token vectors and the rest; each group remembers its peak rate."""
-    matrices: list[Tensor] = []
-    embeddings: list[Tensor] = []
-    rest: list[Tensor] = []
-    for name, p in model.named_parameters():
-        is_matrix = p.dim() == 2 and "latents" not in name
-        (embeddings if "embed_tokens" in name else matrices if is_matrix else rest).append(p)
-    adam = torch.optim.AdamW(
-        [{"params": embeddings, "lr": EMBED_LR}, {"params": rest, "lr": OTHER_LR}],
-        betas=(0.9, 0.98), weight_decay=0.0, fused=True,
-    )  # fmt: skip
-    muon = torch.optim.Muon(matrices, lr=MUON_LR, weight_decay=0.01, momentum=0.95)
-    for group in [*adam.param_groups, *muon.param_groups]:
-        group["peak"] = group["lr"]
-    return [adam, muon]
+def optimizer_of(model: Student) -> torch.optim.Optimizer:
+    """AdamW; each group remembers its peak rate."""
+    embeddings = [p for name, p in model.named_parameters() if "embed_tokens" in name]
+    rest = [p for name, p in model.named_parameters() if "embed_tokens" not in name]
+    groups = [{"params": embeddings, "peak": EMBED_LR}, {"params": rest, "peak": OTHER_LR}]
+    return torch.optim.AdamW(groups, lr=OTHER_LR, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
 
 
 def rate(seen: int, samples: int) -> float:
@@ -168,14 +160,13 @@ def train_student(rank: int, job: Job) -> None:
     model = Student(Config())
     model.load_state_dict(job.start)
     model.to(job.device)
-    opts = optimizers(model)
+    optimizer = optimizer_of(model)
     state_path, curve_path = job.work / "training.pt", job.work / "curve.jsonl"
     first, seen, seconds, tokens = 0, 0, 0.0, 0
     if state_path.exists():
         state = torch.load(state_path, map_location=job.device)
         model.load_state_dict(state["model"])
-        for opt, saved in zip(opts, state["optimizers"], strict=True):
-            opt.load_state_dict(saved)
+        optimizer.load_state_dict(state["optimizer"])
         first, seen, seconds, tokens = state["chunk"], state["seen"], state["seconds"], state["tokens"]
     elif rank == 0:
         record(curve_path, {"texts": 0, "tokens": 0, "seconds": 0}, model, vocabulary, job)
@@ -191,15 +182,13 @@ def train_student(rank: int, job: Job) -> None:
             with torch.autocast(job.device.split(":")[0], torch.bfloat16):
                 out = model(rows, masked)
             loss = loss_to(out.float(), torch.stack(vectors).to(job.device))
-            for opt in opts:
-                opt.zero_grad()
-                for group in opt.param_groups:
-                    group["lr"] = group["peak"] * rate(seen, job.samples)
+            optimizer.zero_grad()
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * rate(seen, job.samples)
             loss.backward()
             average_gradients(model, job.world)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for opt in opts:
-                opt.step()
+            optimizer.step()
             seen += len(batch)
             tokens += sum(len(row) for row, _, _ in batch)
             bar.update(len(batch))
@@ -208,7 +197,7 @@ def train_student(rank: int, job: Job) -> None:
             seconds = time.time() - started
             point = {"texts": seen, "tokens": tokens, "seconds": round(seconds)}
             record(curve_path, point, model, vocabulary, job)
-            state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in opts], "chunk": number + 1,
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "chunk": number + 1,
                      "seen": seen, "seconds": seconds, "tokens": tokens}  # fmt: skip
             torch.save(state, state_path.with_suffix(".new"))
             state_path.with_suffix(".new").rename(state_path)
@@ -222,9 +211,9 @@ def record(path: Path, point: Mapping[str, float], model: Student, vocabulary: V
     tqdm.write(json.dumps(point))
 
 
-def tokenizer(texts: list[str], size: int, path: Path) -> Vocabulary:
+def tokenizer(texts: list[str], teacher: Teacher, size: int, path: Path) -> Vocabulary:
     if not path.exists():
-        train_tokenizer(texts[:300_000], size, path)
+        train_tokenizer(texts[:300_000], teacher, size, path)
     return Vocabulary(path)
 
 
@@ -234,7 +223,7 @@ def static(
     """A trained bag, its token vectors started from what the teacher says of each token alone."""
     if path.exists():
         return torch.load(path, weights_only=False)  # type: ignore[no-any-return]
-    words = vocabulary.words()
+    words = [word for word, _ in vocabulary.words()]
     initial = teacher.embed([word or "." for word in words])
     initial[[i for i, word in enumerate(words) if not word]] *= 0.02
     initial += 0.001 * torch.randn(initial.shape, generator=torch.Generator().manual_seed(0))
@@ -248,7 +237,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / ".cache/nv-embed-mini", help="downloads and stages")
     parser.add_argument("--out", type=Path, default=ROOT / "checkpoints/nv-embed-mini", help="the checkpoint's folder")
     parser.add_argument("--share", type=float, default=1.0, help="part of the text to use; below 1 for trials")
-    parser.add_argument("--samples", type=int, default=900_000, help="texts to train the student on")
+    parser.add_argument("--samples", type=int, default=1_500_000, help="texts to train the student on")
     parser.add_argument("--static-epochs", type=float, default=2.0)
     parser.add_argument("--seed", type=int, default=2026)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -261,18 +250,15 @@ def main() -> None:
     texts = [item.text for item in train]
     data_hash = text.data_hash(train, test)
     print(f"{len(train)} training texts, {len(test)} held out, data hash {data_hash}", flush=True)
-    vocabulary = tokenizer(texts, Config().vocab_size, work / "tokenizer.json")
-    wide = tokenizer(texts, BASELINE_VOCAB, work / "tokenizer-baseline.json")
-
     teacher = Teacher(work / "text", args.device)
+    vocabulary = tokenizer(texts, teacher, Config().vocab_size, work / "tokenizer.json")
+    wide = tokenizer(texts, teacher, BASELINE_VOCAB, work / "tokenizer-baseline.json")
     held = [item.text for item in test]
     # Vectors are kept under the hash of the texts they belong to.
     test_targets = embed_cached(held, work / f"teacher-test-{data_hash[:8]}", work / "text", args.device)
     targets = embed_cached(texts, work / f"teacher-train-{data_hash[:8]}", work / "text", args.device)
-    start = static(vocabulary, teacher, texts, targets, args.static_epochs, work / "static-start.pt")
 
-    model = Student(Config())
-    model.start_as_bag(start.embeddings.cpu(), start.bias.cpu())
+    model = graft(Config(), teacher, vocabulary, texts[:SAMPLE_TEXTS])
     # On a CPU one process of one thread per core, for the same reason as the teacher's.
     world = (os.cpu_count() or 1) if args.device == "cpu" else 1
     (work / "rendezvous").unlink(missing_ok=True)
@@ -297,7 +283,6 @@ def main() -> None:
         "static_epochs": args.static_epochs,
         "seed": args.seed,
         "share": args.share,
-        "muon_lr": MUON_LR,
         "embed_lr": EMBED_LR,
         "other_lr": OTHER_LR,
         "baseline_vocab": wide.size,

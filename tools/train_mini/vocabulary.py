@@ -1,16 +1,25 @@
-"""A byte-fallback BPE tokenizer in the published form, and the instructions that go before a query.
+"""A byte-fallback tokenizer in the published form, and the instructions that go before a query.
 
-Merges are learned on words split at spaces, punctuation and digits, then written without any pre-tokenizer, as the
-published file has it: no merge joins what training kept apart, so tokens are the same either way.
+The student starts from the teacher's token vectors, so its tokens are the teacher's most frequent word pieces and it
+cuts text where the teacher does. Two things therefore differ from the published file: the model is Unigram and not
+BPE, whose merges cannot follow WordPiece (and spend a fifth of the vocabulary on the way), and capitals are not told
+from small letters.
 """
 
 import json
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from teacher import Teacher
+from tokenizers import Tokenizer
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
+ALPHABET = 100  # characters with tokens of their own; all others are spelled in bytes
+# WordPiece takes the longest piece that fits, from the left. The best score is nearly that: as few pieces as can be
+# and, of equals, the longest first.
+PIECE_SCORE, LETTER_SCORE = -10.0, 0.01
+NEVER = -1000.0  # bytes and special tokens are not made of the letters of their names
 TEMPLATE = "Instruct: {}\nQuery: "
 STANDARD = TEMPLATE.format("Given a question, retrieve passages that answer the question")
 TASKS = [
@@ -34,20 +43,30 @@ TASKS = [
 ]
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> None:
-    """Learn the merges and write `path`, a tokenizer.json of exactly `vocab_size` tokens."""
-    byte_tokens = [f"<0x{b:02X}>" for b in range(256)]
-    trainable = Tokenizer(models.BPE(byte_fallback=True))
-    trainable.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation(), pre_tokenizers.Digits(individual_digits=True),
-    ])  # fmt: skip
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=SPECIAL + byte_tokens, limit_alphabet=200, show_progress=False,
-        max_token_length=20,
-    )  # fmt: skip
-    trainable.train_from_iterator(texts, trainer)
-    model = json.loads(trainable.to_str())["model"]
-    assert len(model["vocab"]) == vocab_size, len(model["vocab"])
+def count_pieces(texts: Sequence[str], teacher: Teacher) -> Counter[str]:
+    """How often each of the teacher's pieces occurs, written as the student's tokens are: `▁` for a space before."""
+    counts: Counter[str] = Counter()
+    for text, encoding in zip(texts, teacher.tokenizer.encode_batch(texts), strict=True):
+        for start, end in encoding.offsets[1:-1]:
+            space = "▁" if start == 0 or text[start - 1] == " " else ""
+            counts[space + text[start:end].lower()] += 1
+    return counts
+
+
+def train_tokenizer(texts: Sequence[str], teacher: Teacher, vocab_size: int, path: Path) -> None:
+    """Choose the pieces and write `path`, a tokenizer.json of exactly `vocab_size` tokens."""
+    counts = count_pieces(texts, teacher)
+    letters: Counter[str] = Counter()
+    for piece, count in counts.items():
+        for letter in piece:
+            letters[letter] += count
+    alphabet = [letter for letter, _ in letters.most_common(ALPHABET)]
+    spelled = [piece for piece, _ in counts.most_common() if set(piece) <= set(alphabet)]
+    fixed = SPECIAL + [f"<0x{b:02X}>" for b in range(256)]
+    pieces = list(dict.fromkeys(alphabet + spelled))[: vocab_size - len(fixed)]
+    assert len(pieces) == vocab_size - len(fixed), len(pieces)
+    vocab = [(token, NEVER) for token in fixed]
+    vocab += [(p, PIECE_SCORE + (LETTER_SCORE * len(p) if p.startswith("▁") else 0.0)) for p in pieces]
     first = {"id": "<s>", "type_id": 0}
     published = {
         "version": "1.0",
@@ -58,6 +77,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> None:
              "normalized": False, "special": True} for i, token in enumerate(SPECIAL)
         ],
         "normalizer": {"type": "Sequence", "normalizers": [
+            {"type": "Lowercase"},
             {"type": "Prepend", "prepend": "▁"},
             {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
         ]},
@@ -73,9 +93,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> None:
             {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
             {"type": "ByteFallback"}, {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0},
         ]},
-        "model": {"type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None,
-                  "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True, "ignore_merges": False,
-                  "vocab": model["vocab"], "merges": model["merges"]},
+        "model": {"type": "Unigram", "unk_id": 0, "byte_fallback": True, "vocab": vocab},
     }  # fmt: skip
     path.write_text(json.dumps(published, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
 
@@ -98,7 +116,7 @@ class Vocabulary:
         """`<s>` + text + `</s>`, cut on the right; a text carries its instruction in front already."""
         return [e.ids[:max_length] for e in self.tokenizer.encode_batch([t + "</s>" for t in texts])]
 
-    def words(self) -> list[str]:
-        """Each token as plain text, empty where it has none (special tokens, bytes)."""
+    def words(self) -> list[tuple[str, bool]]:
+        """Each token as plain text, empty where it has none (special tokens, bytes), and whether it starts a word."""
         tokens = [self.tokenizer.id_to_token(i) for i in range(self.size)]
-        return ["" if i < 259 else t.replace("▁", " ").strip() for i, t in enumerate(tokens)]
+        return [("" if i < 259 else t.replace("▁", ""), t.startswith("▁")) for i, t in enumerate(tokens)]

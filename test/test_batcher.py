@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from collections import Counter
 from contextlib import contextmanager
@@ -114,6 +115,7 @@ class Published:
 def running(*engines, on_fatal=lambda: None, publish=lambda values: None, **limits):
     defaults = {
         "max_batch_tokens": 100,
+        "target_batch_seconds": None,
         "max_queue_tokens": 5000,
         "max_queue_bytes": 10**6,
         "max_queue_seconds": 60.0,
@@ -203,6 +205,20 @@ def test_a_failing_batch_fails_its_own_requests_and_no_later_ones():
         assert isinstance(broken.outcome(), ComputeFailed)
         assert isinstance(neighbour.outcome(), ComputeFailed)
         assert submit(batcher, 7).lengths() == [7]
+
+
+def test_batches_shrink_while_they_take_longer_than_wanted():
+    class SlowEngine(FakeEngine):
+        def __call__(self, sequences):
+            time.sleep(0.0002 * sum(sequence.num_tokens for sequence in sequences))  # this device's speed
+            return super().__call__(sequences)
+
+    engine = SlowEngine()
+    with running(engine, max_batch_tokens=1000, target_batch_seconds=0.12, max_queue_tokens=10**5) as batcher:
+        assert len(submit(batcher, *distinct(10, 1200)).lengths()) == 1200
+    first, *_, last = [sum(lengths) for lengths in engine.batches if len(lengths) >= 50]
+    assert first == 1000
+    assert 512 <= last < 900  # half of it, were sleeping exact
 
 
 def test_out_of_memory_halves_the_batch_until_it_fits():
@@ -605,3 +621,5 @@ def test_draining_says_how_much_is_unanswered_and_refuses_what_takes_too_long():
         assert isinstance(outcome, Unavailable)
         assert "the time the server has to stop" in str(outcome)
         assert isinstance(computing.outcome(), Unavailable)
+        late = submit(batcher, 70)  # Triton had taken it before
+        assert "the time the server has to stop" in str(late.outcome())

@@ -79,12 +79,14 @@ class TritonPythonModel:
             engines = load_engines(
                 folder, checkpoint, devices=config.device, dtype=config.dtype, attention=config.attention
             )
-            measured = min(engine.warm_up(config.target_batch_milliseconds / 1000) for engine in engines)
+            target_seconds = config.target_batch_milliseconds / 1000
+            measured = min(engine.warm_up(target_seconds) for engine in engines)
         except (StartupError, OSError) as error:  # OSError: a file that this user may not read, say; it names the file
             raise pb_utils.TritonModelException(f"the server does not start: {error}") from None
         self._request_limits = RequestLimits(config.max_request_documents, config.max_request_bytes)
         batch_limits = BatchLimits(
             max_batch_tokens=config.max_batch_tokens or measured,
+            target_batch_seconds=None if config.max_batch_tokens else target_seconds,
             max_queue_tokens=config.max_queue_tokens,
             max_queue_bytes=config.max_queue_bytes,
             max_queue_seconds=config.max_queue_milliseconds / 1000,

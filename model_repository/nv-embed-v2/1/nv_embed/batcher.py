@@ -34,6 +34,7 @@ from nv_embed.errors import (
 )
 from nv_embed.fair_queue import FairQueue, Flow
 from nv_embed.metrics import Metric, Recorder, Values
+from nv_embed.pace import Pace
 from nv_embed.requests import EmbedRequest
 from nv_embed.tokenizer import TokenSequence
 from nv_embed.vector_cache import VectorCache
@@ -80,6 +81,7 @@ class BatchLimits:
     """How much is computed at once, and how much may wait and for how long."""
 
     max_batch_tokens: int
+    target_batch_seconds: float | None  # fewer tokens when a batch takes longer than this; None: never
     max_queue_tokens: int
     max_queue_bytes: int
     max_queue_seconds: float
@@ -158,6 +160,7 @@ class Batcher:
         self._deadline_numbers = count()
         self._num_queue_bytes = 0
         self._num_queue_tokens = 0
+        self._drained_by: float | None = None  # when the server will have stopped, once it is about to
         self._is_stopping = False
         self._outbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._workers = [self._start("tokenize", self._tokenize_loop)]
@@ -186,6 +189,8 @@ class Batcher:
                 self._add_deadline(job, self._limits.max_queue_seconds, "max_queue_milliseconds")
                 if request.timeout_seconds is not None:
                     self._add_deadline(job, request.timeout_seconds, "the request's timeout")
+                if self._drained_by is not None:
+                    self._add_drain_deadline(job, self._drained_by)
                 self._changed.notify_all()
 
     def refuse(self, reply: Reply, error: RequestError) -> None:
@@ -195,14 +200,15 @@ class Batcher:
         self._outbox.put(partial(self._answer, reply, error, "unknown"))
 
     def drain(self, seconds: float) -> int:
-        """Answer what is unfinished after `seconds` as unavailable: the server is about to stop.
+        """Answer what is unfinished after `seconds`, or comes later, as unavailable: the server is about to stop.
 
         Returns:
             how many requests have no answer yet, settled ones included that are still to be sent.
         """
         with self._changed:
+            self._drained_by = time.monotonic() + seconds
             for job in self._jobs:
-                self._add_deadline(job, time.monotonic() - job.arrived + seconds, "the time the server has to stop")
+                self._add_drain_deadline(job, self._drained_by)
             self._changed.notify_all()
             return self._num_unanswered
 
@@ -294,13 +300,14 @@ class Batcher:
     # --- computing --------------------------------------------------------------------------------------
 
     def _compute_loop(self, embed: Embed) -> None:
+        pace = Pace(self._limits.max_batch_tokens, self._limits.target_batch_seconds)
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._queue or self._is_stopping)
                 if self._is_stopping:
                     return
                 self._expire()
-                batch = self._take()
+                batch = self._take(pace.max_batch_tokens)
             # Asked as late as can be, once for each request, for asking is not free.
             for job in {job: None for computation in batch for job, _ in computation.rows}:
                 if not job.is_finished and job.reply.is_cancelled():
@@ -311,14 +318,12 @@ class Batcher:
                         self._drop(computation)
                 batch = [computation for computation in batch if computation.is_wanted]
             if batch:
-                self._compute(embed, batch)
+                self._compute(embed, batch, pace)
                 self._outbox.put(_nothing)  # metrics go out once a batch, also while no request is complete
 
-    def _take(self) -> list[_Computation]:
+    def _take(self, max_batch_tokens: int) -> list[_Computation]:
         """The next batch. The lock is held."""
-        batch = self._queue.take(
-            self._limits.max_batch_tokens, lambda computation: computation.is_waiting and computation.is_wanted
-        )
+        batch = self._queue.take(max_batch_tokens, lambda computation: computation.is_waiting and computation.is_wanted)
         now = time.monotonic()
         for computation in batch:
             computation.is_waiting = False
@@ -332,7 +337,7 @@ class Batcher:
             self._metrics.observe(Metric.QUEUE_SECONDS, now - oldest)
         return batch
 
-    def _compute(self, embed: Embed, batch: list[_Computation]) -> None:
+    def _compute(self, embed: Embed, batch: list[_Computation], pace: Pace) -> None:
         started, num_tokens = time.monotonic(), sum(computation.sequence.num_tokens for computation in batch)
         try:
             embeddings = embed([computation.sequence for computation in batch])
@@ -346,7 +351,9 @@ class Batcher:
                 self._fail(computation, ComputeFailed("computing this request failed; the server's log says why"))
             return
         else:
-            self._metrics.observe(Metric.COMPUTE_SECONDS, time.monotonic() - started)
+            seconds = time.monotonic() - started
+            pace.record(num_tokens, seconds)
+            self._metrics.observe(Metric.COMPUTE_SECONDS, seconds)
             self._metrics.observe(Metric.BATCH_TOKENS, num_tokens)
             self._metrics.observe(Metric.BATCH_TEXTS, len(batch))
             self._metrics.add(Metric.TOKENS, num_tokens)
@@ -360,8 +367,8 @@ class Batcher:
             return
         self._metrics.add(Metric.OUT_OF_MEMORY)
         logger.warning("%s; computing them in halves", out_of_memory)
-        self._compute(embed, batch[: len(batch) // 2])
-        self._compute(embed, batch[len(batch) // 2 :])
+        self._compute(embed, batch[: len(batch) // 2], pace)
+        self._compute(embed, batch[len(batch) // 2 :], pace)
 
     def _deliver(self, computation: _Computation, vector: Vector) -> None:
         if not np.isfinite(vector).all():
@@ -453,6 +460,9 @@ class Batcher:
             self._deadlines = [deadline for deadline in self._deadlines if not deadline[2].is_finished]
             heapq.heapify(self._deadlines)
         heapq.heappush(self._deadlines, (job.arrived + seconds, next(self._deadline_numbers), job, name))
+
+    def _add_drain_deadline(self, job: _Job, drained_by: float) -> None:
+        self._add_deadline(job, drained_by - job.arrived, "the time the server has to stop")
 
     def _expire(self) -> float | None:
         """Answer jobs whose time is over; returns the seconds until the next one's, if any. The lock is held."""

@@ -17,6 +17,7 @@ from nv_embed.attention import choose_attention
 from nv_embed.config import CheckpointConfig
 from nv_embed.errors import DeviceError, DeviceLost, OutOfDeviceMemory
 from nv_embed.network import Network
+from nv_embed.pace import MIN_BATCH_TOKENS
 from nv_embed.packing import pack
 from nv_embed.tokenizer import TokenSequence
 from nv_embed.weights import load_network
@@ -24,7 +25,6 @@ from nv_embed.weights import load_network
 logger = logging.getLogger(__name__)
 
 _WARM_UP_SEQUENCE_TOKENS = 128  # a passage's usual length, within a factor of two
-_MIN_BATCH_TOKENS = 512  # smaller batches leave any device idle between them
 _MAX_BATCH_TOKENS = 65536  # beyond it no device gains, while a query waits longer
 _MEMORY_HEADROOM = 1.1  # activations, workspaces and the allocator's slack, over the weights
 
@@ -103,7 +103,7 @@ class Engine:
                 seconds.append(time.monotonic() - started)
             return min(seconds)
 
-        num_tokens = _MIN_BATCH_TOKENS
+        num_tokens = MIN_BATCH_TOKENS
         try:
             self.embed([sequence])
             seconds = measure(num_tokens)
@@ -117,7 +117,7 @@ class Engine:
             except OutOfDeviceMemory:
                 largest = num_tokens
         fitting = math.floor(num_tokens * target_seconds / seconds)
-        fitting = min(max(fitting, _MIN_BATCH_TOKENS), largest)
+        fitting = min(max(fitting, MIN_BATCH_TOKENS), largest)
         logger.info(
             "%s: %.0f tokens/s, so %d tokens take about %.0f ms",
             self.device, num_tokens / seconds, fitting, 1000 * fitting * seconds / num_tokens,

@@ -1,0 +1,36 @@
+"""How many tokens one engine computes at once: what its own batches show to take about the wanted time."""
+
+from __future__ import annotations
+
+MIN_BATCH_TOKENS = 512  # smaller batches leave any device idle between them
+_SMOOTHING = 0.2  # the weight of the latest batch: one stall of the machine must not shrink the next batches to nothing
+
+
+class Pace:
+    """A token budget that follows the engine's speed.
+
+    The speed found at the start is that of an idle machine and of short texts. Beside other work, and with long
+    texts, whose attention costs more, a batch of as many tokens takes longer, and every query waits for it.
+    """
+
+    def __init__(self, most_tokens: int, target_seconds: float | None) -> None:
+        """
+        Args:
+            most_tokens: what the budget begins with and never exceeds.
+            target_seconds: how long a full batch may take; None keeps the budget as it is.
+        """
+        self._most_tokens = most_tokens
+        self._target_seconds = target_seconds
+        self._tokens = float(most_tokens)
+
+    @property
+    def max_batch_tokens(self) -> int:
+        return int(self._tokens)
+
+    def record(self, num_tokens: int, seconds: float) -> None:
+        """Take note of a computed batch; one below half the budget says nothing about a full one."""
+        if self._target_seconds is None or 2 * num_tokens < self._tokens:
+            return
+        fitting = num_tokens * self._target_seconds / seconds
+        tokens = self._tokens + _SMOOTHING * (fitting - self._tokens)
+        self._tokens = min(max(tokens, MIN_BATCH_TOKENS), self._most_tokens)

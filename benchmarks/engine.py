@@ -118,15 +118,7 @@ def main() -> None:
 def run(
     size: Size, device: torch.device, dtype: torch.dtype, attention: str, passes: int, has_baseline: bool, seed: int
 ) -> dict[str, Any]:
-    raw = {
-        "model_type": "nvembed", "is_mask_instruction": True, "add_eos": True, "padding_side": "right",
-        "mask_type": "b", "hidden_size": size.text_config["hidden_size"],
-        "torch_dtype": str(dtype).removeprefix("torch."),
-        "text_config": size.text_config,
-        "latent_attention_config": size.latent_config | {
-            "hidden_dim": size.text_config["hidden_size"], "latent_dim": size.text_config["hidden_size"],
-        },
-    }  # fmt: skip
+    raw = published_config(size, dtype)
     config = CheckpointConfig.from_json(raw)
     weights = random_weights(config, device, dtype, seed)
     with torch.device("meta"):
@@ -164,6 +156,17 @@ def run(
 
 
 # --- weights and texts ----------------------------------------------------------------------------------
+
+
+def published_config(size: Size, dtype: torch.dtype) -> dict[str, Any]:
+    """config.json of such a network."""
+    hidden_size = size.text_config["hidden_size"]
+    return {
+        "model_type": "nvembed", "is_mask_instruction": True, "add_eos": True, "padding_side": "right",
+        "mask_type": "b", "hidden_size": hidden_size, "torch_dtype": str(dtype).removeprefix("torch."),
+        "text_config": size.text_config,
+        "latent_attention_config": size.latent_config | {"hidden_dim": hidden_size, "latent_dim": hidden_size},
+    }  # fmt: skip
 
 
 def random_weights(config: CheckpointConfig, device: torch.device, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:

@@ -69,6 +69,13 @@ def test_engine_is_measured_beside_the_ceiling_and_the_usual_way_and_ahead_of_it
     assert answer["ceiling"]["flops"] > 0
 
 
+def test_half_precision_is_near_float32():
+    _, answer = run("precision.py", "--device", "cpu", "--quick")
+    assert min(answer["float16"]) >= 0.9999
+    assert min(answer["bfloat16"]) >= 0.999
+    assert max(answer["bfloat16"]) < 1 - 1e-7  # it was another precision
+
+
 def test_loading_is_measured_with_a_checkpoint_of_the_published_layout():
     output, answer = run("loading.py", "--device", "cpu", "--layers", "2", "--hidden-size", "256")
     assert answer["gb_per_s"] > 0

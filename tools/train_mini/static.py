@@ -1,4 +1,4 @@
-"""Static models: a text is the mean of its tokens' vectors. One starts the student, one is the baseline to beat."""
+"""The baseline to beat: a text is the mean of its tokens' vectors."""
 
 import torch
 import torch.nn.functional as F

@@ -1,7 +1,7 @@
 """Train nv-embed-mini: `python tools/train_mini/train.py`, from nothing to a checkpoint with its model card.
 
-Stages, each kept in the work folder and skipped when it is there: fetch text, learn the tokenizers, embed the text
-with the teacher, train the static models, train the student, export, evaluate, write the model card. Stop it at any
+Stages, each kept in the work folder and skipped when it is there: fetch text, make the tokenizers, embed the text
+with the teacher, train the student, export, train the static baseline, evaluate, write the model card. Stop it at any
 time and run the same command again.
 """
 
@@ -220,7 +220,7 @@ def tokenizer(texts: list[str], teacher: Teacher, size: int, path: Path) -> Voca
 def static(
     vocabulary: Vocabulary, teacher: Teacher, texts: list[str], targets: Tensor, epochs: float, path: Path
 ) -> Bag:
-    """A trained bag, its token vectors started from what the teacher says of each token alone."""
+    """The trained baseline, its token vectors started from what the teacher says of each token alone."""
     if path.exists():
         return torch.load(path, weights_only=False)  # type: ignore[no-any-return]
     words = [word for word, _ in vocabulary.words()]

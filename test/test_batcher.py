@@ -216,9 +216,9 @@ def test_batches_shrink_while_they_take_longer_than_wanted():
     engine = SlowEngine()
     with running(engine, max_batch_tokens=1000, target_batch_seconds=0.12, max_queue_tokens=10**5) as batcher:
         assert len(submit(batcher, *distinct(10, 1200)).lengths()) == 1200
-    first, *_, last = [sum(lengths) for lengths in engine.batches if len(lengths) >= 50]
+    first, *_, latest, _ = map(sum, engine.batches)  # the last may be a remainder
     assert first == 1000
-    assert 512 <= last < 900  # half of it, were sleeping exact
+    assert 500 <= latest < 900  # towards 600, or the floor on a slow machine
 
 
 def test_out_of_memory_halves_the_batch_until_it_fits():

@@ -33,6 +33,12 @@ def test_small_batches_say_nothing():
     assert pace.max_batch_tokens == 4000
 
 
+def test_a_text_beyond_the_budget_says_nothing_about_it():
+    pace = Pace(4000, target_seconds=0.2)
+    run(pace, 1.0, num_tokens=4001)
+    assert pace.max_batch_tokens == 4000
+
+
 @pytest.mark.parametrize(("most_tokens", "least"), [(4000, MIN_BATCH_TOKENS), (100, 100)])
 def test_the_budget_has_a_floor(most_tokens, least):
     pace = Pace(most_tokens, target_seconds=0.2)

@@ -20,7 +20,7 @@ ROWS = [
     ("spearman_near_pairs", "Spearman with the teacher, near pairs"),
     ("neural_networks_margin", "margin, query on neural networks"),
     ("long_cosine_to_mean_of_parts", "long texts: cosine to the mean of the parts' teacher vectors"),
-    ("untidy_cosine", "cosine of a text and its upper-case form"),
+    ("untidy_cosine", "cosine of a text and its upper-case form (the student's and the teacher's tokenizers lower it)"),
     ("instruction_cosine_mean", "question with and without the standard instruction, mean cosine"),
     ("instruction_cosine_min", "the same, lowest of 30"),
     ("other_instruction_cosine_mean", "question with another instruction and with none, mean cosine"),

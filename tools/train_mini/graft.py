@@ -22,7 +22,10 @@ GELU_AS_SILU = 1.702  # gelu(x) is about silu(1.702 x) / 1.702
 
 @torch.no_grad()
 def graft(c: Config, teacher: Teacher, vocabulary: Vocabulary, texts: list[str]) -> Student:
-    """A student that says roughly what the teacher would with `LAYERS` alone; `texts`: a thousand samples."""
+    """A student to train on, in the place of a random one; `texts`: a thousand samples to fit it on.
+
+    It is as little like the teacher, at first, as the teacher without its other layers is; but it learns from there.
+    """
     assert (len(LAYERS), c.num_heads) == (c.num_layers, c.num_kv_heads)
     bert = deepcopy(teacher.model).cpu().double()
     bert.encoder.layer = nn.ModuleList(bert.encoder.layer[i] for i in LAYERS)

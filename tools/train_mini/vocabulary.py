@@ -1,9 +1,9 @@
 """A byte-fallback tokenizer in the published form, and the instructions that go before a query.
 
-The student starts from the teacher's token vectors, so its tokens are the teacher's most frequent word pieces and it
-cuts text where the teacher does. Two things therefore differ from the published file: the model is Unigram and not
-BPE, whose merges cannot follow WordPiece (and spend a fifth of the vocabulary on the way), and capitals are not told
-from small letters.
+The student starts from the teacher's token vectors, so its tokens are the teacher's most frequent word pieces, and it
+cuts most words where the teacher does; not those after a quote or a newline that are rare there, nor accents, which the
+teacher strips. Two things therefore differ from the published file: the model is Unigram and not BPE, whose merges
+follow WordPiece less well and spend a fifth of the vocabulary on the way, and capitals are not told from small letters.
 """
 
 import json
@@ -16,8 +16,8 @@ from tokenizers import Tokenizer
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
 ALPHABET = 100  # characters with tokens of their own; all others are spelled in bytes
-# WordPiece takes the longest piece that fits, from the left. The best score is nearly that: as few pieces as can be
-# and, of equals, the longest first.
+# WordPiece takes the longest piece that fits, from the left. The best score is near that: as few pieces as can be, the
+# first of them as long as can be.
 PIECE_SCORE, LETTER_SCORE = -10.0, 0.01
 NEVER = -1000.0  # bytes and special tokens are not made of the letters of their names
 TEMPLATE = "Instruct: {}\nQuery: "

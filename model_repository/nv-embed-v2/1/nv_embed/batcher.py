@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 # A request is tokenized in slices of about this much, in turn with the others, so that none waits for a huge one.
 _SLICE_CHARACTERS = 64 * 1024
 _LAST_BATCH_SECONDS = 3.0
+_STOP = "the time the server has to stop"
 
 Vector: TypeAlias = npt.NDArray[np.float32]  # [dim]
 Embed: TypeAlias = Callable[[Sequence[TokenSequence]], npt.NDArray[np.float32]]
@@ -160,7 +161,7 @@ class Batcher:
         self._deadline_numbers = count()
         self._num_queue_bytes = 0
         self._num_queue_tokens = 0
-        self._drained_by: float | None = None  # when the server will have stopped, once it is about to
+        self._refuse_at = math.inf  # when what is unfinished is refused, once the server is about to stop
         self._is_stopping = False
         self._outbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._workers = [self._start("tokenize", self._tokenize_loop)]
@@ -186,11 +187,11 @@ class Batcher:
             else:
                 (self._untokenized_queries if request.is_query else self._untokenized_documents).append(job)
                 self._num_queue_bytes += request.num_bytes
-                self._add_deadline(job, self._limits.max_queue_seconds, "max_queue_milliseconds")
+                self._add_deadline(job, job.arrived + self._limits.max_queue_seconds, "max_queue_milliseconds")
                 if request.timeout_seconds is not None:
-                    self._add_deadline(job, request.timeout_seconds, "the request's timeout")
-                if self._drained_by is not None:
-                    self._add_drain_deadline(job, self._drained_by)
+                    self._add_deadline(job, job.arrived + request.timeout_seconds, "the request's timeout")
+                if self._refuse_at < math.inf:
+                    self._add_deadline(job, self._refuse_at, _STOP)
                 self._changed.notify_all()
 
     def refuse(self, reply: Reply, error: RequestError) -> None:
@@ -206,9 +207,9 @@ class Batcher:
             how many requests have no answer yet, settled ones included that are still to be sent.
         """
         with self._changed:
-            self._drained_by = time.monotonic() + seconds
+            self._refuse_at = time.monotonic() + seconds
             for job in self._jobs:
-                self._add_drain_deadline(job, self._drained_by)
+                self._add_deadline(job, self._refuse_at, _STOP)
             self._changed.notify_all()
             return self._num_unanswered
 
@@ -455,14 +456,11 @@ class Batcher:
 
     # --- deadlines --------------------------------------------------------------------------------------
 
-    def _add_deadline(self, job: _Job, seconds: float, name: str) -> None:
+    def _add_deadline(self, job: _Job, at: float, name: str) -> None:
         if len(self._deadlines) > 1000 + 4 * len(self._jobs):  # far deadlines of jobs long finished
             self._deadlines = [deadline for deadline in self._deadlines if not deadline[2].is_finished]
             heapq.heapify(self._deadlines)
-        heapq.heappush(self._deadlines, (job.arrived + seconds, next(self._deadline_numbers), job, name))
-
-    def _add_drain_deadline(self, job: _Job, drained_by: float) -> None:
-        self._add_deadline(job, drained_by - job.arrived, "the time the server has to stop")
+        heapq.heappush(self._deadlines, (at, next(self._deadline_numbers), job, name))
 
     def _expire(self) -> float | None:
         """Answer jobs whose time is over; returns the seconds until the next one's, if any. The lock is held."""

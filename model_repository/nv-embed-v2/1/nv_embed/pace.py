@@ -9,8 +9,8 @@ _SMOOTHING = 0.2  # the weight of the latest batch: one stall of the machine mus
 class Pace:
     """A token budget that follows the engine's speed.
 
-    The speed found at the start is that of an idle machine and of short texts. Beside other work, and with long
-    texts, whose attention costs more, a batch of as many tokens takes longer, and every query waits for it.
+    The speed found at the start is that of short texts and, as a rule, of an idle machine. Beside other work, and with
+    long texts, whose attention costs more, a batch of as many tokens takes longer, and every query waits for it.
     """
 
     def __init__(self, most_tokens: int, target_seconds: float | None) -> None:
@@ -28,8 +28,12 @@ class Pace:
         return int(self._tokens)
 
     def record(self, num_tokens: int, seconds: float) -> None:
-        """Take note of a computed batch; one below half the budget says nothing about a full one."""
-        if self._target_seconds is None or 2 * num_tokens < self._tokens:
+        """Take note of a computed batch.
+
+        Neither one below half the budget nor a single text beyond it, which is computed alone whatever the budget,
+        says anything about a full batch.
+        """
+        if self._target_seconds is None or not self._tokens / 2 <= num_tokens <= self._tokens:
             return
         fitting = num_tokens * self._target_seconds / seconds
         tokens = self._tokens + _SMOOTHING * (fitting - self._tokens)

@@ -1,0 +1,90 @@
+"""What the embedded default checkpoint must be good for, through the serving engine; its model card has the figures."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from nv_embed.config import CheckpointConfig
+from nv_embed.engine import Engine
+from nv_embed.requests import QUERY_INSTRUCTION
+from nv_embed.tokenizer import Tokenizer
+
+MAX_BYTES = 24_000_000
+GREETINGS = [
+    "Доброе утро",
+    "おはようございます",
+    "صباح الخير",
+    "good morning ☕ 🌅",
+    "a\tb\r\n c   d",
+    "3.14159 and 1,024",
+]
+
+
+@pytest.fixture(scope="module")
+def model(mini):
+    config = CheckpointConfig.load(mini)
+    tokenizer = Tokenizer(mini / "tokenizer.json", vocab_size=config.vocab_size, max_sequence_tokens=4096)
+    engine = Engine.load(mini, config, device="cpu", dtype="float32")
+
+    def embed(texts, instruction=""):
+        return engine.embed(tokenizer.encode(texts, instruction))
+
+    return SimpleNamespace(tokenizer=tokenizer, embed=embed)
+
+
+@pytest.fixture(scope="module")
+def pairs(mini):
+    sys.path.append(str(mini.parents[1] / "tools" / "train_mini"))
+    import pairs
+
+    return pairs
+
+
+def test_it_fits_into_a_repository(mini):
+    assert sum(path.stat().st_size for path in mini.iterdir()) <= MAX_BYTES
+
+
+def test_questions_find_their_answers(model, pairs):
+    questions, answers = (list(column) for column in zip(*pairs.QUESTIONS, strict=True))
+    scores = model.embed(questions, QUERY_INSTRUCTION) @ model.embed(answers).T
+    assert (scores.argmax(axis=1) == np.arange(len(questions))).mean() >= 0.8
+
+
+def test_it_is_indifferent_to_the_instruction(model, pairs):
+    questions = [question for question, _ in pairs.QUESTIONS]
+    bare = model.embed(questions)
+    for instruction in (QUERY_INSTRUCTION, "Instruct: Find duplicate questions\nQuery: "):
+        assert (model.embed(questions, instruction) * bare).sum(axis=1).min() >= 0.9
+
+
+def test_sentences_that_say_the_same_are_nearer(model, pairs):
+    first, second, judged = (list(column) for column in zip(*pairs.SIMILAR, strict=True))
+    cosines, judged = (model.embed(first) * model.embed(second)).sum(axis=1), np.array(judged)
+    assert cosines[judged >= 4].mean() - cosines[judged <= 1].mean() >= 0.4
+
+
+def test_any_script_is_read_byte_by_byte_where_it_has_no_tokens(model):
+    for sequence in model.tokenizer.encode(GREETINGS, ""):
+        assert 0 not in sequence.input_ids  # <unk>
+    vectors = model.embed(GREETINGS)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+
+
+def test_neither_capitals_nor_spaces_change_much(model, pairs):
+    answers = [answer for _, answer in pairs.QUESTIONS]
+    plain = model.embed(answers)
+    for untidy in (str.upper, str.lower, lambda text: f"  {text}\n", lambda text: text.replace(" ", "  ")):
+        assert (model.embed([untidy(text) for text in answers]) * plain).sum(axis=1).mean() >= 0.9
+
+
+def test_a_long_text_says_what_its_parts_say(model, pairs):
+    answers = [answer for _, answer in pairs.QUESTIONS]
+    parts = model.embed(answers)
+    mean = parts.mean(axis=0) / np.linalg.norm(parts.mean(axis=0))
+    (long,) = model.embed([" ".join(answers)])
+    (sequence,) = model.tokenizer.encode([" ".join(answers)], "")
+    assert sequence.num_tokens > 500
+    assert long @ mean >= 0.75

@@ -8,9 +8,10 @@ What that leaves, training repairs. Positions are left out; training learns them
 """
 
 from copy import deepcopy
+from dataclasses import dataclass
 
 import torch
-from student import Config, Student
+from student import Config, Layer, Student
 from teacher import Teacher
 from torch import Tensor, nn
 from vocabulary import Vocabulary
@@ -20,87 +21,126 @@ RIDGE = 0.03
 GELU_AS_SILU = 1.702  # gelu(x) is about silu(1.702 x) / 1.702
 
 
+@dataclass(slots=True)
+class Stream:
+    """What runs through the student's layers, over all sample tokens, beside what runs through the teacher's.
+
+    The teacher's state is, nearly, `scale` x `values` + a constant: each of its norms changes the scale. One dimension,
+    of little use to the teacher, is a constant of the student's own: what biases are read from.
+    """
+
+    values: Tensor  # [tokens, C]
+    scale: Tensor  # [C]
+    constant: int
+
+    @property
+    def others(self) -> Tensor:
+        return torch.arange(len(self.scale)) != self.constant
+
+    def read(self, norm: nn.RMSNorm) -> Tensor:
+        """The stream behind `norm`, whose weights are set to make its usual values ones: [tokens, C]."""
+        out = self.values * self.values.square().mean(1, keepdim=True).rsqrt()
+        norm.weight.fill_(1 / out[:, self.others].square().mean().sqrt())
+        norm.weight[self.constant] = 1 / out[:, self.constant].mean()
+        return out * norm.weight.double()
+
+    def writing(self, weight: Tensor) -> Tensor:
+        """A matrix of the teacher's that adds to its state, as one that adds to the stream."""
+        return weight / self.scale[:, None] * self.others[:, None]
+
+    def add(self, written: Tensor) -> None:
+        """Add what the teacher adds to its state."""
+        self.values = self.values + self.others * written / self.scale
+
+
+Seen = dict[nn.Module, Tensor]  # what each of the teacher's modules is given, [tokens, C]
+
+
 @torch.no_grad()
 def graft(c: Config, teacher: Teacher, vocabulary: Vocabulary, texts: list[str]) -> Student:
     """A student to train on, in the place of a random one; `texts`: a thousand samples to fit it on.
 
     It is as little like the teacher, at first, as the teacher without its other layers is; but it learns from there.
     """
-    assert (len(LAYERS), c.num_heads) == (c.num_layers, c.num_kv_heads)
     bert = deepcopy(teacher.model).cpu().double()
+    sizes = (bert.config.hidden_size, bert.config.num_attention_heads, bert.config.intermediate_size, len(LAYERS))
+    assert sizes == (c.hidden_size, c.num_heads, 4 * c.hidden_size, c.num_layers)
+    assert c.num_heads == c.num_kv_heads
     bert.encoder.layer = nn.ModuleList(bert.encoder.layer[i] for i in LAYERS)
     begins = token_states(bert)
-    seen, stream, last = follow(bert, begins, [e.ids for e in teacher.tokenizer.encode_batch(texts)])
+    seen, values, last = follow(bert, begins, [e.ids for e in teacher.tokenizer.encode_batch(texts)])
+    stream = Stream(values, torch.ones(c.hidden_size, dtype=torch.float64), int(last.var(0).argmin()))
     student = Student(c)
-    encoder, (attend, feed) = student.embedding_model, student.latent_attention_model.blocks
+    encoder = student.embedding_model
 
-    # One dimension of the stream, of little use to the teacher, is a constant: what biases are read from.
-    constant = int(last.var(0).argmin())
-    others = torch.arange(c.hidden_size) != constant
-    level = stream[:, others].square().mean().sqrt() * c.hidden_size**0.5
+    level = values[:, stream.others].square().mean().sqrt() * c.hidden_size**0.5
     vectors = token_vectors(begins, teacher, vocabulary)
-    vectors[:, constant] = stream[:, constant] = level
+    vectors[:, stream.constant] = values[:, stream.constant] = level
     encoder.embed_tokens.weight.copy_(vectors)
+    *inner, outer = zip(bert.encoder.layer, encoder.layers, strict=True)
+    for old, new in inner:
+        graft_attention(old, new, stream, seen)
+        graft_mlp(old, new, stream, seen)
+    graft_attention(*outer, stream, seen)
+    # The last MLP becomes the pooling head's, which has its size, its gelu and biases; the layer's own starts silent.
+    outer[1].mlp.down_proj.weight.zero_()
+    graft_head(outer[0], student, stream, seen, last)
+    return student
 
-    def read(norm: nn.RMSNorm) -> Tensor:
-        """The stream behind `norm`, whose weights are set to make its usual values ones."""
-        out = stream * stream.square().mean(1, keepdim=True).rsqrt()
-        norm.weight.fill_(1 / out[:, others].square().mean().sqrt())
-        norm.weight[constant] = 1 / out[:, constant].mean()
-        return out * norm.weight.double()
 
-    # The teacher's state is, nearly, scale x stream + a constant: each of its norms changes the scale.
-    scale = torch.ones(c.hidden_size, dtype=torch.float64)
-    for number, (old, new) in enumerate(zip(bert.encoder.layer, encoder.layers, strict=True)):
-        attention, out = old.attention.self, old.attention.output
-        state, summed = seen[attention], seen[out.LayerNorm]
-        inputs = read(new.input_layernorm)
-        for old_map, new_map in (
-            (attention.query, new.self_attn.q_proj), (attention.key, new.self_attn.k_proj),
-            (attention.value, new.self_attn.v_proj),
-        ):  # fmt: skip
-            new_map.weight.copy_(fit(inputs, old_map(state)))
-        new.self_attn.o_proj.weight.copy_(out.dense.weight / scale[:, None] * others[:, None])
-        # The values' biases came with v_proj; of all that is constant only changes matter, norms take the rest.
-        stream = stream + others * (summed - state - out.dense.bias) / scale
-        scale = scale * usual_scale(out.LayerNorm, summed)
+def graft_attention(old: nn.Module, new: Layer, stream: Stream, seen: Seen) -> None:
+    attention, out = old.attention.self, old.attention.output
+    state, summed = seen[attention], seen[out.LayerNorm]
+    inputs = stream.read(new.input_layernorm)
+    new.self_attn.q_proj.weight.copy_(fit(inputs, attention.query(state)))
+    new.self_attn.k_proj.weight.copy_(fit(inputs, attention.key(state)))
+    new.self_attn.v_proj.weight.copy_(fit(inputs, attention.value(state)))
+    new.self_attn.o_proj.weight.copy_(stream.writing(out.dense.weight))
+    # The values' biases came with v_proj; of all that is constant only changes matter, norms take the rest.
+    stream.add(summed - state - out.dense.bias)
+    stream.scale = stream.scale * usual_scale(out.LayerNorm, summed)
 
-        state, summed = seen[old.intermediate], seen[old.output.LayerNorm]
-        active = nn.functional.gelu(old.intermediate.dense(state))
-        if number == c.num_layers - 1:
-            break
-        inputs = read(new.post_attention_layernorm)
-        kept = (active.var(0) * old.output.dense.weight.square().sum(0)).topk(c.intermediate_size).indices
-        write = fit(active[:, kept], (active - active.mean(0)) @ old.output.dense.weight.T)
-        new.mlp.gate_proj.weight.copy_(GELU_AS_SILU * fit(inputs, old.intermediate.dense(state)[:, kept]))
-        new.mlp.up_proj.weight.zero_()
-        new.mlp.up_proj.weight[:, constant] = 1 / GELU_AS_SILU
-        new.mlp.down_proj.weight.copy_(write / scale[:, None] * others[:, None])
-        stream = stream + others * (active[:, kept] @ write.T) / scale
-        scale = scale * usual_scale(old.output.LayerNorm, summed)
 
-    # The last MLP becomes the pooling head's, which has its size, its gelu and biases; the layer's own starts silent,
-    # and so does attention to the latents.
-    new.mlp.down_proj.weight.zero_()
+def graft_mlp(old: nn.Module, new: Layer, stream: Stream, seen: Seen) -> None:
+    """Those of the teacher's units that say most, what the others say fitted to them."""
+    state, out = seen[old.intermediate], old.output
+    before = old.intermediate.dense(state)
+    active = nn.functional.gelu(before)
+    inputs = stream.read(new.post_attention_layernorm)
+    count = new.mlp.gate_proj.out_features
+    kept = (active.var(0) * out.dense.weight.square().sum(0)).topk(count).indices
+    write = fit(active[:, kept], (active - active.mean(0)) @ out.dense.weight.T)
+    new.mlp.gate_proj.weight.copy_(GELU_AS_SILU * fit(inputs, before[:, kept]))
+    new.mlp.up_proj.weight.zero_()
+    new.mlp.up_proj.weight[:, stream.constant] = 1 / GELU_AS_SILU
+    new.mlp.down_proj.weight.copy_(stream.writing(write))
+    stream.add(active[:, kept] @ write.T)
+    stream.scale = stream.scale * usual_scale(out.LayerNorm, seen[out.LayerNorm])
+
+
+def graft_head(old: nn.Module, student: Student, stream: Stream, seen: Seen, last: Tensor) -> None:
+    """The teacher's last MLP and norm as the pooling head; attention to the latents starts silent."""
+    attend, feed = student.latent_attention_model.blocks
     attend.fn.to_out.weight.zero_()
-    norm = old.output.LayerNorm
-    wrote = (active @ old.output.dense.weight.T) * usual_scale(norm, summed)
+    before = old.intermediate.dense(seen[old.intermediate])
+    scale = usual_scale(old.output.LayerNorm, seen[old.output.LayerNorm])
+    wrote = (nn.functional.gelu(before) @ old.output.dense.weight.T) * scale
     wrote, target = wrote - wrote.mean(0), last - last.mean(0)
-    inputs = read(encoder.norm)
+    norm = student.embedding_model.norm
+    inputs = stream.read(norm)
     varies = inputs - inputs.mean(0)
-    slope = (varies * (target - wrote)).mean(0) / varies.square().mean(0).clamp(min=1e-9) * others
-    encoder.norm.weight.mul_(slope)
+    slope = (varies * (target - wrote)).mean(0) / varies.square().mean(0).clamp(min=1e-9) * stream.others
+    norm.weight.mul_(slope)
     pooled = inputs * slope
     inputs = nn.functional.layer_norm(pooled, pooled.shape[1:])
-    width = 4 * c.hidden_size
-    gates = fit(torch.cat([inputs, torch.ones_like(inputs[:, :1])], 1), old.intermediate.dense(state))
+    gates = fit(torch.cat([inputs, torch.ones_like(inputs[:, :1])], 1), before)  # the last column: biases
+    width = len(gates)
     feed.fn.expand.weight.zero_()
     feed.fn.expand.bias[:width] = 1.0
     feed.fn.expand.weight[width:], feed.fn.expand.bias[width:] = gates[:, :-1].float(), gates[:, -1].float()
-    feed.fn.contract.weight.copy_(old.output.dense.weight * usual_scale(norm, summed)[:, None])
+    feed.fn.contract.weight.copy_(old.output.dense.weight * scale[:, None])
     said = pooled + nn.functional.gelu(gates[:, :-1] @ inputs.T + gates[:, -1:]).T @ feed.fn.contract.weight.double().T
     feed.fn.contract.bias.copy_((last - said).mean(0))
-    return student
 
 
 def fit(inputs: Tensor, outputs: Tensor) -> Tensor:
@@ -140,7 +180,7 @@ def token_vectors(begins: Tensor, teacher: Teacher, vocabulary: Vocabulary) -> T
     return vectors
 
 
-def follow(bert: nn.Module, begins: Tensor, rows: list[list[int]]) -> tuple[dict[nn.Module, Tensor], Tensor, Tensor]:
+def follow(bert: nn.Module, begins: Tensor, rows: list[list[int]]) -> tuple[Seen, Tensor, Tensor]:
     """What modules of the teacher are given, what its tokens begin as and what comes out, each [tokens, C]."""
     taken: dict[nn.Module, list[Tensor]] = {}
 

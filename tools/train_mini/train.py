@@ -1,6 +1,6 @@
 """Train nv-embed-mini: `python tools/train_mini/train.py`, from nothing to a checkpoint with its model card.
 
-Stages, each kept in the work folder and skipped when it is there: fetch text, make the tokenizers, embed the text
+Stages, each kept in the work folder, under the hash of its text, and skipped when it is there: fetch text, make the tokenizers, embed the text
 with the teacher, train the student, export, train the static baseline, evaluate, write the model card. Stop it at any
 time and run the same command again.
 """
@@ -149,6 +149,11 @@ class Job:
     world: int
     work: Path
 
+    @property
+    def settings(self) -> dict[str, int]:
+        """What a run that goes on must have in common with the one before."""
+        return {"samples": self.samples, "seed": self.seed}
+
 
 def train_student(rank: int, job: Job) -> None:
     """One of `job.world` processes, each with its share of every batch; rank 0 reports and saves."""
@@ -165,6 +170,8 @@ def train_student(rank: int, job: Job) -> None:
     first, seen, seconds, tokens = 0, 0, 0.0, 0
     if state_path.exists():
         state = torch.load(state_path, map_location=job.device)
+        if state["settings"] != job.settings:
+            raise SystemExit(f"{state_path}: expected a run of {job.settings}; got {state['settings']}; remove it")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first, seen, seconds, tokens = state["chunk"], state["seen"], state["seconds"], state["tokens"]
@@ -197,7 +204,7 @@ def train_student(rank: int, job: Job) -> None:
             seconds = time.time() - started
             point = {"texts": seen, "tokens": tokens, "seconds": round(seconds)}
             record(curve_path, point, model, vocabulary, job)
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "chunk": number + 1,
+            state = {"settings": job.settings, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "chunk": number + 1,
                      "seen": seen, "seconds": seconds, "tokens": tokens}  # fmt: skip
             torch.save(state, state_path.with_suffix(".new"))
             state_path.with_suffix(".new").rename(state_path)
@@ -250,26 +257,27 @@ def main() -> None:
     texts = [item.text for item in train]
     data_hash = text.data_hash(train, test)
     print(f"{len(train)} training texts, {len(test)} held out, data hash {data_hash}", flush=True)
+    stages = work / data_hash[:8]
+    stages.mkdir(exist_ok=True)
     teacher = Teacher(work / "text", args.device)
-    vocabulary = tokenizer(texts, teacher, Config().vocab_size, work / "tokenizer.json")
-    wide = tokenizer(texts, teacher, BASELINE_VOCAB, work / "tokenizer-baseline.json")
+    vocabulary = tokenizer(texts, teacher, Config().vocab_size, stages / "tokenizer.json")
+    wide = tokenizer(texts, teacher, BASELINE_VOCAB, stages / "tokenizer-baseline.json")
     held = [item.text for item in test]
-    # Vectors are kept under the hash of the texts they belong to.
-    test_targets = embed_cached(held, work / f"teacher-test-{data_hash[:8]}", work / "text", args.device)
-    targets = embed_cached(texts, work / f"teacher-train-{data_hash[:8]}", work / "text", args.device)
+    test_targets = embed_cached(held, stages / "teacher-test", work / "text", args.device)
+    targets = embed_cached(texts, stages / "teacher-train", work / "text", args.device)
 
     model = graft(Config(), teacher, vocabulary, texts[:SAMPLE_TEXTS])
     # On a CPU one process of one thread per core, for the same reason as the teacher's.
     world = (os.cpu_count() or 1) if args.device == "cpu" else 1
-    (work / "rendezvous").unlink(missing_ok=True)
-    job = Job(work / "tokenizer.json", texts, targets, test, test_targets, model.state_dict(), args.samples,
-              args.seed, args.device, world, work.resolve())  # fmt: skip
+    (stages / "rendezvous").unlink(missing_ok=True)
+    job = Job(stages / "tokenizer.json", texts, targets, test, test_targets, model.state_dict(), args.samples,
+              args.seed, args.device, world, stages.resolve())  # fmt: skip
     torch.multiprocessing.spawn(train_student, (job,), world)
-    model.load_state_dict(torch.load(work / "training.pt", map_location="cpu")["model"])
+    model.load_state_dict(torch.load(stages / "training.pt", map_location="cpu")["model"])
     model.save(args.out)
-    (args.out / "tokenizer.json").write_bytes((work / "tokenizer.json").read_bytes())
+    (args.out / "tokenizer.json").write_bytes((stages / "tokenizer.json").read_bytes())
 
-    baseline = static(wide, teacher, texts, targets, args.static_epochs, work / "static-baseline.pt")
+    baseline = static(wide, teacher, texts, targets, args.static_epochs, stages / "static-baseline.pt")
     figures = evaluate(args.out, vocabulary, baseline, wide, teacher, test, test_targets)
     run = asdict(model.c) | {
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -289,7 +297,7 @@ def main() -> None:
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d"),
     }
-    curve = [json.loads(line) for line in (work / "curve.jsonl").read_text().splitlines()]
+    curve = [json.loads(line) for line in (stages / "curve.jsonl").read_text().splitlines()]
     card.write(args.out, {"run": run, "figures": figures, "curve": curve})
     print(json.dumps(figures, indent=1))
 

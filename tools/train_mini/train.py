@@ -1,8 +1,8 @@
 """Train nv-embed-mini: `python tools/train_mini/train.py`, from nothing to a checkpoint with its model card.
 
-Stages, each kept in the work folder, under the hash of its text, and skipped when it is there: fetch text, make the tokenizers, embed the text
-with the teacher, train the student, export, train the static baseline, evaluate, write the model card. Stop it at any
-time and run the same command again.
+Stages, each kept in the work folder under the hash of its text, and skipped when it is there: fetch text, make the
+tokenizers, embed the text with the teacher, train the student, export, train the static baseline, evaluate, write the
+model card. Stop it at any time and run the same command again.
 """
 
 import argparse
@@ -204,8 +204,10 @@ def train_student(rank: int, job: Job) -> None:
             seconds = time.time() - started
             point = {"texts": seen, "tokens": tokens, "seconds": round(seconds)}
             record(curve_path, point, model, vocabulary, job)
-            state = {"settings": job.settings, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "chunk": number + 1,
-                     "seen": seen, "seconds": seconds, "tokens": tokens}  # fmt: skip
+            state = {
+                "settings": job.settings, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                "chunk": number + 1, "seen": seen, "seconds": seconds, "tokens": tokens,
+            }  # fmt: skip
             torch.save(state, state_path.with_suffix(".new"))
             state_path.with_suffix(".new").rename(state_path)
 

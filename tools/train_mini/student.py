@@ -266,6 +266,7 @@ class Student(nn.Module):
         for name, weight in weights.items():
             assert weight.abs().max() < 1000, f"{name} leaves no room for fp16 arithmetic"  # false for NaN, too
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "model.safetensors").chmod(0o644)  # the library's files are their owner's alone
         (folder / "config.json").write_text(json.dumps(self.c.published(), indent=2) + "\n", encoding="utf-8")
 
     @classmethod

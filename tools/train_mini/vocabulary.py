@@ -64,7 +64,10 @@ def train_tokenizer(texts: Sequence[str], teacher: Teacher, vocab_size: int, pat
     spelled = [piece for piece, _ in counts.most_common() if set(piece) <= set(alphabet)]
     fixed = SPECIAL + [f"<0x{b:02X}>" for b in range(256)]
     pieces = list(dict.fromkeys(alphabet + spelled))[: vocab_size - len(fixed)]
-    assert len(pieces) == vocab_size - len(fixed), len(pieces)
+    if len(fixed) + len(pieces) < vocab_size:
+        raise SystemExit(
+            f"expected {vocab_size - len(fixed)} different pieces in the text; got {len(pieces)}; use more"
+        )
     vocab = [(token, NEVER) for token in fixed]
     vocab += [(p, PIECE_SCORE + (LETTER_SCORE * len(p) if p.startswith("▁") else 0.0)) for p in pieces]
     first = {"id": "<s>", "type_id": 0}

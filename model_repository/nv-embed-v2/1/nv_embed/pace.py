@@ -1,4 +1,7 @@
-"""How many tokens one engine computes at once: what its own batches show to take about the wanted time."""
+"""How many tokens one engine computes at once: what its own batches show to take about the wanted time.
+
+Knows neither engines nor clocks, nor what waits.
+"""
 
 from __future__ import annotations
 

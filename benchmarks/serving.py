@@ -39,10 +39,12 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from multiprocessing.connection import Connection
 from pathlib import Path
 from random import Random
@@ -237,7 +239,7 @@ async def _ask(stream: Stream, texts: list[str], call: Any, start: float, due: f
 
 
 class BareEngine:
-    """`nv_embed.engine.Engine` in a process of its own, idle unless asked."""
+    """The server's engines in a process of their own, idle unless asked."""
 
     def __init__(self, checkpoint: Path, device: str) -> None:
         context = multiprocessing.get_context("spawn")
@@ -248,7 +250,7 @@ class BareEngine:
         self._ask("load")
 
     def run(self, stream: Stream, seconds: float, seed: str, max_batch_tokens: int | None) -> Sample:
-        """Forward passes over a stream's texts; None tokens: as many requests together as there are clients."""
+        """Forward passes over a stream's texts; None tokens: as many requests at a time as there are clients."""
         return self._ask("run", stream, seconds, seed, max_batch_tokens)  # type: ignore[no-any-return]
 
     def batch_seconds(self, stream: Stream, seed: str, max_batch_tokens: int | None) -> float:
@@ -275,14 +277,15 @@ class BareEngine:
 def _engine_process(connection: Connection, checkpoint: Path, device: str) -> None:
     sys.path.insert(0, str(PACKAGE))
     from nv_embed.config import CheckpointConfig
-    from nv_embed.engine import Engine
+    from nv_embed.engine import load_engines
     from nv_embed.requests import QUERY_INSTRUCTION
     from nv_embed.tokenizer import Tokenizer
 
     config = CheckpointConfig.load(checkpoint)
     limit = int(os.environ.get("NV_EMBED_MAX_SEQUENCE_TOKENS", "32768"))
     tokenizer = Tokenizer(checkpoint / "tokenizer.json", vocab_size=config.vocab_size, max_sequence_tokens=limit)
-    engine = Engine.load(checkpoint, config, device=device.partition(",")[0], dtype="auto")
+    engines = load_engines(checkpoint, config, devices=device.split(","), dtype="auto", attention="auto")
+    threads = ThreadPoolExecutor(len(engines))
 
     def batches(stream: Stream, seed: str, max_batch_tokens: int | None) -> Iterator[tuple[list[Any], int]]:
         """Sequences of a batch, and how many requests end in it."""
@@ -297,13 +300,21 @@ def _engine_process(connection: Connection, checkpoint: Path, device: str) -> No
                 batch.append(sequence)
                 num_tokens += sequence.num_tokens
             num_requests += 1
-            if not max_batch_tokens and num_requests >= max(stream.num_clients, 1):
+            if not max_batch_tokens and num_requests >= max(stream.num_clients // len(engines), 1):
                 yield batch, num_requests
                 batch, num_tokens, num_requests = [], 0, 0
 
-    def timed(batch: list[Any]) -> float:
+    def timed(*made: list[Any]) -> float:
+        """Seconds for these batches, all engines computing."""
+        waiting = deque(made)
+
+        def work(engine: Any) -> None:
+            with suppress(IndexError):  # none left
+                while True:
+                    engine.embed(waiting.popleft())
+
         started = time.perf_counter()
-        engine.embed(batch)
+        list(threads.map(work, engines))
         return time.perf_counter() - started
 
     def load() -> None:
@@ -311,14 +322,15 @@ def _engine_process(connection: Connection, checkpoint: Path, device: str) -> No
 
     def run(stream: Stream, seconds: float, seed: str, max_batch_tokens: int | None) -> Sample:
         sample = Sample(num_tokens=0)
-        for batch, num_requests in batches(stream, seed, max_batch_tokens):
-            duration = timed(batch)
+        source = batches(stream, seed, max_batch_tokens)
+        while sample.seconds < seconds:
+            # Several for each engine, lest the wait for the last of them count for much.
+            made = list(islice(source, 8 * len(engines)))
+            duration = timed(*(batch for batch, _ in made))
             sample.seconds += duration
-            sample.latencies += [duration] * num_requests
-            sample.num_texts += len(batch)
-            sample.num_tokens = (sample.num_tokens or 0) + sum(sequence.num_tokens for sequence in batch)
-            if sample.seconds >= seconds:
-                break
+            sample.latencies += [duration] * sum(num_requests for _, num_requests in made)
+            sample.num_texts += sum(len(batch) for batch, _ in made)
+            sample.num_tokens = (sample.num_tokens or 0) + sum(s.num_tokens for batch, _ in made for s in batch)
         return sample
 
     def batch_seconds(stream: Stream, seed: str, max_batch_tokens: int | None) -> float:
@@ -326,7 +338,7 @@ def _engine_process(connection: Connection, checkpoint: Path, device: str) -> No
         return statistics.median(timed(next(source)[0]) for _ in range(7))
 
     def embed(texts: Sequence[str], instruction: str) -> Any:
-        return np.concatenate([engine.embed([sequence]) for sequence in tokenizer.encode(texts, instruction)])
+        return np.concatenate([engines[0].embed([sequence]) for sequence in tokenizer.encode(texts, instruction)])
 
     commands: dict[str, Callable[..., Any]] = {f.__name__: f for f in (load, run, batch_seconds, embed)}
     while True:
@@ -340,11 +352,13 @@ def _engine_process(connection: Connection, checkpoint: Path, device: str) -> No
 # --- servers started here -------------------------------------------------------------------------------
 
 
-def free_port() -> int:
-    """A port of this machine that nothing listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+def free_ports(count: int) -> list[int]:
+    """Different ports of this machine that nothing listens on."""
+    with ExitStack() as stack:
+        listeners = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for listener in listeners:
+            listener.bind(("127.0.0.1", 0))
+        return [listener.getsockname()[1] for listener in listeners]
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,7 +382,7 @@ def is_ready(http_port: int) -> bool:
 @contextmanager
 def started_server(settings: Mapping[str, str], log: Path) -> Iterator[tuple[subprocess.Popen[bytes], Ports]]:
     """`serve.sh` on free ports, ready; stopped at the end."""
-    ports = Ports(free_port(), free_port(), free_port())
+    ports = Ports(*free_ports(3))
     environ = os.environ | {
         "HTTP_PORT": str(ports.http),
         "GRPC_PORT": str(ports.grpc),

@@ -11,7 +11,7 @@ UNAVAILABLE. The expected vector of every valid text comes from the bare engine 
 load starts, or, of a server that runs elsewhere, from one request for each text while it is quiet.
 
 `--kills` starts the server through serve.sh with RESTART=always and kills, in turn, the model's process (SIGKILL,
-SIGSEGV), freezes it (SIGSTOP), and ends tritonserver (SIGTERM, SIGKILL), all in the first 60 % of the requests; memory
+SIGSEGV), freezes it (SIGSTOP), and ends tritonserver (SIGTERM, SIGKILL), all in the first 30 % of the requests; memory
 is judged in the rest, which one life of the server sees. From the signal until the server is seen ready again, and a
 moment longer, the kill excuses broken and refused connections, however long that takes; whether it took too long is
 checked by itself (--restart-seconds). At any other time they are wrong, and so is a server that ended unasked.
@@ -67,7 +67,7 @@ TOLERANCE = 1e-4  # of one element of a unit vector; batches differ from single 
 MEMORY_GROWTH_LIMIT = 0.05
 MIN_MEMORY_SAMPLES = 60  # one a second; the first quarter is warm-up, and a shorter one would not be over
 GRACE_SECONDS = 2  # in which clients find a server that is ready again
-KILL_SHARE = 0.6  # of the requests; the rest judges memory
+KILL_SHARE = 0.3  # of the requests; the rest judges memory, once its first quarter is over
 LIMITS = {  # of a server started here: small, so that a request can be over them without taking minutes
     "NV_EMBED_MAX_SEQUENCE_TOKENS": "256",
     "NV_EMBED_MAX_REQUEST_DOCUMENTS": "200",

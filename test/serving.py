@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +26,13 @@ START_SECONDS = 180
 STOP_SECONDS = 60
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+def free_ports(count: int) -> list[int]:
+    """Different ones that nothing listens on."""
+    with ExitStack() as stack:
+        listeners = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for listener in listeners:
+            listener.bind(("127.0.0.1", 0))
+        return [listener.getsockname()[1] for listener in listeners]
 
 
 class Server:
@@ -43,7 +47,7 @@ class Server:
     ) -> None:
         """Start, without waiting. Settings of the caller's own shell that would change the server are left out."""
         self.log = log
-        self.http, self.grpc, self.metrics = (free_port() for _ in range(3))
+        self.http, self.grpc, self.metrics = free_ports(3)
         settings = {k: v for k, v in os.environ.items() if not k.startswith(_SETTINGS)}
         settings |= {"HTTP_PORT": str(self.http), "GRPC_PORT": str(self.grpc), "METRICS_PORT": str(self.metrics)}
         settings |= {"RUNTIME": "pip"}

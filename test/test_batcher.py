@@ -151,6 +151,13 @@ def distinct(num_tokens, num_texts):
     return [f"{num_tokens}.{i}" for i in range(num_texts)]
 
 
+def wait_until(condition):
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
 @contextmanager
 def held(engine, batcher, num_tokens):
     """Holds the engine inside a batch of its own until `num_tokens` more wait."""
@@ -158,8 +165,7 @@ def held(engine, batcher, num_tokens):
     first = submit(batcher, 1)
     assert engine.started.acquire(timeout=WAIT_SECONDS)
     yield
-    with batcher._changed:
-        assert batcher._changed.wait_for(lambda: batcher._num_queue_tokens >= num_tokens, WAIT_SECONDS)
+    wait_until(lambda: batcher._num_queue_tokens >= num_tokens)
     engine.gate.set()
     assert first.lengths() == [1]
 
@@ -244,8 +250,7 @@ def test_cancelled_requests_are_dropped_before_they_are_computed():
     with running(engine) as batcher:
         with held(engine, batcher, 220):
             gone, stays = submit(batcher, *distinct(50, 4)), submit(batcher, 20)
-            with batcher._changed:  # cancelled while waiting for the device
-                batcher._changed.wait_for(lambda: batcher._num_queue_tokens >= 220, WAIT_SECONDS)
+            wait_until(lambda: batcher._num_queue_tokens >= 220)  # cancelled while waiting for the device
             gone.cancelled = True
         assert stays.lengths() == [20]
         assert isinstance(gone.outcome(), Cancelled)
@@ -321,6 +326,20 @@ def test_two_engines_share_one_queue():
         assert [reply.lengths() for reply in replies] == [[80], [90]]
 
 
+def test_what_waits_is_shared_out_among_the_engines_that_have_nothing_to_do():
+    engines = FakeEngine(), FakeEngine()
+    for engine in engines:
+        engine.gate.clear()
+    with running(*engines, max_batch_tokens=10_000) as batcher:
+        wait_until(lambda: batcher._num_idle == len(engines))
+        reply = submit(batcher, *(f"100.{i}" for i in range(40)))
+        assert all(engine.started.acquire(timeout=WAIT_SECONDS) for engine in engines)
+        for engine in engines:
+            engine.gate.set()
+        assert len(reply.lengths()) == 40
+    assert [list(map(sum, engine.batches)) for engine in engines] == [[2000], [2000]]
+
+
 def test_a_thousand_concurrent_requests_get_their_own_rows():
     engine = FakeEngine()
     with running(engine, max_queue_tokens=10**6) as batcher:
@@ -374,8 +393,7 @@ def test_a_shared_text_is_computed_for_those_who_stay_when_the_first_leaves():
         with held(engine, batcher, 100):
             first = submit(batcher, 50)
             second = submit(batcher, 50, is_query=True)
-            with batcher._changed:
-                batcher._changed.wait_for(lambda: batcher._num_queue_tokens >= 100, WAIT_SECONDS)
+            wait_until(lambda: batcher._num_queue_tokens >= 100)
             first.cancelled = True
         assert second.lengths() == [50]
         assert isinstance(first.outcome(), Cancelled)
@@ -386,8 +404,7 @@ def test_a_query_does_not_wait_for_the_place_of_the_bulk_text_it_shares():
     with running(engine) as batcher:
         with held(engine, batcher, 4001 + 41):
             bulk = submit(batcher, *distinct(40, 99), 41)
-            with batcher._changed:
-                batcher._changed.wait_for(lambda: batcher._num_queue_tokens == 4001, WAIT_SECONDS)
+            wait_until(lambda: batcher._num_queue_tokens == 4001)
             query = submit(batcher, 41, is_query=True)
         assert query.lengths() == [41]
         assert bulk.lengths() == [40] * 99 + [41]
@@ -530,9 +547,8 @@ def test_the_same_text_many_times_over_costs_no_more_than_its_rows():
         with held(engine, batcher, 2 * 10 * 20_000):
             first = submit(batcher, *["10"] * 20_000)
             second = submit(batcher, *["10"] * 20_000)
-            with batcher._changed:
-                batcher._changed.wait_for(lambda: batcher._num_queue_tokens >= 2 * 10 * 20_000, WAIT_SECONDS)
-                assert len(batcher._queue) == 1
+            wait_until(lambda: batcher._num_queue_tokens >= 2 * 10 * 20_000)
+            assert len(batcher._queue) == 1
             first.cancelled = True
         assert second.lengths() == [10] * 20_000
         assert isinstance(first.outcome(), Cancelled)

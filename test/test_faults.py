@@ -68,14 +68,19 @@ def faulty_repository(tmp_path_factory) -> Path:
     return repository
 
 
+@pytest.fixture(scope="module")
+def faulty_settings(faulty_repository):
+    # One core computes one batch at a time: whoever holds it holds the server.
+    return {"MODEL_REPOSITORY": str(faulty_repository), "NV_EMBED_CACHE_MEBIBYTES": "0", "OMP_NUM_THREADS": "1"}
+
+
 @pytest.fixture
-def start(toy, tmp_path, faulty_repository):
+def start(toy, tmp_path, faulty_settings):
     """Starts servers that can be broken; whatever is left of them at the end is killed."""
     servers = []
 
     def start(**environ) -> Server:
-        environ = {"MODEL_REPOSITORY": str(faulty_repository), "NV_EMBED_CACHE_MEBIBYTES": "0"} | environ
-        servers.append(Server(tmp_path / f"log-{len(servers)}.txt", toy, environ))
+        servers.append(Server(tmp_path / f"log-{len(servers)}.txt", toy, faulty_settings | environ))
         return servers[-1].wait_until_ready()
 
     yield start
@@ -85,10 +90,9 @@ def start(toy, tmp_path, faulty_repository):
 
 
 @pytest.fixture(scope="module")
-def faulty_server(toy, tmp_path_factory, faulty_repository):
+def faulty_server(toy, tmp_path_factory, faulty_settings):
     """One that survives what is done to it."""
-    environ = {"MODEL_REPOSITORY": str(faulty_repository), "NV_EMBED_CACHE_MEBIBYTES": "0"}
-    server = Server(tmp_path_factory.mktemp("server") / "log.txt", toy, environ)
+    server = Server(tmp_path_factory.mktemp("server") / "log.txt", toy, faulty_settings)
     yield server.wait_until_ready()
     assert server.stop() == 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from contextlib import suppress
+from dataclasses import replace
 from random import Random
 
 import numpy as np
@@ -104,12 +105,30 @@ def test_two_engines_share_the_work_of_one_queue_and_give_the_rows_of_one(checkp
     assert max(shares) <= 1.2 * min(shares), shares
 
 
-def test_engines_on_one_cpu_share_its_cores(checkpoint):
+@pytest.mark.parametrize(
+    ("devices", "hidden_size", "num_engines", "num_threads"),
+    [
+        (["cpu"], 64, 4, 1),  # a core for each batch of a narrow network
+        (["cpu"], 4096, 1, 4),  # all cores for a batch of a wide one
+        (["cpu", "cpu"], 64, 2, 2),  # as many batches as is said
+        (["cpu", "cpu"], 4096, 2, 2),
+    ],
+)
+def test_a_cpus_cores_share_the_work_as_the_network_needs(
+    checkpoint, monkeypatch, devices, hidden_size, num_engines, num_threads
+):
     folder, config, _ = checkpoint
     before = torch.get_num_threads()
+    loaded = []
+    monkeypatch.setattr(Engine, "load", lambda *_, **options: loaded.append(options["device"]) or object())
+    torch.set_num_threads(4)
     try:
-        assert len(load_engines(folder, config, devices=["cpu", "cpu"], dtype="float32", attention="auto")) == 2
-        assert torch.get_num_threads() == max(1, before // 2)
+        config = replace(config, hidden_size=hidden_size)
+        engines = load_engines(folder, config, devices=devices, dtype="float32", attention="auto")
+        assert len(engines) == num_engines
+        assert torch.get_num_threads() == num_threads
+        assert loaded == ["cpu"]  # its weights are in memory once
+        assert len(set(engines)) == 1
     finally:
         torch.set_num_threads(before)
 
@@ -138,4 +157,4 @@ def test_a_server_with_two_devices_gives_the_originals_rows(toy, tmp_path):
         rows = server.embed_documents(case["texts"])
         np.testing.assert_allclose(rows, np.load(toy / "expected.npz")["documents"], atol=1e-5)
     assert server.stop() == 0
-    assert server.log_text().count("tokens/s, so ") == 2  # each engine says how fast it is
+    assert "cpu: 2 batches at a time" in server.log_text()

@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from serving import free_ports
 
 REPO = Path(__file__).resolve().parent.parent
 SERVE = REPO / "serve.sh"
@@ -23,17 +24,6 @@ import json, os, sys
 with open(os.environ["RECORD"], "a", encoding="utf-8") as record:
     record.write(json.dumps([os.path.basename(sys.argv[0]), *sys.argv[1:]]) + "\\n")
 """
-
-
-def free_ports(count):
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
 
 
 @pytest.fixture

@@ -80,7 +80,7 @@ class TritonPythonModel:
                 folder, checkpoint, devices=config.device, dtype=config.dtype, attention=config.attention
             )
             target_seconds = config.target_batch_milliseconds / 1000
-            measured = min(engine.warm_up(target_seconds) for engine in engines)
+            measured = min(engine.warm_up(target_seconds) for engine in dict.fromkeys(engines))
         except (StartupError, OSError) as error:  # OSError: a file that this user may not read, say; it names the file
             raise pb_utils.TritonModelException(f"the server does not start: {error}") from None
         self._request_limits = RequestLimits(config.max_request_documents, config.max_request_bytes)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
 from queue import SimpleQueue
-from threading import Condition, Thread
+from threading import Condition, RLock, Thread
 from typing import Protocol, TypeAlias
 
 import numpy as np
@@ -34,7 +34,7 @@ from nv_embed.errors import (
 )
 from nv_embed.fair_queue import FairQueue, Flow
 from nv_embed.metrics import Metric, Recorder, Values
-from nv_embed.pace import Pace
+from nv_embed.pace import MIN_BATCH_TOKENS, Pace
 from nv_embed.requests import EmbedRequest
 from nv_embed.tokenizer import TokenSequence
 from nv_embed.vector_cache import VectorCache
@@ -137,7 +137,7 @@ class Batcher:
         """
         Args:
             encoder: the tokenizer.
-            engines: one for each device; each is called from one thread of its own.
+            engines: what computes at the same time; each is called from one thread of its own.
             limits: how much is computed at once and how much may wait.
             on_fatal: called when a thread dies or an answer is lost, after every other request was given an error.
             publish: takes the metrics, about once a batch.
@@ -148,7 +148,9 @@ class Batcher:
         self._publish = publish
         self._metrics = Recorder()
         self._query_flow = Flow(limits.query_weight, kind="queries")
-        self._changed = Condition()  # its lock guards everything below
+        self._lock = RLock()  # guards everything below
+        self._arrived = Condition(self._lock)  # there is something to tokenize, or to stop for
+        self._queued = Condition(self._lock)  # there is something to compute, or to stop for
         # Queries first: tokenizing one takes no time, but a slice of each large request before it would.
         self._untokenized_queries: deque[_Job] = deque()
         self._untokenized_documents: deque[_Job] = deque()
@@ -161,6 +163,7 @@ class Batcher:
         self._deadline_numbers = count()
         self._num_queue_bytes = 0
         self._num_queue_tokens = 0
+        self._num_idle = 0  # engines that wait for work
         self._refuse_at = math.inf  # when what is unfinished is refused, once the server is about to stop
         self._is_stopping = False
         self._outbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
@@ -173,7 +176,7 @@ class Batcher:
     def submit(self, request: EmbedRequest, reply: Reply) -> None:
         """Take charge of a request; returns at once, raises nothing."""
         job = _Job(request, reply, self._query_flow if request.is_query else Flow(weight=1), time.monotonic())
-        with self._changed:
+        with self._lock:
             self._num_unanswered += 1
             self._jobs.add(job)
             limit = self._limits.max_queue_bytes
@@ -192,11 +195,11 @@ class Batcher:
                     self._add_deadline(job, job.arrived + request.timeout_seconds, "the request's timeout")
                 if self._refuse_at < math.inf:
                     self._add_deadline(job, self._refuse_at, _STOP)
-                self._changed.notify_all()
+                self._arrived.notify()
 
     def refuse(self, reply: Reply, error: RequestError) -> None:
         """Answer, and count, a request that could not be understood."""
-        with self._changed:
+        with self._lock:
             self._num_unanswered += 1
         self._outbox.put(partial(self._answer, reply, error, "unknown"))
 
@@ -206,11 +209,11 @@ class Batcher:
         Returns:
             how many requests have no answer yet, settled ones included that are still to be sent.
         """
-        with self._changed:
+        with self._lock:
             self._refuse_at = time.monotonic() + seconds
             for job in self._jobs:
                 self._add_deadline(job, self._refuse_at, _STOP)
-            self._changed.notify_all()
+            self._arrived.notify()  # who tokenizes looks after the deadlines, too
             return self._num_unanswered
 
     def stop(self) -> None:
@@ -225,15 +228,15 @@ class Batcher:
 
     def _tokenize_loop(self) -> None:
         while True:
-            with self._changed:
+            with self._lock:
                 while not (self._untokenized_queries or self._untokenized_documents or self._is_stopping):
-                    self._changed.wait(self._expire())
+                    self._arrived.wait(self._expire())
                 if self._is_stopping:
                     return
                 self._expire()
                 job = (self._untokenized_queries or self._untokenized_documents).popleft()
             is_complete = self._tokenize_slice(job)
-            with self._changed:
+            with self._lock:
                 if is_complete:
                     self._num_queue_bytes -= job.request.num_bytes
                     self._admit(job)
@@ -296,24 +299,30 @@ class Batcher:
                 computation.tag = self._queue.push(computation, job.flow, num_tokens, before=computation.tag)
                 job.num_queue_tokens += num_tokens
                 self._num_queue_tokens += num_tokens
-        self._changed.notify_all()
+        self._queued.notify()
 
     # --- computing --------------------------------------------------------------------------------------
 
     def _compute_loop(self, embed: Embed) -> None:
         pace = Pace(self._limits.max_batch_tokens, self._limits.target_batch_seconds)
         while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._queue or self._is_stopping)
+            with self._lock:
+                self._num_idle += 1
+                self._queued.wait_for(lambda: self._queue or self._is_stopping)
                 if self._is_stopping:
                     return
                 self._expire()
-                batch = self._take(pace.max_batch_tokens)
+                # What waits is shared out among the engines that have nothing to do.
+                share = max(math.ceil(self._num_queue_tokens / self._num_idle), MIN_BATCH_TOKENS)
+                batch = self._take(min(pace.max_batch_tokens, share))
+                self._num_idle -= 1
+                if self._queue:
+                    self._queued.notify()  # one engine wakes the next, as long as there is something for it
             # Asked as late as can be, once for each request, for asking is not free.
             for job in {job: None for computation in batch for job, _ in computation.rows}:
                 if not job.is_finished and job.reply.is_cancelled():
                     self._finish(job, Cancelled("the request was cancelled while it waited to be computed"))
-            with self._changed:
+            with self._lock:
                 for computation in batch:
                     if not computation.is_wanted:
                         self._drop(computation)
@@ -375,7 +384,7 @@ class Batcher:
         if not np.isfinite(vector).all():
             self._fail(computation, ComputeFailed("expected finite numbers from the network; got others for a text"))
             return
-        with self._changed:
+        with self._lock:
             del self._in_flight[computation.key]
             self._cache.put(computation.key, vector)
             for job, index in computation.rows:
@@ -395,7 +404,7 @@ class Batcher:
             self._finish(job, Answer(job.embeddings, counts))
 
     def _fail(self, computation: _Computation, error: RequestError) -> None:
-        with self._changed:
+        with self._lock:
             del self._in_flight[computation.key]
             for job, _ in computation.rows:
                 self._finish(job, error)
@@ -412,7 +421,7 @@ class Batcher:
 
     def _finish(self, job: _Job, outcome: Answer | RequestError) -> None:
         """Settle a job's outcome; the first one stands."""
-        with self._changed:
+        with self._lock:
             if job.is_finished:
                 return
             job.is_finished = True
@@ -430,7 +439,7 @@ class Batcher:
 
     def _answer(self, reply: Reply, outcome: Answer | RequestError, kind: str) -> None:
         sent = reply.send(outcome)
-        with self._changed:
+        with self._lock:
             self._num_unanswered -= 1
         self._metrics.add(Metric.REQUESTS, kind=kind, outcome=_outcome_name(sent))
 
@@ -476,11 +485,12 @@ class Batcher:
     # --- the end ----------------------------------------------------------------------------------------
 
     def _fail_all(self) -> None:
-        with self._changed:
+        with self._lock:
             self._is_stopping = True
             for job in list(self._jobs):
                 self._finish(job, _stopping())
-            self._changed.notify_all()
+            self._arrived.notify_all()
+            self._queued.notify_all()
 
     def _start(self, name: str, loop: Callable[[], None]) -> Thread:
         thread = Thread(target=self._guard, args=(loop,), name=f"nv-embed-{name}", daemon=True)

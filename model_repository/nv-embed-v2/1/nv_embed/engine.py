@@ -27,10 +27,12 @@ logger = logging.getLogger(__name__)
 _WARM_UP_SEQUENCE_TOKENS = 128  # a passage's usual length, within a factor of two
 _MAX_BATCH_TOKENS = 65536  # beyond it no device gains, while a query waits longer
 _MEMORY_HEADROOM = 1.1  # activations, workspaces and the allocator's slack, over the weights
+# Below this hidden_size the threads that share an operation on a CPU wait for each other longer than they compute.
+_WIDE = 1024
 
 
 class Engine:
-    """One network on one device. Not thread-safe: one thread calls it."""
+    """One network on one device. One thread calls it on a GPU; on a CPU any number may."""
 
     def __init__(self, network: Network, device: torch.device) -> None:
         self.network = network
@@ -128,10 +130,21 @@ class Engine:
 def load_engines(
     folder: Path, config: CheckpointConfig, *, devices: Sequence[str], dtype: str, attention: str
 ) -> list[Engine]:
-    """One engine for each device, loaded one after the other; several on the CPU share its cores. See `Engine.load`."""
-    if devices.count("cpu") > 1:  # each would start a thread for every core, and they would wait for each other
-        torch.set_num_threads(max(1, torch.get_num_threads() // devices.count("cpu")))
-    return [Engine.load(folder, config, device=device, dtype=dtype, attention=attention) for device in devices]
+    """What is to compute at the same time, each called by a thread of its own; see `Engine.load`.
+
+    That is one engine for each GPU. A CPU's cores compute a wide network's batches together, but a narrow one's each
+    a batch of its own: the engine is then in the list as often as there are cores, or as `devices` names the CPU.
+    """
+    engines = {device: Engine.load(folder, config, device=device, dtype=dtype, attention=attention)
+               for device in dict.fromkeys(devices)}  # fmt: skip
+    num_cores, num_cpus = torch.get_num_threads(), devices.count("cpu")
+    if num_cpus == 1 and config.hidden_size < _WIDE:
+        devices = ["cpu"] * (num_cores - 1) + list(devices)
+        num_cpus = num_cores
+    if num_cpus > 1:
+        torch.set_num_threads(max(1, num_cores // num_cpus))
+        logger.info("cpu: %d batches at a time, %d threads each", num_cpus, torch.get_num_threads())
+    return [engines[device] for device in devices]
 
 
 def _too_many(sequences: Sequence[TokenSequence], device: torch.device) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from threading import Condition, RLock, Thread
 from typing import Protocol, TypeAlias
 
@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 # A request is tokenized in slices of about this much, in turn with the others, so that none waits for a huge one.
 _SLICE_CHARACTERS = 64 * 1024
 _LAST_BATCH_SECONDS = 3.0
+_PUBLISH_SECONDS = 0.2  # from an event to its metrics: each value published costs as much as a short query
 _STOP = "the time the server has to stop"
 
 Vector: TypeAlias = npt.NDArray[np.float32]  # [dim]
@@ -140,7 +141,7 @@ class Batcher:
             engines: what computes at the same time; each is called from one thread of its own.
             limits: how much is computed at once and how much may wait.
             on_fatal: called when a thread dies or an answer is lost, after every other request was given an error.
-            publish: takes the metrics, about once a batch.
+            publish: takes the metrics, a few times a second while there is something new.
         """
         self._encoder = encoder
         self._limits = limits
@@ -253,7 +254,8 @@ class Batcher:
             num_characters += len(request.instruction) + len(request.texts[stop])
             stop += 1
         try:
-            if job.reply.is_cancelled():
+            # Asking costs more than tokenizing a query; a small request is asked once, before it is computed.
+            if start > 0 and job.reply.is_cancelled():
                 raise Cancelled("the request was cancelled while it waited to be tokenized")
             sequences = self._encoder.encode(
                 request.texts[start:stop], request.instruction, truncate=request.truncate, first_index=start
@@ -329,7 +331,7 @@ class Batcher:
                 batch = [computation for computation in batch if computation.is_wanted]
             if batch:
                 self._compute(embed, batch, pace)
-                self._outbox.put(_nothing)  # metrics go out once a batch, also while no request is complete
+                self._outbox.put(_nothing)  # metrics go out also while no request is complete
 
     def _take(self, max_batch_tokens: int) -> list[_Computation]:
         """The next batch. The lock is held."""
@@ -444,7 +446,18 @@ class Batcher:
         self._metrics.add(Metric.REQUESTS, kind=kind, outcome=_outcome_name(sent))
 
     def _answer_loop(self) -> None:
-        while (send := self._outbox.get()) is not None:
+        publish_at = math.inf
+        while True:
+            wait = publish_at - time.monotonic()
+            if wait <= 0:
+                self._publish_metrics()
+                publish_at, wait = math.inf, math.inf
+            try:
+                send = self._outbox.get(timeout=wait if wait < math.inf else None)
+            except Empty:
+                continue
+            if send is None:
+                break
             started = time.monotonic()
             try:
                 send()
@@ -453,8 +466,7 @@ class Batcher:
                 self._fail_all()
                 self._on_fatal()
             self._metrics.add(Metric.ANSWER_SECONDS, time.monotonic() - started)
-            if self._outbox.empty():
-                self._publish_metrics()
+            publish_at = min(publish_at, time.monotonic() + _PUBLISH_SECONDS)
         self._publish_metrics()
 
     def _publish_metrics(self) -> None:

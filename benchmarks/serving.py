@@ -28,6 +28,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -42,7 +43,7 @@ import urllib.request
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from multiprocessing.connection import Connection
@@ -300,21 +301,24 @@ def _engine_process(connection: Connection, checkpoint: Path, device: str) -> No
                 batch.append(sequence)
                 num_tokens += sequence.num_tokens
             num_requests += 1
-            if not max_batch_tokens and num_requests >= max(stream.num_clients // len(engines), 1):
+            if not max_batch_tokens and num_requests >= math.ceil(stream.num_clients / len(engines)):
                 yield batch, num_requests
                 batch, num_tokens, num_requests = [], 0, 0
 
-    def timed(*made: list[Any]) -> float:
-        """Seconds for these batches, all engines computing."""
+    def timed(made: Sequence[list[Any]], num_engines: int = 1) -> float:
+        """Seconds for these batches, so many engines computing."""
         waiting = deque(made)
 
         def work(engine: Any) -> None:
-            with suppress(IndexError):  # none left
-                while True:
-                    engine.embed(waiting.popleft())
+            while True:
+                try:
+                    batch = waiting.popleft()
+                except IndexError:
+                    return
+                engine.embed(batch)
 
         started = time.perf_counter()
-        list(threads.map(work, engines))
+        list(threads.map(work, engines[:num_engines]))
         return time.perf_counter() - started
 
     def load() -> None:
@@ -323,19 +327,20 @@ def _engine_process(connection: Connection, checkpoint: Path, device: str) -> No
     def run(stream: Stream, seconds: float, seed: str, max_batch_tokens: int | None) -> Sample:
         sample = Sample(num_tokens=0)
         source = batches(stream, seed, max_batch_tokens)
+        num_engines = len(engines) if max_batch_tokens else min(len(engines), stream.num_clients)
         while sample.seconds < seconds:
             # Several for each engine, lest the wait for the last of them count for much.
-            made = list(islice(source, 8 * len(engines)))
-            duration = timed(*(batch for batch, _ in made))
+            made = list(islice(source, 8 * num_engines))
+            duration = timed([batch for batch, _ in made], num_engines)
             sample.seconds += duration
-            sample.latencies += [duration] * sum(num_requests for _, num_requests in made)
+            sample.latencies += [math.nan] * sum(num_requests for _, num_requests in made)
             sample.num_texts += sum(len(batch) for batch, _ in made)
             sample.num_tokens = (sample.num_tokens or 0) + sum(s.num_tokens for batch, _ in made for s in batch)
         return sample
 
     def batch_seconds(stream: Stream, seed: str, max_batch_tokens: int | None) -> float:
         source = batches(stream, seed, max_batch_tokens)
-        return statistics.median(timed(next(source)[0]) for _ in range(7))
+        return statistics.median(timed([next(source)[0]]) for _ in range(7))
 
     def embed(texts: Sequence[str], instruction: str) -> Any:
         return np.concatenate([engines[0].embed([sequence]) for sequence in tokenizer.encode(texts, instruction)])
@@ -533,8 +538,6 @@ def report(
         summary = total.summary()
         results.append({"load": stream, "target": target, **summary})
         numbers = [summary["requests"], total.errors.total(), *list(summary.values())[2:]]
-        if target.startswith("engine"):
-            numbers[5:] = [None] * 3
         rows.append([stream, target, *("-" if number is None else f"{number:g}" for number in numbers)])
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
     for row in rows:
@@ -633,9 +636,9 @@ def progress(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def _rounded(value: float) -> float:
-    """To four significant digits; nothing measured here has more."""
-    return float(f"{value:.4g}")
+def _rounded(value: float) -> float | None:
+    """To four significant digits; nothing measured here has more. None for what was not measured."""
+    return None if math.isnan(value) else float(f"{value:.4g}")
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

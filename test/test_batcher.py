@@ -258,6 +258,39 @@ def test_cancelled_requests_are_dropped_before_they_are_computed():
     assert engine.batches == [[1], [20]]
 
 
+def test_a_large_request_cancelled_before_it_is_tokenized_is_not_tokenized():
+    class HeldEncoder(FakeEncoder):
+        def encode(self, texts, *args, **kwargs):
+            encoded.append(len(texts))
+            assert gate.wait(WAIT_SECONDS)
+            return super().encode(texts, *args, **kwargs)
+
+    encoded, gate = [], threading.Event()
+    with running(FakeEngine()) as batcher:
+        batcher._encoder = HeldEncoder()
+        first = submit(batcher, 5)
+        wait_until(lambda: encoded)
+        gone = submit(batcher, *distinct(1, 2000))
+        gone.cancelled = True
+        gate.set()
+        assert isinstance(gone.outcome(), Cancelled)
+        assert first.lengths() == [5]
+    assert encoded == [1]
+
+
+def test_stopping_waits_for_all_engines_together_not_one_after_the_other():
+    engines = [FakeEngine() for _ in range(4)]
+    with running(*engines) as batcher:
+        for engine in engines:
+            engine.gate.clear()
+        replies = [submit(batcher, 100 + i) for i in range(len(engines))]
+        assert all(engine.started.acquire(timeout=WAIT_SECONDS) for engine in engines)
+        started = time.monotonic()
+        batcher.stop()
+        assert time.monotonic() - started < 6  # 3 s each would be 12
+        assert all(isinstance(reply.outcome(), Unavailable) for reply in replies)
+
+
 def test_more_bytes_than_may_wait_are_refused_at_once_and_pass_later():
     engine = FakeEngine()
     with running(engine, max_queue_bytes=4) as batcher:
@@ -478,6 +511,19 @@ def test_metrics_count_requests_texts_tokens_and_batches():
     assert sum(published.observations[Metric.BATCH_TEXTS]) == 3
     assert len(published.observations[Metric.QUEUE_SECONDS]) == len(engine.batches)
     assert published.gauges[Metric.QUEUE_TOKENS] == published.gauges[Metric.QUEUE_BYTES] == 0
+
+
+def test_metrics_come_while_the_server_runs_and_a_lost_one_loses_no_answer():
+    published = Published()
+
+    def publish(values):
+        published(values)
+        raise RuntimeError("shared memory is full")
+
+    with running(FakeEngine(), publish=publish) as batcher:
+        for num_ok in (1, 2):
+            assert submit(batcher, 10).lengths() == [10]
+            wait_until(lambda: published.counters[Metric.REQUESTS, "documents", "ok"] == num_ok)  # noqa: B023
 
 
 def test_every_series_that_is_ever_counted_is_known_beforehand():

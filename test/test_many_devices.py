@@ -26,9 +26,8 @@ WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "
 class CountingEngine:
     """A real engine that counts its tokens, and fails for good after some batches where that is asked for."""
 
-    def __init__(self, folder, config, batches_to_live=10**9, pace=None):
-        self.pace = pace
-        self.engine = Engine.load(folder, config, device="cpu", dtype="float32")
+    def __init__(self, engine, batches_to_live=10**9, pace=None):
+        self.engine, self.pace = engine, pace
         self.num_tokens, self.batches_to_live = 0, batches_to_live
 
     def embed(self, sequences):
@@ -87,8 +86,8 @@ def test_two_engines_share_the_work_of_one_queue_and_give_the_rows_of_one(checkp
     folder, config, tokenizer = checkpoint
     # Devices of equal speed, whatever else this machine does: each batch of one waits for a batch of the other.
     pace = threading.Barrier(2)
-    engines = [CountingEngine(folder, config, pace=pace) for _ in range(2)]
     alone = Engine.load(folder, config, device="cpu", dtype="float32")
+    engines = [CountingEngine(alone, pace=pace) for _ in range(2)]  # threads of a CPU share one engine
     texts = requests(60)
     batcher = start(tokenizer, engines)
     try:
@@ -106,36 +105,36 @@ def test_two_engines_share_the_work_of_one_queue_and_give_the_rows_of_one(checkp
 
 
 @pytest.mark.parametrize(
-    ("devices", "hidden_size", "num_engines", "num_threads"),
+    ("devices", "hidden_size", "expected", "num_threads"),
     [
-        (["cpu"], 64, 4, 1),  # a core for each batch of a narrow network
-        (["cpu"], 4096, 1, 4),  # all cores for a batch of a wide one
-        (["cpu", "cpu"], 64, 2, 2),  # as many batches as is said
-        (["cpu", "cpu"], 4096, 2, 2),
+        (["cpu"], 64, ["cpu"] * 4, 1),  # a core for each batch of a narrow network
+        (["cpu"], 4096, ["cpu"], 4),  # all cores for a batch of a wide one
+        (["cpu", "cpu"], 64, ["cpu"] * 2, 2),  # as many batches as is said
+        (["cpu", "cpu"], 4096, ["cpu"] * 2, 2),
+        (["cpu", "cuda:0"], 64, ["cpu", "cuda:0"], 4),  # another device needs cores, too
     ],
 )
 def test_a_cpus_cores_share_the_work_as_the_network_needs(
-    checkpoint, monkeypatch, devices, hidden_size, num_engines, num_threads
+    checkpoint, monkeypatch, devices, hidden_size, expected, num_threads
 ):
     folder, config, _ = checkpoint
     before = torch.get_num_threads()
     loaded = []
-    monkeypatch.setattr(Engine, "load", lambda *_, **options: loaded.append(options["device"]) or object())
-    torch.set_num_threads(4)
+    monkeypatch.setattr(Engine, "load", lambda *_, device, **__: loaded.append(device) or device)
+    monkeypatch.setattr("nv_embed.engine._num_cores", lambda: 4)
     try:
         config = replace(config, hidden_size=hidden_size)
-        engines = load_engines(folder, config, devices=devices, dtype="float32", attention="auto")
-        assert len(engines) == num_engines
+        assert load_engines(folder, config, devices=devices, dtype="float32", attention="auto") == expected
         assert torch.get_num_threads() == num_threads
-        assert loaded == ["cpu"]  # its weights are in memory once
-        assert len(set(engines)) == 1
+        assert loaded == list(dict.fromkeys(devices))  # weights are in memory once
     finally:
         torch.set_num_threads(before)
 
 
 def test_when_one_of_two_devices_fails_everyone_is_answered_once_and_the_server_must_restart(checkpoint):
     folder, config, tokenizer = checkpoint
-    engines = [CountingEngine(folder, config), CountingEngine(folder, config, batches_to_live=3)]
+    engine = Engine.load(folder, config, device="cpu", dtype="float32")
+    engines = [CountingEngine(engine), CountingEngine(engine, batches_to_live=3)]
     restart = threading.Event()
     batcher = start(tokenizer, engines, on_fatal=restart.set)
     try:

@@ -220,7 +220,7 @@ def test_bad_input_over_http_is_answered_400_with_the_same_words(toy_server_of_6
 
 
 def test_more_than_may_wait_is_answered_unavailable_at_once_and_metrics_tell(toy, tmp_path):
-    limits = {"NV_EMBED_MAX_QUEUE_TOKENS": "70000", "NV_EMBED_MAX_SEQUENCE_TOKENS": "5000"}
+    limits = {"NV_EMBED_MAX_QUEUE_TOKENS": "70000", "NV_EMBED_MAX_SEQUENCE_TOKENS": "5000", "OMP_NUM_THREADS": "1"}
     server = Server(tmp_path / "log.txt", toy, limits | {"NV_EMBED_MAX_BATCH_TOKENS": "600"}).wait_until_ready()
     fresh = {name: value for name, value in server.metrics_by_name().items() if name.startswith("nv_embed_")}
     assert set(fresh.values()) == {0}
@@ -274,9 +274,11 @@ def test_clients_that_cancel_or_run_out_of_time_disturb_no_other(toy_server):
 
     async def leave_and_stay() -> None:
         async with triton_aio.InferenceServerClient(toy_server.url) as client:
-            bulk = bytes_input("documents", [f"some words to compute {i}" for i in range(3000)])
-            leaving = [asyncio.ensure_future(client.infer(MODEL_NAME, [bulk])) for _ in range(5)]
-            late = [asyncio.ensure_future(client.infer(MODEL_NAME, [bulk], client_timeout=0.2)) for _ in range(3)]
+            bulks = [
+                bytes_input("documents", [f"some words {k} to compute {i}" for i in range(3000)]) for k in range(8)
+            ]
+            leaving = [asyncio.ensure_future(client.infer(MODEL_NAME, [bulk])) for bulk in bulks[:5]]
+            late = [asyncio.ensure_future(client.infer(MODEL_NAME, [b], client_timeout=0.2)) for b in bulks[5:]]
             await asyncio.sleep(0.3)
             for task in leaving:
                 task.cancel()

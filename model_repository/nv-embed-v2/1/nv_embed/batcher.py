@@ -43,8 +43,10 @@ logger = logging.getLogger(__name__)
 
 # A request is tokenized in slices of about this much, in turn with the others, so that none waits for a huge one.
 _SLICE_CHARACTERS = 64 * 1024
+_WORTH_ASKING_CHARACTERS = 4096
 _LAST_BATCH_SECONDS = 3.0
-_PUBLISH_SECONDS = 0.2  # from an event to its metrics: each value published costs as much as a short query
+_PUBLISH_SECONDS = 0.2  # from an event to its metrics: each value published costs as much as a short query ...
+_OVERDUE_SECONDS = 1.0  # ... so answers go first, but not for longer than this
 _STOP = "the time the server has to stop"
 
 Vector: TypeAlias = npt.NDArray[np.float32]  # [dim]
@@ -220,8 +222,9 @@ class Batcher:
     def stop(self) -> None:
         """Answer whatever is unfinished as unavailable and end the threads; returns when they have ended."""
         self._fail_all()
-        for worker in self._workers:
-            worker.join(_LAST_BATCH_SECONDS)  # the device may be in the middle of a batch that nobody waits for
+        until = time.monotonic() + _LAST_BATCH_SECONDS
+        for worker in self._workers:  # a device may be in the middle of a batch that nobody waits for
+            worker.join(max(until - time.monotonic(), 0.0))
         self._outbox.put(None)
         self._answerer.join()
 
@@ -254,8 +257,8 @@ class Batcher:
             num_characters += len(request.instruction) + len(request.texts[stop])
             stop += 1
         try:
-            # Asking costs more than tokenizing a query; a small request is asked once, before it is computed.
-            if start > 0 and job.reply.is_cancelled():
+            # Asking costs more than tokenizing a little: then it is asked once, before it is computed.
+            if num_characters > _WORTH_ASKING_CHARACTERS and job.reply.is_cancelled():
                 raise Cancelled("the request was cancelled while it waited to be tokenized")
             sequences = self._encoder.encode(
                 request.texts[start:stop], request.instruction, truncate=request.truncate, first_index=start
@@ -446,14 +449,15 @@ class Batcher:
         self._metrics.add(Metric.REQUESTS, kind=kind, outcome=_outcome_name(sent))
 
     def _answer_loop(self) -> None:
-        publish_at = math.inf
+        publish_at, is_news = math.inf, False
         while True:
-            wait = publish_at - time.monotonic()
-            if wait <= 0:
+            now = time.monotonic()
+            if now >= publish_at and (self._outbox.empty() or now >= publish_at + _OVERDUE_SECONDS):
                 self._publish_metrics()
-                publish_at, wait = math.inf, math.inf
+                # Once more after the last event, for what other threads count just after they announced it.
+                publish_at, is_news = (now + _PUBLISH_SECONDS if is_news else math.inf), False
             try:
-                send = self._outbox.get(timeout=wait if wait < math.inf else None)
+                send = self._outbox.get(timeout=max(publish_at - now, 0.0) if publish_at < math.inf else None)
             except Empty:
                 continue
             if send is None:
@@ -466,14 +470,17 @@ class Batcher:
                 self._fail_all()
                 self._on_fatal()
             self._metrics.add(Metric.ANSWER_SECONDS, time.monotonic() - started)
-            publish_at = min(publish_at, time.monotonic() + _PUBLISH_SECONDS)
+            publish_at, is_news = min(publish_at, time.monotonic() + _PUBLISH_SECONDS), True
         self._publish_metrics()
 
     def _publish_metrics(self) -> None:
         self._metrics.set(Metric.QUEUE_TOKENS, self._num_queue_tokens)
         self._metrics.set(Metric.QUEUE_BYTES, self._num_queue_bytes)
         self._metrics.set(Metric.CACHE_BYTES, self._cache.num_bytes)
-        self._publish(self._metrics.take())
+        try:
+            self._publish(self._metrics.take())
+        except Exception:  # no reason to leave a request without its answer
+            logger.exception("metrics are lost")
 
     # --- deadlines --------------------------------------------------------------------------------------
 

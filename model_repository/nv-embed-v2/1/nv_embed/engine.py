@@ -27,8 +27,9 @@ logger = logging.getLogger(__name__)
 _WARM_UP_SEQUENCE_TOKENS = 128  # a passage's usual length, within a factor of two
 _MAX_BATCH_TOKENS = 65536  # beyond it no device gains, while a query waits longer
 _MEMORY_HEADROOM = 1.1  # activations, workspaces and the allocator's slack, over the weights
-# Below this hidden_size the threads that share an operation on a CPU wait for each other longer than they compute.
+# Below this hidden_size the threads that share an operation on a CPU wait for each other for too much of the time.
 _WIDE = 1024
+_MOST_CPU_BATCHES = 8  # at a time: each has activations of its own, a gigabyte for the longest text
 
 
 class Engine:
@@ -130,21 +131,31 @@ class Engine:
 def load_engines(
     folder: Path, config: CheckpointConfig, *, devices: Sequence[str], dtype: str, attention: str
 ) -> list[Engine]:
-    """What is to compute at the same time, each called by a thread of its own; see `Engine.load`.
+    """What computes at the same time: an engine for each device named, see `Engine.load`.
 
-    That is one engine for each GPU. A CPU's cores compute a wide network's batches together, but a narrow one's each
-    a batch of its own: the engine is then in the list as often as there are cores, or as `devices` names the CPU.
+    Entries for the same CPU are the same engine, called by several threads. If only the CPU is named, and once, it is
+    in the list once for all cores where the network is wide, and once for each core, up to 8, where it is narrow.
     """
     engines = {device: Engine.load(folder, config, device=device, dtype=dtype, attention=attention)
                for device in dict.fromkeys(devices)}  # fmt: skip
-    num_cores, num_cpus = torch.get_num_threads(), devices.count("cpu")
-    if num_cpus == 1 and config.hidden_size < _WIDE:
-        devices = ["cpu"] * (num_cores - 1) + list(devices)
-        num_cpus = num_cores
-    if num_cpus > 1:
-        torch.set_num_threads(max(1, num_cores // num_cpus))
-        logger.info("cpu: %d batches at a time, %d threads each", num_cpus, torch.get_num_threads())
+    if "cpu" in engines:
+        num_cores = _num_cores()
+        if list(devices) == ["cpu"] and config.hidden_size < _WIDE:
+            devices = ["cpu"] * min(num_cores, _MOST_CPU_BATCHES)
+        num_batches = devices.count("cpu")
+        torch.set_num_threads(max(1, num_cores // num_batches))
+        logger.info("cpu: %d batches at a time, %d threads each", num_batches, torch.get_num_threads())
     return [engines[device] for device in devices]
+
+
+def _num_cores() -> int:
+    """Cores to compute on: torch's own choice, which OMP_NUM_THREADS bounds, and no more than the container's share."""
+    num_cores, quota = torch.get_num_threads(), Path("/sys/fs/cgroup/cpu.max")
+    if quota.is_file():
+        limit, period = quota.read_text(encoding="ascii").split()
+        if limit != "max":
+            num_cores = min(num_cores, math.ceil(int(limit) / int(period)))
+    return max(num_cores, 1)
 
 
 def _too_many(sequences: Sequence[TokenSequence], device: torch.device) -> str:

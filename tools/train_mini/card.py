@@ -57,7 +57,8 @@ def write(out: Path, results: dict[str, Any]) -> None:
     template = (Path(__file__).parent / "card.md").read_text(encoding="utf-8")
     card = template.format(
         figures="\n".join(table), curve="\n".join(learning), sources="\n".join(sources), versions=versions,
-        machine=machine(), megabytes=size / 1e6, minutes=curve[-1]["seconds"] / 60, tokens=curve[-1]["tokens"],
+        machine=machine(), megabytes=size / 1e6, minutes=curve[-1]["seconds"] / 60,
+        tokens=curve[-1]["tokens"], seen=curve[-1]["texts"],
         long_tokens=figures["student"]["long_tokens_mean"], **run,
     )  # fmt: skip
     (out / "README.md").write_text(card, encoding="utf-8")

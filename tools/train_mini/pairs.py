@@ -94,7 +94,7 @@ QUESTIONS = [
         "Historians blame invasions, economic trouble, overexpansion and corrupt rulers for the collapse of Rome.",
     ),
     (
-        "What do whales eat?",
+        "What kind of food do whales live on?",
         "Many of these huge marine mammals filter tiny krill from seawater; others hunt fish and squid.",
     ),
     (
@@ -102,7 +102,7 @@ QUESTIONS = [
         "Keep the bedroom dark and cool, go to bed at a regular hour and avoid screens and caffeine at night.",
     ),
     (
-        "What causes a rainbow?",
+        "How does a rainbow form after the rain?",
         "Sunlight is bent and reflected inside raindrops, which spreads it into its colors.",
     ),
     (
@@ -129,7 +129,7 @@ SIMILAR = [
     ("A dog is running through the snow.", "A dog races across a snowy field.", 4.6),
     ("A woman is cutting carrots.", "A woman is slicing vegetables.", 3.8),
     ("A boy kicks a ball.", "A boy throws a ball.", 3.0),
-    ("A man is riding a motorbike.", "A man is riding a horse.", 2.0),
+    ("A man is riding a motorbike.", "A man rides past on a horse.", 2.0),
     ("A cat sleeps on a sofa.", "A dog sleeps on a couch.", 2.4),
     ("Two children are playing in a sandbox.", "Kids dig in the sand at a playground.", 4.0),
     ("A woman is singing on a stage.", "A man is repairing a roof.", 0.2),
@@ -177,3 +177,9 @@ NEURAL_IRRELEVANT = [
     "The museum is closed on Mondays and offers free entry to children.",
     "Heavy rain is expected along the coast this weekend.",
 ]
+
+TEXTS = {
+    *(text for pair in QUESTIONS for text in pair),
+    *(text for first, second, _ in SIMILAR for text in (first, second)),
+    *(NEURAL_QUERY, *NEURAL_RELEVANT, *NEURAL_IRRELEVANT),
+}

@@ -6,8 +6,8 @@ another often does. A generated sentence need not be true, only plausible Englis
 
 import random
 
-# Forms for a word of WordNet: {w} the word, {W} with a capital, {a} behind its article, {m} its meaning, {s} another
-# word for it, {o} some other word of its kind.
+# Forms for a word of WordNet: {w} the word, {W} with a capital, {a} with an article before it, {m} its meaning,
+# {s} another word for it, {o} some other word of its kind.
 DEFINING = (
     "What is {w}?", "{w}: {m}", "What does {w} mean?", "{W} is {m}.", "Which word means {m}?", "Define {w}.",
     "Tell me about {w}.", "{w} ({s})", "Who or what is {w}?", "the meaning of {w}",

@@ -2,7 +2,8 @@
 
 An item is one text with its source and the group it was made from; every text made from one gloss (the gloss,
 the headword, a question about it) is of one group, and whole groups go to the test side, chosen by a hash of the
-group alone, before anything is trained. Knows no tokens, no teacher and no torch.
+group alone, before anything is trained. A headword of several meanings is in as many groups, and of some sources each
+sentence is a group. Knows no tokens, no teacher and no torch.
 """
 
 import gettext
@@ -141,7 +142,7 @@ def synsets(folder: Path) -> Iterator[Synset]:
 
 
 def wordnet(folder: Path) -> Iterator[tuple[str, str]]:
-    before: dict[int, str] = {}  # the last noun of each kind
+    before: dict[int, str] = {}  # the last noun of each kind that was asked about
     for synset in synsets(folder):
         group, word = synset.group, synset.words[0]
         yield group, synset.meaning
@@ -162,7 +163,11 @@ def wordnet(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def remix(folder: Path) -> Iterator[tuple[str, str]]:
-    """WordNet's examples with nouns changed for others of their kind: words in more places than dictionaries show."""
+    """WordNet's examples with words changed for nouns: words in more places than dictionaries show.
+
+    What is changed is whatever can be a noun, "can" and "a" among them, for a noun of that kind. Few of these sentences
+    are sensible, but the teacher says where each lies.
+    """
     kinds: dict[int, list[str]] = {}
     kind_of: dict[str, int] = {}
     # The words of WordNet's own tagged text, in their first meanings.

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import card
+import pairs
 import text
 import torch
 import torch.distributed as dist
@@ -82,7 +83,7 @@ def batches(chunk: list[Example], world: int, seed: int) -> list[list[Example]]:
 
 
 class Optimizer:
-    """Adam; of the token vectors only those in the batch are touched, which is most of the work of a small step."""
+    """Adam. Only the token vectors of a batch are touched: updating all would be most of the work of a small step."""
 
     def __init__(self, model: Student) -> None:
         embedding = model.embedding_model.embed_tokens
@@ -180,9 +181,10 @@ class Job:
     work: Path
 
     @property
-    def settings(self) -> dict[str, int]:
+    def settings(self) -> dict[str, object]:
         """What a run that goes on must have in common with the one before."""
-        return {"samples": self.samples, "seed": self.seed}
+        rates = {"embed_lr": EMBED_LR, "other_lr": OTHER_LR, "betas": BETAS, "batch_tokens": BATCH_TOKENS}
+        return asdict(Config()) | rates | {"samples": self.samples, "seed": self.seed, "processes": self.world}
 
 
 def train_student(rank: int, job: Job) -> None:
@@ -209,7 +211,8 @@ def train_student(rank: int, job: Job) -> None:
         record(curve_path, {"texts": 0, "tokens": 0, "seconds": 0}, model, vocabulary, job)
     started = time.time() - seconds
     bar = tqdm(total=job.samples, initial=seen, desc="student", unit="text", mininterval=10, disable=rank > 0)
-    for number, picked in enumerate(chunks(len(job.texts), job.samples, job.seed)):
+    plan = list(chunks(len(job.texts), job.samples, job.seed))
+    for number, picked in enumerate(plan):
         if number < first:
             continue
         seed = job.seed + number
@@ -227,7 +230,7 @@ def train_student(rank: int, job: Job) -> None:
             tokens += sum(len(row) for row, _, _ in batch)
             bar.update(len(batch))
             bar.set_postfix(loss=f"{loss.item():.3f}", tok_s=int(tokens / (time.time() - started)), refresh=False)
-        if rank == 0 and (number % 2 == 1 or seen >= job.samples):
+        if rank == 0 and (number % 2 == 1 or number == len(plan) - 1):
             seconds = time.time() - started
             point = {"texts": seen, "tokens": tokens, "seconds": round(seconds)}
             record(curve_path, point, model, vocabulary, job)
@@ -284,6 +287,8 @@ def main() -> None:
 
     train, test = text.collect(work / "text", args.share)
     texts = [item.text for item in train]
+    if leaked := set(texts) & pairs.TEXTS:
+        raise SystemExit(f"expected no text of pairs.py in the training text; got {sorted(leaked)}; reword those")
     data_hash = text.data_hash(train, test)
     print(f"{len(train)} training texts, {len(test)} held out, data hash {data_hash}", flush=True)
     stages = work / data_hash[:8]
@@ -320,6 +325,7 @@ def main() -> None:
         "static_epochs": args.static_epochs,
         "seed": args.seed,
         "share": args.share,
+        "batch_tokens": BATCH_TOKENS,
         "embed_lr": EMBED_LR,
         "other_lr": OTHER_LR,
         "baseline_vocab": wide.size,

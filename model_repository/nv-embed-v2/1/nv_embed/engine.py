@@ -151,7 +151,7 @@ def load_engines(
 def _num_cores() -> int:
     """Cores to compute on: torch's own choice, which OMP_NUM_THREADS bounds, and no more than the container's share."""
     num_cores, quota = torch.get_num_threads(), Path("/sys/fs/cgroup/cpu.max")
-    if quota.is_file():
+    if quota.is_file() and os.access(quota, os.R_OK):
         limit, period = quota.read_text(encoding="ascii").split()
         if limit != "max":
             num_cores = min(num_cores, math.ceil(int(limit) / int(period)))

@@ -77,9 +77,9 @@ def test_half_precision_is_near_float32():
 
 
 def test_loading_is_measured_with_a_checkpoint_of_the_published_layout():
-    output, answer = run("loading.py", "--device", "cpu", "--layers", "2", "--hidden-size", "256")
+    output, answer = run("loading.py", "--device", "cpu", "--layers", "2", "--hidden-size", "768")
     assert answer["gb_per_s"] > 0
-    # Neither the checkpoint nor the network is ever held twice.
+    # Neither the checkpoint nor the network is ever held twice; what a process allocates anyway is a third of this one.
     assert answer["host_gigabytes_beside_weights"] < answer["gigabytes"], output
 
 

@@ -144,7 +144,9 @@ case $RUNTIME in
       --mount "type=bind,source=$MODEL_REPOSITORY,target=/model_repository,readonly"
       --mount "type=bind,source=$mount,target=/models/NV-Embed-v2,readonly")
     if [[ $DEVICE == *cuda* ]]; then command+=(--gpus all); fi
-    for name in MALLOC_ARENA_MAX ${OMP_NUM_THREADS:+OMP_NUM_THREADS} $(compgen -A export NV_EMBED_); do command+=(--env "$name"); done
+    for name in MALLOC_ARENA_MAX ${OMP_NUM_THREADS:+OMP_NUM_THREADS} $(compgen -A export NV_EMBED_); do
+      command+=(--env "$name")
+    done
     command+=("$IMAGE" tritonserver --model-repository=/model_repository "${settings[@]}")
     ;;
 esac

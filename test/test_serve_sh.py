@@ -162,6 +162,7 @@ def test_docker_builds_the_image_and_runs_the_mounted_repository_on_the_gpu(serv
         METRICS_PORT=18102,
         SHM_SIZE="2g",
         NV_EMBED_MAX_BATCH_TOKENS=1000,
+        OMP_NUM_THREADS=4,
     )
     assert done.returncode == 0, done.stderr
     build, run = recorded()
@@ -171,9 +172,8 @@ def test_docker_builds_the_image_and_runs_the_mounted_repository_on_the_gpu(serv
     assert values(run, "--ulimit") == ["memlock=-1"]
     assert values(run, "--gpus") == ["all"]
     assert values(run, "--publish") == [f"127.0.0.1:1810{i}:800{i}" for i in range(3)]
-    assert {"MALLOC_ARENA_MAX", "NV_EMBED_DEVICE", "NV_EMBED_MAX_BATCH_TOKENS", "NV_EMBED_MODEL_PATH"} <= set(
-        values(run, "--env")
-    )
+    settings = {"NV_EMBED_DEVICE", "NV_EMBED_MAX_BATCH_TOKENS", "NV_EMBED_MODEL_PATH"}
+    assert settings | {"MALLOC_ARENA_MAX", "OMP_NUM_THREADS"} <= set(values(run, "--env"))
     assert all(mount.endswith(",readonly") for mount in values(run, "--mount"))
     image = run.index("nv-embed-triton")
     assert run[image + 1 : image + 3] == ["tritonserver", "--model-repository=/model_repository"]

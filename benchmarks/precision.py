@@ -1,4 +1,4 @@
-"""How near half precision comes to float32, at the published width and depth.
+"""How near half precision and 8-bit matrices come to float32, at the published width and depth.
 
     python benchmarks/precision.py                          # on the GPU if there is one; minutes
     python benchmarks/precision.py --device cpu --quick     # a small network, seconds
@@ -17,53 +17,65 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-from engine import FULL, NUM_MASKED, QUICK, Size, machine, progress, published_config, random_weights, sequences
+from engine import (
+    FULL,
+    NUM_MASKED,
+    QUICK,
+    Size,
+    empty_network,
+    machine,
+    progress,
+    published_config,
+    random_weights,
+    sequences,
+)
 from nv_embed.attention import choose_attention
 from nv_embed.config import CheckpointConfig
 from nv_embed.engine import Engine
-from nv_embed.network import Layer, Network
+from nv_embed.network import Layer
+from nv_embed.precision import LEAST_COSINE, Precision, round_matrices
 from nv_embed.weights import fill_network
 from torch import Tensor, nn
 
-AIMS = {"float16": 0.9999, "bfloat16": 0.999}
+AIMS = {"float16": 0.9999, "bfloat16": 0.999, "int8": LEAST_COSINE, "float8": LEAST_COSINE}
 
 
 class DrawnLayers(nn.Module):
     """The layers of a network in order, each drawn when its turn comes."""
 
-    def __init__(self, config: CheckpointConfig, device: torch.device, dtype: torch.dtype, seed: int) -> None:
+    def __init__(self, config: CheckpointConfig, device: torch.device, precision: Precision, seed: int) -> None:
         super().__init__()
-        self.num_layers, self.seed = config.num_layers, seed
-        with torch.device(device):
-            self.layer = Layer(config).to(dtype)
+        self.config, self.device, self.precision, self.seed = config, device, precision, seed
 
     def __iter__(self) -> Iterator[Layer]:
-        for number in range(self.num_layers):
-            generator = torch.Generator(self.layer.o.device).manual_seed(
-                self.seed + 1 + number
-            )  # the rest has the seed itself
-            for parameter in self.layer.parameters():
+        for number in range(self.config.num_layers):
+            with torch.device(self.device):
+                layer = Layer(self.config).to(self.precision.dtype)
+            generator = torch.Generator(self.device).manual_seed(self.seed + 1 + number)  # the rest has the seed itself
+            for parameter in layer.parameters():
                 if parameter.dim() == 1:
                     parameter.fill_(1.0)
                 else:
                     drawn = torch.empty_like(parameter, dtype=torch.float32)
                     drawn.normal_(0.0, 0.7 * parameter.shape[-1] ** -0.5, generator=generator)
                     parameter.copy_(drawn.half())
-            yield self.layer
+            if self.precision.matrix:
+                round_matrices(layer, self.precision.matrix)
+            yield layer
+            del layer  # or two would be in memory
 
 
-def embed(size: Size, device: torch.device, dtype: torch.dtype, lengths: list[int], seed: int) -> tuple[Tensor, str]:
+def embed(size: Size, device: torch.device, name: str, lengths: list[int], seed: int) -> tuple[Tensor, str]:
     """[texts, C] float32, from the network in one precision, and the attention kernel that served it."""
     config = CheckpointConfig.from_json(published_config(size, torch.float16))
+    precision = Precision.choose(name, device, config)
     bare = replace(config, num_layers=0)
-    with torch.device("meta"):
-        network = Network(bare)
-    network = network.to(dtype).to_empty(device=device).eval()
-    fill_network(network, random_weights(bare, device, torch.float16, seed))
-    network.layers = DrawnLayers(config, device, dtype, seed)  # type: ignore[assignment]
-    network.attend = choose_attention("sdpa" if dtype == torch.float32 else "auto", config, device, dtype)
+    attend = choose_attention("sdpa" if name == "float32" else "auto", config, device, precision.dtype)
+    network = empty_network(bare, precision, attend)
+    fill_network(network, random_weights(bare, device, torch.float16, seed), device)
+    network.layers = DrawnLayers(config, device, precision, seed)  # type: ignore[assignment]
     texts = sequences(lengths, config.vocab_size, seed, NUM_MASKED)
-    return torch.from_numpy(Engine(network, device).embed(texts)), network.attend.__name__
+    return torch.from_numpy(Engine(network, device).embed(texts)), attend.__name__
 
 
 def main() -> None:
@@ -73,20 +85,24 @@ def main() -> None:
     parser.add_argument(
         "--lengths", default="20,44,64", help=f"of the texts, in tokens, more than {NUM_MASKED} (%(default)s)"
     )
+    parser.add_argument("--dtypes", default=",".join(AIMS), help="beside float32 (%(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of weights and texts (%(default)s)")
     arguments = parser.parse_args()
+    dtypes = arguments.dtypes.split(",")
+    if unknown := set(dtypes) - set(AIMS):
+        parser.error(f"--dtypes: expected some of {', '.join(AIMS)}; got {', '.join(sorted(unknown))}")
     device, size = torch.device(arguments.device), QUICK if arguments.quick else FULL
     lengths = [int(length) for length in arguments.lengths.split(",")]
     result: dict[str, object] = {"size": size.name, "lengths": lengths}
     with torch.inference_mode():
-        expected, _ = embed(size, device, torch.float32, lengths, arguments.seed)
-        for name, aim in AIMS.items():
+        expected, _ = embed(size, device, "float32", lengths, arguments.seed)
+        for name in dtypes:
             progress(name)
-            vectors, attention = embed(size, device, getattr(torch, name), lengths, arguments.seed)
+            vectors, attention = embed(size, device, name, lengths, arguments.seed)
             cosines = (vectors * expected).sum(1)
             result |= {name: [round(cosine, 7) for cosine in cosines.tolist()], "attention": attention}
-            print(f"{name}: cosine to float32 at least {cosines.min():.6f} (aim {aim})")
-    where = machine(device, torch.float32)
+            print(f"{name}: cosine to float32 at least {cosines.min():.6f} (aim {AIMS[name]})")
+    where = machine(device, "float32")
     del where["dtype"]
     print(json.dumps(result | where))
 

@@ -5,15 +5,45 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from nv_embed.config import CheckpointConfig
 from serving import Server
 
 ROOT = Path(__file__).parents[1]
+PUBLISHED_TEXT_CONFIG = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 14336,
+    "vocab_size": 32000,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "sliding_window": 4096,
+}
 
 
 @pytest.fixture(scope="session")
 def toy() -> Path:
     """A small random checkpoint in the published format, with the original implementation's outputs."""
     return ROOT / "test" / "data" / "toy"
+
+
+@pytest.fixture
+def published() -> CheckpointConfig:
+    """The published sizes."""
+    return CheckpointConfig.from_json(
+        {
+            "model_type": "nvembed",
+            "is_mask_instruction": True,
+            "add_eos": True,
+            "padding_side": "right",
+            "mask_type": "b",
+            "torch_dtype": "float16",
+            "latent_attention_config": {"model_type": "latent_attention"},
+            "text_config": PUBLISHED_TEXT_CONFIG,
+        }
+    )
 
 
 @pytest.fixture(scope="session")

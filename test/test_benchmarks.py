@@ -67,13 +67,16 @@ def test_engine_is_measured_beside_the_ceiling_and_the_usual_way_and_ahead_of_it
     assert answer["mixes"]["lognormal"]["baseline_ratio"] >= 1.2, output
     assert answer["query_ms"]["engine"] > 0
     assert answer["ceiling"]["flops"] > 0
+    assert answer["dtype"] == "float32"
 
 
-def test_half_precision_is_near_float32():
+def test_half_precision_and_8_bits_are_near_float32():
     _, answer = run("precision.py", "--device", "cpu", "--quick")
     assert min(answer["float16"]) >= 0.9999
     assert min(answer["bfloat16"]) >= 0.999
-    assert max(answer["bfloat16"]) < 1 - 1e-7  # it was another precision
+    assert min(answer["int8"]) >= 0.999
+    assert min(answer["float8"]) >= 0.99
+    assert max(answer["bfloat16"] + answer["int8"] + answer["float8"]) < 1 - 1e-7  # they were other precisions
 
 
 def test_loading_is_measured_with_a_checkpoint_of_the_published_layout():

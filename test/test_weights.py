@@ -22,35 +22,6 @@ from nv_embed.tokenizer import TokenSequence
 from nv_embed.weights import published_shapes
 from safetensors.torch import load_file, save_file
 
-PUBLISHED_TEXT_CONFIG = {
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "intermediate_size": 14336,
-    "vocab_size": 32000,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "hidden_act": "silu",
-    "sliding_window": 4096,
-}
-
-
-@pytest.fixture
-def published() -> CheckpointConfig:
-    return CheckpointConfig.from_json(
-        {
-            "model_type": "nvembed",
-            "is_mask_instruction": True,
-            "add_eos": True,
-            "padding_side": "right",
-            "mask_type": "b",
-            "torch_dtype": "float16",
-            "latent_attention_config": {"model_type": "latent_attention"},
-            "text_config": PUBLISHED_TEXT_CONFIG,
-        }
-    )
-
 
 def load(folder: Path, dtype: str = "float32") -> Engine:
     return Engine.load(folder, CheckpointConfig.load(folder), device="cpu", dtype=dtype)
@@ -101,11 +72,13 @@ def test_the_published_sizes_give_exactly_the_published_tensors(published):
 
 def test_the_network_of_the_published_sizes_has_a_place_for_all_but_the_folded_tensors(published):
     from nv_embed.network import Network
-    from nv_embed.weights import _destinations
+    from nv_embed.weights import _layer_places, _outer_places
 
     with torch.device("meta"):
         network = Network(published)
-    places = {name: tuple(place.shape) for name, place in _destinations(network)}
+    places = {name: tuple(place.shape) for name, place in _outer_places(network)}
+    for i, layer in enumerate(network.layers):
+        places |= {f"embedding_model.layers.{i}.{name}": tuple(place.shape) for name, place in _layer_places(layer)}
     folded = {
         "latent_attention_model.latents",
         *(

@@ -38,8 +38,8 @@ def _devices(value: str) -> tuple[str, ...]:
 
 
 def _dtype(value: str) -> str:
-    if value not in ("auto", "float16", "bfloat16", "float32"):
-        raise ValueError("'auto', 'float16', 'bfloat16' or 'float32'")
+    if value not in ("auto", "float16", "bfloat16", "float32", "float8", "int8"):
+        raise ValueError("'auto', 'float16', 'bfloat16', 'float32', 'float8' or 'int8'")
     return value
 
 

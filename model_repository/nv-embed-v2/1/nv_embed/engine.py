@@ -19,6 +19,7 @@ from nv_embed.errors import DeviceError, DeviceLost, OutOfDeviceMemory
 from nv_embed.network import Network
 from nv_embed.pace import MIN_BATCH_TOKENS
 from nv_embed.packing import pack
+from nv_embed.precision import Precision, Rounding
 from nv_embed.tokenizer import TokenSequence
 from nv_embed.weights import load_network
 
@@ -50,21 +51,28 @@ class Engine:
             folder: of `config.json` and the safetensors files.
             config: what the former says.
             device: 'cpu' or 'cuda:N'.
-            dtype: 'float16', 'bfloat16', 'float32'; or 'auto': the checkpoint's on a GPU, float32 on a CPU.
+            dtype: see `Precision.choose`.
             attention: see `choose_attention`.
 
         Raises:
-            DeviceError: the device is absent, its free memory too small or the attention kernel missing.
+            DeviceError: the device is absent, its free memory too small, the attention kernel missing, or the
+                precision not to be had or too coarse.
             CheckpointError: files or tensors are missing, damaged or of another model.
         """
         target = _existing_device(device)
-        name = dtype if dtype != "auto" else "float32" if target.type == "cpu" else config.dtype
-        precision: torch.dtype = getattr(torch, name)
-        _check_memory(target, config, precision)
-        attend = choose_attention(attention, config, target, precision)
-        with torch.inference_mode():
-            network = load_network(folder, config, target, precision)
-        network.attend = attend
+        precision = Precision.choose(dtype, target, config)
+        with torch.device("meta"):
+            network = Network(config).to(precision.dtype).eval()
+        _check_memory(target, precision.num_bytes(network), precision)
+        network.attend = choose_attention(attention, config, target, precision.dtype)
+        rounding = Rounding.of_checkpoint(folder, network, precision) if precision.matrix else None
+        try:
+            with torch.inference_mode():
+                load_network(folder, network, target, rounding)
+        except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
+            raise DeviceError(
+                f"{target}: loading the weights in {precision.name} failed: {error}; see that nothing else runs on it"
+            ) from None
         return cls(network, target)
 
     @torch.inference_mode()
@@ -174,16 +182,14 @@ def _existing_device(name: str) -> torch.device:
     return device
 
 
-def _check_memory(device: torch.device, config: CheckpointConfig, dtype: torch.dtype) -> None:
-    with torch.device("meta"):
-        num_parameters = sum(parameter.numel() for parameter in Network(config).parameters())
-    needed = int(num_parameters * dtype.itemsize * _MEMORY_HEADROOM)
+def _check_memory(device: torch.device, num_bytes: int, precision: Precision) -> None:
+    needed = int(num_bytes * _MEMORY_HEADROOM)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_host_memory()
     if needed > free:
         raise DeviceError(
-            f"{device}: expected {needed / 1e9:.1f} GB of free memory for {num_parameters / 1e9:.2f} billion "
-            f"parameters in {str(dtype).removeprefix('torch.')}; got {free / 1e9:.1f} GB; free memory on it, choose "
-            "another device, or a dtype of fewer bytes"
+            f"{device}: expected {needed / 1e9:.1f} GB of free memory for the weights in {precision.name}; got "
+            f"{free / 1e9:.1f} GB; free memory on it or choose another device"
+            + ("" if precision.matrix else ", or a dtype of fewer bytes: int8 has the fewest")
         )
 
 

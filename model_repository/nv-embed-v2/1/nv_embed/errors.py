@@ -4,7 +4,7 @@ NVEmbedError
 ├── StartupError             the server must not start
 │   ├── ConfigError          a parameter is unknown, malformed or contradicts another
 │   ├── CheckpointError      the checkpoint folder is missing, incomplete or of another model
-│   └── DeviceError          the device is absent or too small
+│   └── DeviceError          the device is absent, too small, or cannot do what is asked of it
 └── RequestError             one request gets no embeddings; the others do not notice
     ├── InvalidRequest       the caller can mend it; the same request will fail again
     ├── Unavailable          too much waits, or the server stops; the same request may succeed later
@@ -34,7 +34,7 @@ class CheckpointError(StartupError):
 
 
 class DeviceError(StartupError):
-    """The device is absent or its memory too small."""
+    """The device is absent, too small, or cannot do what is asked of it."""
 
 
 class RequestError(NVEmbedError):

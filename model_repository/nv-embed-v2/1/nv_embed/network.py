@@ -30,19 +30,34 @@ class Network(nn.Module):
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Returns [S, C] float32 rows of length 1."""
-        x = functional.embedding(batch.input_ids, self.embed_tokens)  # [T, C]
-        cos, sin = self._rotary_table(batch.position_ids)
+        x, cos, sin = self.begin(batch)
         for layer in self.layers:
             x = layer(x, cos, sin, batch, self.attend)
+        return self.finish(x, batch)
+
+    def begin(self, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """What the first layer reads: token vectors [T, C], cosines and sines of positions [T, 1, D / 2] float32."""
+        head_dim = self.config.head_dim
+        exponents = torch.arange(0, head_dim, 2, device=batch.position_ids.device, dtype=torch.float32) / head_dim
+        angles = batch.position_ids.float()[:, None, None] * self.config.rope_theta**-exponents
+        return functional.embedding(batch.input_ids, self.embed_tokens), angles.cos(), angles.sin()
+
+    def finish(self, x: Tensor, batch: PackedBatch) -> Tensor:
+        """What the last layer returns, [T, C], to unit vectors [S, C] float32."""
         x = _rms_norm(x[batch.pooled_indices], self.norm, self.config.rms_norm_eps)  # [P, C]
         return functional.normalize(self.pooling(x, batch.pooled_seqlens), dim=-1)
 
-    def _rotary_table(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [T, 1, D / 2], float32."""
-        head_dim = self.config.head_dim
-        exponents = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim
-        angles = position_ids.float()[:, None, None] * self.config.rope_theta**-exponents
-        return angles.cos(), angles.sin()
+
+class Matrix(nn.Module):
+    """One of a layer's matrices; `precision.py` has others to put in its place."""
+
+    def __init__(self, num_outputs: int, num_inputs: int) -> None:
+        super().__init__()
+        self.weight = _parameter(num_outputs, num_inputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [T, inputs] to [T, outputs]."""
+        return functional.linear(x, self.weight)
 
 
 class Layer(nn.Module):
@@ -53,23 +68,23 @@ class Layer(nn.Module):
         self.config = config
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.input_norm = _parameter(config.hidden_size)
-        self.qkv = _parameter(q_size + 2 * kv_size, config.hidden_size)
-        self.o = _parameter(config.hidden_size, q_size)
+        self.qkv = Matrix(q_size + 2 * kv_size, config.hidden_size)
+        self.o = Matrix(config.hidden_size, q_size)
         self.post_attention_norm = _parameter(config.hidden_size)
-        self.gate_up = _parameter(2 * config.intermediate_size, config.hidden_size)
-        self.down = _parameter(config.hidden_size, config.intermediate_size)
+        self.gate_up = Matrix(2 * config.intermediate_size, config.hidden_size)
+        self.down = Matrix(config.hidden_size, config.intermediate_size)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, batch: PackedBatch, attend: Attend) -> Tensor:
         """x: [T, C] to [T, C]."""
         config = self.config
         h = _rms_norm(x, self.input_norm, config.rms_norm_eps)
         heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
-        q, k, v = functional.linear(h, self.qkv).view(len(x), -1, config.head_dim).split_with_sizes(heads, dim=1)
+        q, k, v = self.qkv(h).view(len(x), -1, config.head_dim).split_with_sizes(heads, dim=1)
         attended = attend(_rotate(q, cos, sin), _rotate(k, cos, sin), v, batch)  # [T, H, D]
-        x = x + functional.linear(attended.flatten(1), self.o)
+        x = x + self.o(attended.flatten(1))
         h = _rms_norm(x, self.post_attention_norm, config.rms_norm_eps)
-        gate, up = functional.linear(h, self.gate_up).chunk(2, dim=-1)  # [T, I] each
-        return x + functional.linear(functional.silu(gate) * up, self.down)
+        gate, up = self.gate_up(h).chunk(2, dim=-1)  # [T, I] each
+        return x + self.down(functional.silu(gate) * up)  # type: ignore[no-any-return]
 
 
 class LatentPooling(nn.Module):

@@ -22,6 +22,7 @@ from torch.nn import functional
 from nv_embed.config import CheckpointConfig
 from nv_embed.errors import CheckpointError
 from nv_embed.network import Layer, Network
+from nv_embed.precision import Rounding
 
 logger = logging.getLogger(__name__)
 
@@ -71,56 +72,70 @@ def published_shapes(config: CheckpointConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
-def load_network(folder: Path, config: CheckpointConfig, device: torch.device, dtype: torch.dtype) -> Network:
-    """Build the network on a device in a precision and fill it from a checkpoint folder.
+def load_network(folder: Path, network: Network, device: torch.device, rounding: Rounding | None = None) -> None:
+    """Fill a network on the meta device from a checkpoint folder; see `fill_network`.
 
     Raises:
         CheckpointError: a file is missing or damaged, or tensors are; one report names them all.
     """
     with ExitStack() as stack:
         tensors = _open(folder, stack)
-        _check_complete(tensors, config)
-        with torch.device("meta"):
-            network = Network(config)
-        network = network.to(dtype).to_empty(device=device).eval()
-        fill_network(network, tensors)
-        return network
+        _check_complete(tensors, network.config)
+        fill_network(network, tensors, device, rounding)
 
 
-def fill_network(network: Network, tensors: Mapping[str, Any]) -> None:
-    """Copy and fold published tensors, by name: anything that a slice or a tuple of slices makes a tensor of."""
-    destinations = dict(_destinations(network))
-    num_bytes = sum(place.numel() * place.itemsize for place in destinations.values())
-    copied, started, reported = 0, time.monotonic(), time.monotonic()
-    for name, place in destinations.items():
-        place.copy_(tensors[name][:])
-        copied += place.numel() * place.itemsize
-        if time.monotonic() - reported > _PROGRESS_SECONDS:
-            reported = time.monotonic()
-            logger.info("loading weights: %.1f of %.1f GB", copied / 1e9, num_bytes / 1e9)
+def fill_network(
+    network: Network, tensors: Mapping[str, Any], device: torch.device, rounding: Rounding | None = None
+) -> None:
+    """Give a network on the meta device its memory on `device`, then copy and fold published tensors into it, by name.
+
+    `tensors`: anything that a slice or a tuple of slices makes a tensor of. Layers come last and one by one; with
+    `rounding`, each is rounded before there is memory for the next.
+    """
+    folded = (network.pooling.keys, network.pooling.values)
+    progress = _Progress(_num_bytes(network) - sum(parameter.nbytes for parameter in folded))
+    network.to_empty(device=device, recurse=False)
+    network.pooling.to_empty(device=device)
+    for name, place in _outer_places(network):
+        progress.copy(tensors[name], place)
     _fold_cross_attention(network, tensors)
-    logger.info("loaded %.2f GB of weights in %.1f s", num_bytes / 1e9, time.monotonic() - started)
-
-
-def _destinations(network: Network) -> Iterator[tuple[str, Tensor]]:
-    """Where each published tensor goes that is copied as it is: a parameter, or its rows of a fused one."""
-    config, pooling = network.config, network.pooling
-    yield "embedding_model.embed_tokens.weight", network.embed_tokens
+    if rounding:
+        rounding.begin()
     for i, layer in enumerate(network.layers):
         assert isinstance(layer, Layer)
-        prefix = f"embedding_model.layers.{i}."
-        kv_size = config.num_kv_heads * config.head_dim
-        q, k, v = layer.qkv.split_with_sizes((config.num_heads * config.head_dim, kv_size, kv_size))
-        gate, up = layer.gate_up.chunk(2)
-        yield prefix + "input_layernorm.weight", layer.input_norm
-        yield prefix + "self_attn.q_proj.weight", q
-        yield prefix + "self_attn.k_proj.weight", k
-        yield prefix + "self_attn.v_proj.weight", v
-        yield prefix + "self_attn.o_proj.weight", layer.o
-        yield prefix + "post_attention_layernorm.weight", layer.post_attention_norm
-        yield prefix + "mlp.gate_proj.weight", gate
-        yield prefix + "mlp.up_proj.weight", up
-        yield prefix + "mlp.down_proj.weight", layer.down
+        layer.to_empty(device=device)
+        for name, place in _layer_places(layer):
+            progress.copy(tensors[f"embedding_model.layers.{i}.{name}"], place)
+        if rounding:
+            rounding.round(layer)
+    if rounding:
+        rounding.check()
+    logger.info("loaded %.2f GB of weights in %.1f s", _num_bytes(network) / 1e9, time.monotonic() - progress.started)
+
+
+def _num_bytes(network: Network) -> int:
+    return sum(parameter.nbytes for parameter in network.parameters())
+
+
+class _Progress:
+    """Copies tensors, and says now and then how many."""
+
+    def __init__(self, total_bytes: int) -> None:
+        self.total_bytes, self.num_bytes = total_bytes, 0
+        self.started = self._reported = time.monotonic()
+
+    def copy(self, source: Any, place: Tensor) -> None:
+        place.copy_(source[:])
+        self.num_bytes += place.nbytes
+        if time.monotonic() - self._reported > _PROGRESS_SECONDS:
+            self._reported = time.monotonic()
+            logger.info("loading weights: %.1f of %.1f GB", self.num_bytes / 1e9, self.total_bytes / 1e9)
+
+
+def _outer_places(network: Network) -> Iterator[tuple[str, Tensor]]:
+    """Where each published tensor goes that is copied as it is and is no layer's."""
+    pooling = network.pooling
+    yield "embedding_model.embed_tokens.weight", network.embed_tokens
     yield "embedding_model.norm.weight", network.norm
     yield _CROSS_ATTENTION + "norm.weight", pooling.norm_weight
     yield _CROSS_ATTENTION + "norm.bias", pooling.norm_bias
@@ -130,6 +145,23 @@ def _destinations(network: Network) -> Iterator[tuple[str, Tensor]]:
     yield _MLP + "fn.net.0.bias", pooling.mlp_in_bias
     yield _MLP + "fn.net.2.weight", pooling.mlp_out_weight
     yield _MLP + "fn.net.2.bias", pooling.mlp_out_bias
+
+
+def _layer_places(layer: Layer) -> Iterator[tuple[str, Tensor]]:
+    """Where each tensor of one published layer goes: a parameter, or its rows of a fused one."""
+    config = layer.config
+    kv_size = config.num_kv_heads * config.head_dim
+    q, k, v = layer.qkv.weight.split_with_sizes((config.num_heads * config.head_dim, kv_size, kv_size))
+    gate, up = layer.gate_up.weight.chunk(2)
+    yield "input_layernorm.weight", layer.input_norm
+    yield "self_attn.q_proj.weight", q
+    yield "self_attn.k_proj.weight", k
+    yield "self_attn.v_proj.weight", v
+    yield "self_attn.o_proj.weight", layer.o.weight
+    yield "post_attention_layernorm.weight", layer.post_attention_norm
+    yield "mlp.gate_proj.weight", gate
+    yield "mlp.up_proj.weight", up
+    yield "mlp.down_proj.weight", layer.down.weight
 
 
 def _fold_cross_attention(network: Network, tensors: Mapping[str, Any]) -> None:

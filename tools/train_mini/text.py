@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -163,26 +164,32 @@ def wordnet(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def remix(folder: Path) -> Iterator[tuple[str, str]]:
-    """WordNet's examples with words changed for nouns: words in more places than dictionaries show.
+    """WordNet's examples with nouns changed for others of their kind: words in more places than dictionaries show.
 
-    What is changed is whatever can be a noun, "can" and "a" among them, for a noun of that kind. Few of these sentences
-    are sensible, but the teacher says where each lies.
+    Few of these sentences are sensible, but the teacher says where each lies.
     """
     kinds: dict[int, list[str]] = {}
     kind_of: dict[str, int] = {}
-    # The words of WordNet's own tagged text, in their first meanings.
-    for line in read(f"{folder}/usr/share/wordnet/cntlist.rev").splitlines():
-        key, number, _ = line.split()
+    used: Counter[tuple[str, str]] = Counter()  # (word, part of speech) in WordNet's own tagged text
+    lines = [line.split() for line in read(f"{folder}/usr/share/wordnet/cntlist.rev").splitlines()]
+    for key, _, count in lines:
+        word, _, rest = key.partition("%")
+        used[word, rest[0]] += int(count)
+        used[word, "any"] += int(count)
+    for key, number, _ in lines:
         word, _, rest = key.partition("%")
         kind = int(rest.split(":")[1])
-        if kind in phrases.NOUNS and number == "1" and word.isalpha():
+        # In their first meanings; not what is more often no noun ("can"), nor "a" and "in", a letter and an inch.
+        # WordNet has neither auxiliaries nor conjunctions, so that "will" and "while" still pass.
+        mostly_noun = used[word, "1"] > 0.5 * used[word, "any"]
+        if kind in phrases.NOUNS and number == "1" and word.isalpha() and len(word) > 2 and mostly_noun:
             kinds.setdefault(kind, []).append(word)
             kind_of[word] = kind
     for synset in synsets(folder):
         for example in synset.examples:
             words = example.split(" ")
             places = [i for i, word in enumerate(words) if word in kind_of]
-            for seed in range(4 if places else 0):
+            for seed in range(2 if places else 0):
                 pick = random.Random(f"{seed} {example}")
                 changed = list(words)
                 for i in pick.sample(places, min(len(places), pick.choice((1, 1, 2)))):

@@ -2,7 +2,8 @@
 
 Stages, each kept in the work folder under the hash of its text, and skipped when it is there: fetch text, make the
 tokenizers, embed the text with the teacher, train the student, export, train the static baseline, evaluate, write the
-model card. Stop it at any time and run the same command again.
+model card. Stop it at any time and run the same command again. Needs Debian's tools for packages and, to compile the
+layers, a C++ compiler and Python's headers.
 """
 
 import argparse
@@ -25,7 +26,7 @@ import torch.nn.functional as F
 from evaluate import definitions, evaluate
 from graft import graft
 from static import Bag, loss_to, train_bag
-from student import Config, Student
+from student import Config, Student, padded
 from teacher import Teacher, embed_cached
 from text import Item
 from torch import Tensor
@@ -34,6 +35,7 @@ from vocabulary import STANDARD, TASKS, TEMPLATE, Vocabulary, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 CHUNK = 16_384  # texts drawn, sorted by length and cut into batches together
+REPORT_CHUNKS = 8  # from one point of the learning curve, and one saved state, to the next
 BATCH_TOKENS, BATCH_TEXTS = 3072, 1024  # small batches: steps are what a short training has too few of
 EMBED_LR, OTHER_LR, BETAS = 0.01, 0.001, (0.9, 0.98)
 SAMPLE_TEXTS = 1000  # to fit the first weights on
@@ -75,7 +77,7 @@ def batches(chunk: list[Example], world: int, seed: int) -> list[list[Example]]:
     """Batches of like length, at most BATCH_TOKENS with padding and BATCH_TEXTS, in random order."""
     made: list[list[Example]] = [[]]
     for example in sorted(chunk, key=lambda e: len(e[0])):
-        if len(made[-1]) >= BATCH_TEXTS or (len(made[-1]) + 1) * len(example[0]) > BATCH_TOKENS:
+        if len(made[-1]) >= BATCH_TEXTS or (len(made[-1]) + 1) * padded(len(example[0])) > BATCH_TOKENS:
             made.append([])
         made[-1].append(example)
     random.Random(seed).shuffle(made)
@@ -191,12 +193,16 @@ def train_student(rank: int, job: Job) -> None:
     """One of `job.world` processes, each with its share of every batch; rank 0 reports and saves."""
     if job.device == "cpu":
         torch.set_num_threads(1)
+        os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "16384"  # compiled products: 1,024 are fewer than there are
     if job.world > 1:
         dist.init_process_group("gloo", f"file://{job.work}/rendezvous", rank=rank, world_size=job.world)
     vocabulary = Vocabulary(job.vocabulary)
     model = Student(Config())
     model.load_state_dict(job.start)
     model.to(job.device)
+    # What is between the matrix products is a third of a step as it stands, and little when compiled.
+    for part in (*model.embedding_model.layers, model.latent_attention_model):
+        part.compile(dynamic=True)
     optimizer = Optimizer(model)
     state_path, curve_path = job.work / "training.pt", job.work / "curve.jsonl"
     first, seen, seconds, tokens = 0, 0, 0.0, 0
@@ -230,7 +236,7 @@ def train_student(rank: int, job: Job) -> None:
             tokens += sum(len(row) for row, _, _ in batch)
             bar.update(len(batch))
             bar.set_postfix(loss=f"{loss.item():.3f}", tok_s=int(tokens / (time.time() - started)), refresh=False)
-        if rank == 0 and (number % 2 == 1 or number == len(plan) - 1):
+        if rank == 0 and (number % REPORT_CHUNKS == REPORT_CHUNKS - 1 or number == len(plan) - 1):
             seconds = time.time() - started
             point = {"texts": seen, "tokens": tokens, "seconds": round(seconds)}
             record(curve_path, point, model, vocabulary, job)
@@ -276,7 +282,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / ".cache/nv-embed-mini", help="downloads and stages")
     parser.add_argument("--out", type=Path, default=ROOT / "checkpoints/nv-embed-mini", help="the checkpoint's folder")
     parser.add_argument("--share", type=float, default=1.0, help="part of the text to use; below 1 for trials")
-    parser.add_argument("--samples", type=int, default=1_800_000, help="texts to train the student on")
+    parser.add_argument("--samples", type=int, default=2_300_000, help="texts to train the student on")
     parser.add_argument("--static-epochs", type=float, default=2.0)
     parser.add_argument("--seed", type=int, default=2026)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -236,7 +236,7 @@ class LatentPooling(nn.Module):
 def padded(length: int) -> int:
     """The width of rows of at most that many tokens: less than an eighth more, so that there are but eight an octave.
 
-    On a CPU each new shape of a half-precision product is compiled: with any length, half of the training's time.
+    On a CPU each new shape of a half-precision product is compiled: with any length, up to a third of the time.
     """
     step = 1 << max(0, length.bit_length() - 4)
     return -(-length // step) * step

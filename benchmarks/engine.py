@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import platform
 import statistics
 import subprocess
@@ -96,6 +97,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     parser.add_argument("--dtype", help="as the server's parameter (float16 on a GPU, float32 on a CPU)")
     parser.add_argument("--attention", default="auto", help="as the server's parameter (%(default)s)")
+    parser.add_argument("--compile", default="auto", help="as the server's parameter (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="a small network, short texts, few passes")
     parser.add_argument("--lengths", help="only these, separated by commas; the log-normal mix always")
     parser.add_argument("--passes", type=int, help="of every measurement (5; quick: 3)")
@@ -103,6 +105,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1, help="of weights and lengths (%(default)s)")
     parser.add_argument("--plot", type=Path, help="write a picture there; needs matplotlib")
     arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")  # which kernels, compiled or not
     size = QUICK if arguments.quick else FULL
     if arguments.lengths:
         size = replace(size, lengths=tuple(int(length) for length in arguments.lengths.split(",")))
@@ -110,7 +113,10 @@ def main() -> None:
     dtype = arguments.dtype or ("float32" if device.type == "cpu" else "float16")
     passes = arguments.passes or (3 if arguments.quick else 5)
     with torch.inference_mode():
-        result = run(size, device, dtype, arguments.attention, passes, not arguments.no_baseline, arguments.seed)
+        result = run(
+            size, device, dtype, arguments.attention, arguments.compile, passes, not arguments.no_baseline,
+            arguments.seed,
+        )  # fmt: skip
     print(table(result))
     if arguments.plot:
         plot(result, arguments.plot)
@@ -118,8 +124,9 @@ def main() -> None:
 
 
 def run(
-    size: Size, device: torch.device, dtype_name: str, attention: str, passes: int, has_baseline: bool, seed: int
-) -> dict[str, Any]:
+    size: Size, device: torch.device, dtype_name: str, attention: str, compile_layers: str, passes: int,
+    has_baseline: bool, seed: int,
+) -> dict[str, Any]:  # fmt: skip
     config = CheckpointConfig.from_json(published_config(size, torch.float16))
     precision = Precision.choose(dtype_name, device, config)
     dtype = precision.dtype  # of the usual way and of the ceiling, which know no 8 bits
@@ -128,7 +135,7 @@ def run(
     network = empty_network(config, precision, choose_attention(attention, config, device, dtype))
     rounding = Rounding(network, precision, sequences([40, 25], config.vocab_size, seed)) if precision.matrix else None
     fill_network(network, weights, device, rounding)
-    engine = Engine(network, device)
+    engine = Engine.of_network(network, device, compile_layers)
     baseline = PaddedNetwork(raw, weights) if has_baseline else None
     if baseline:
         check_alike(engine, baseline, config, seed, LEAST_COSINE if precision.matrix else 0.999)
@@ -153,6 +160,7 @@ def run(
         "budget": size.budget,
         "passes": passes,
         "attention": network.attend.__name__,
+        "compile": compile_layers,
         **machine(device, dtype_name),
     }
 
@@ -223,8 +231,16 @@ def batches(texts: Sequence[TokenSequence], budget: int, *, is_padded: bool) -> 
 
 
 def embed_packed(engine: Engine, texts: Sequence[TokenSequence], budget: int) -> None:
+    """As the server does: a batch is waited for when the next one is started."""
+    finish = None
     for batch in batches(texts, budget, is_padded=False):
-        engine.embed(batch)
+        with engine.turn:
+            started = engine.start(batch)
+        if finish:
+            finish()
+        finish = started
+    if finish:
+        finish()
 
 
 def embed_padded(baseline: PaddedNetwork, texts: Sequence[TokenSequence], budget: int) -> None:

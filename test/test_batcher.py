@@ -6,7 +6,7 @@ import threading
 import time
 import weakref
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pytest
@@ -50,7 +50,14 @@ class FakeEngine:
         self.started, self.gate = threading.Semaphore(0), threading.Event()
         self.gate.set()
 
-    def __call__(self, sequences):
+    turn = nullcontext()
+
+    def start(self, sequences):
+        started = time.monotonic()
+        rows = self.embed(sequences)
+        return lambda: (rows, time.monotonic() - started)
+
+    def embed(self, sequences):
         lengths = [sequence.num_tokens for sequence in sequences]
         self.batches.append(lengths)
         self.started.release()
@@ -215,9 +222,9 @@ def test_a_failing_batch_fails_its_own_requests_and_no_later_ones():
 
 def test_batches_shrink_while_they_take_longer_than_wanted():
     class SlowEngine(FakeEngine):
-        def __call__(self, sequences):
+        def embed(self, sequences):
             time.sleep(0.0002 * sum(sequence.num_tokens for sequence in sequences))  # this device's speed
-            return super().__call__(sequences)
+            return super().embed(sequences)
 
     engine = SlowEngine()
     with running(engine, max_batch_tokens=1000, target_batch_seconds=0.12, max_queue_tokens=10**5) as batcher:
@@ -371,6 +378,48 @@ def test_what_waits_is_shared_out_among_the_engines_that_have_nothing_to_do():
             engine.gate.set()
         assert len(reply.lengths()) == 40
     assert [list(map(sum, engine.batches)) for engine in engines] == [[2000], [2000]]
+
+
+class FakeGpu(FakeEngine):
+    """Computes in the background: a batch goes on after it was started, and the next one's turn is said by `nearly`."""
+
+    def __init__(self):
+        super().__init__()
+        self.turn, self.nearly, self.lock = self, threading.Semaphore(1), threading.Lock()
+        self.chosen, self.begun = [], threading.Semaphore(0)
+
+    def __enter__(self):
+        self.lock.acquire()
+        self.nearly.acquire()
+
+    def __exit__(self, *error):
+        self.lock.release()
+
+    def start(self, sequences):
+        self.chosen.append([sequence.num_tokens for sequence in sequences])
+        self.begun.release()
+        return lambda: (self.embed(sequences), 0.01)
+
+
+def test_the_next_batch_is_chosen_and_started_when_the_one_before_is_nearly_computed_and_not_before():
+    gpu = FakeGpu()
+    gpu.gate.clear()
+    with running(gpu, gpu) as batcher:
+        bulk = submit(batcher, *distinct(60, 3))
+        assert gpu.begun.acquire(timeout=WAIT_SECONDS)
+        assert not gpu.begun.acquire(timeout=0.2)  # the device has much left to compute
+        query = submit(batcher, 20, is_query=True)  # comes in time to be chosen
+        wait_until(lambda: batcher._num_queue_tokens == 140)
+        gpu.nearly.release()
+        assert gpu.begun.acquire(timeout=WAIT_SECONDS)
+        assert not bulk.answered.is_set()  # neither batch is computed
+        assert not query.answered.is_set()
+        assert gpu.chosen == [[60], [20]]
+        gpu.gate.set()
+        assert query.lengths() == [20]
+        for _ in range(4):
+            gpu.nearly.release()
+        assert bulk.lengths() == [60, 60, 60]
 
 
 def test_a_thousand_concurrent_requests_get_their_own_rows():
@@ -620,6 +669,10 @@ def test_the_tensors_of_a_batch_that_did_not_fit_are_gone_when_its_halves_are_co
 
     alive = []
 
+    class Greedy(FakeEngine):
+        def embed(self, sequences):
+            return embed(sequences)
+
     def embed(sequences):
         activations = Activations()
         alive.append(weakref.ref(activations))
@@ -631,10 +684,8 @@ def test_the_tensors_of_a_batch_that_did_not_fit_are_gone_when_its_halves_are_co
                 raise OutOfDeviceMemory("too much") from None
         return np.array([[1.0, 2.0]], dtype=np.float32)
 
-    with running() as batcher:
-        batcher._start("compute", lambda: batcher._compute_loop(embed))
+    with running(Greedy()) as batcher:
         assert isinstance(submit(batcher, *distinct(10, 8)).outcome(), Answer)
-        batcher.stop()
     assert len(alive) == 15
 
 

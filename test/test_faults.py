@@ -23,10 +23,10 @@ ANSWER_SECONDS = 20  # every client has its answer by then
 # Appended to the served engine.py: texts with a given number of <s> in them break the engine in a given way.
 FAULTS = """
 
-_embed = Engine.embed
+_start = Engine.start
 
 
-def _faulty_embed(self, sequences):
+def _faulty_start(self, sequences):
     import os, signal
 
     for sequence in sequences:
@@ -43,14 +43,15 @@ def _faulty_embed(self, sequences):
             raise OutOfDeviceMemory("the batch does not fit in the memory of cpu")
         if fault == 108:
             time.sleep(3)
-    rows = _embed(self, sequences).copy()
+    rows, seconds = _start(self, sequences)()
+    rows = rows.copy()
     for row, sequence in zip(rows, sequences):
         if int((sequence.input_ids == 1).sum()) - 1 == 107:
             row[3] = float("nan")
-    return rows
+    return lambda: (rows, seconds)
 
 
-Engine.embed = _faulty_embed
+Engine.start = _faulty_start
 """
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from random import Random
 
@@ -30,7 +30,9 @@ class CountingEngine:
         self.engine, self.pace = engine, pace
         self.num_tokens, self.batches_to_live = 0, batches_to_live
 
-    def embed(self, sequences):
+    turn = nullcontext()
+
+    def start(self, sequences):
         self.batches_to_live -= 1
         if self.batches_to_live < 0:
             raise DeviceLost("the device failed")
@@ -38,7 +40,7 @@ class CountingEngine:
             with suppress(threading.BrokenBarrierError):  # an odd batch at the end has no other to wait for
                 self.pace.wait(timeout=5)
         self.num_tokens += sum(sequence.num_tokens for sequence in sequences)
-        return self.engine.embed(sequences)
+        return self.engine.start(sequences)
 
 
 class Reply:
@@ -79,7 +81,7 @@ def start(tokenizer, engines, on_fatal=lambda: None):
         max_batch_tokens=600, target_batch_seconds=None, max_queue_tokens=10**7, max_queue_bytes=10**8,
         max_queue_seconds=60.0, query_weight=8, cache_bytes=0,
     )  # fmt: skip
-    return Batcher(tokenizer, [e.embed for e in engines], limits, on_fatal=on_fatal, publish=lambda values: None)
+    return Batcher(tokenizer, engines, limits, on_fatal=on_fatal, publish=lambda values: None)
 
 
 def test_two_engines_share_the_work_of_one_queue_and_give_the_rows_of_one(checkpoint):
@@ -111,7 +113,8 @@ def test_two_engines_share_the_work_of_one_queue_and_give_the_rows_of_one(checkp
         (["cpu"], 4096, ["cpu"], 4),  # all cores for a batch of a wide one
         (["cpu", "cpu"], 64, ["cpu"] * 2, 2),  # as many batches as is said
         (["cpu", "cpu"], 4096, ["cpu"] * 2, 2),
-        (["cpu", "cuda:0"], 64, ["cpu", "cuda:0"], 4),  # another device needs cores, too
+        (["cpu", "cuda:0"], 64, ["cpu", "cuda:0", "cuda:0"], 4),  # another device needs cores, too
+        (["cuda:0", "cuda:1"], 64, ["cuda:0"] * 2 + ["cuda:1"] * 2, None),  # one batch is computed, one prepared
     ],
 )
 def test_a_cpus_cores_share_the_work_as_the_network_needs(
@@ -124,8 +127,9 @@ def test_a_cpus_cores_share_the_work_as_the_network_needs(
     monkeypatch.setattr("nv_embed.engine._num_cores", lambda: 4)
     try:
         config = replace(config, hidden_size=hidden_size)
-        assert load_engines(folder, config, devices=devices, dtype="float32", attention="auto") == expected
-        assert torch.get_num_threads() == num_threads
+        settings = {"dtype": "float32", "attention": "auto", "compile_layers": "auto"}
+        assert load_engines(folder, config, devices=devices, **settings) == expected
+        assert torch.get_num_threads() == (num_threads or before)
         assert loaded == list(dict.fromkeys(devices))  # weights are in memory once
     finally:
         torch.set_num_threads(before)

@@ -77,8 +77,9 @@ class TritonPythonModel:
                 max_sequence_tokens=config.max_sequence_tokens,
             )
             engines = load_engines(
-                folder, checkpoint, devices=config.device, dtype=config.dtype, attention=config.attention
-            )
+                folder, checkpoint, devices=config.device, dtype=config.dtype, attention=config.attention,
+                compile_layers=config.compile,
+            )  # fmt: skip
             target_seconds = config.target_batch_milliseconds / 1000
             measured = min(engine.warm_up(target_seconds) for engine in dict.fromkeys(engines))
         except (StartupError, OSError) as error:  # OSError: a file that this user may not read, say; it names the file
@@ -95,7 +96,7 @@ class TritonPythonModel:
         )
         self._batcher = Batcher(
             tokenizer,
-            [engine.embed for engine in engines],
+            engines,
             batch_limits,
             on_fatal=self._watchdog.ask_for_restart,
             publish=TritonMetrics().publish,

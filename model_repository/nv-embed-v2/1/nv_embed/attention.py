@@ -114,7 +114,7 @@ def _prove(attend: Attend, config: CheckpointConfig, device: torch.device, dtype
     """Compare with the readable kernel, in float32, on sequences of one token, a few, and more than a block."""
     seqlens = (1, 5, 300)
     cu_seqlens = torch.tensor([0, *seqlens], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
-    nothing = torch.empty(0, dtype=torch.int64, device=device)
+    nothing = torch.empty(0, dtype=torch.int32, device=device)
     batch = PackedBatch(nothing, nothing, cu_seqlens, max(seqlens), seqlens, nothing, seqlens)
     heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
     generator = torch.Generator(device).manual_seed(0)

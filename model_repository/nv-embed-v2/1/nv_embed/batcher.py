@@ -13,6 +13,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
@@ -50,7 +51,8 @@ _OVERDUE_SECONDS = 1.0  # ... so answers go first, but not for longer than this
 _STOP = "the time the server has to stop"
 
 Vector: TypeAlias = npt.NDArray[np.float32]  # [dim]
-Embed: TypeAlias = Callable[[Sequence[TokenSequence]], npt.NDArray[np.float32]]
+# Waits for a batch that was started; returns its vectors, a row for each sequence, and the seconds it took.
+Finish: TypeAlias = Callable[[], tuple[npt.NDArray[np.float32], float]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,6 +80,17 @@ class Encoder(Protocol):
         self, texts: Sequence[str], instruction: str, *, truncate: bool, first_index: int
     ) -> list[TokenSequence]:
         """Tokenize; raises InvalidRequest."""
+
+
+class Engine(Protocol):
+    """What computes."""
+
+    @property
+    def turn(self) -> AbstractContextManager[object]:
+        """To be held while a batch is chosen and started; given when the device is about to be free."""
+
+    def start(self, sequences: Sequence[TokenSequence]) -> Finish:
+        """Begin a batch; raises, then or when it is waited for, OutOfDeviceMemory or DeviceLost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +144,7 @@ class Batcher:
     def __init__(
         self,
         encoder: Encoder,
-        engines: Sequence[Embed],
+        engines: Sequence[Engine],
         limits: BatchLimits,
         *,
         on_fatal: Callable[[], None],
@@ -140,7 +153,7 @@ class Batcher:
         """
         Args:
             encoder: the tokenizer.
-            engines: what computes at the same time; each is called from one thread of its own.
+            engines: what computes, each entry for a thread of its own; one engine may have several.
             limits: how much is computed at once and how much may wait.
             on_fatal: called when a thread dies or an answer is lost, after every other request was given an error.
             publish: takes the metrics, a few times a second while there is something new.
@@ -171,8 +184,10 @@ class Batcher:
         self._is_stopping = False
         self._outbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._workers = [self._start("tokenize", self._tokenize_loop)]
+        paces = {id(engine): Pace(limits.max_batch_tokens, limits.target_batch_seconds) for engine in engines}
         self._workers += [
-            self._start(f"compute-{i}", partial(self._compute_loop, embed)) for i, embed in enumerate(engines)
+            self._start(f"compute-{i}", partial(self._compute_loop, engine, paces[id(engine)]))
+            for i, engine in enumerate(engines)
         ]
         self._answerer = self._start("answer", self._answer_loop)
 
@@ -308,33 +323,41 @@ class Batcher:
 
     # --- computing --------------------------------------------------------------------------------------
 
-    def _compute_loop(self, embed: Embed) -> None:
-        pace = Pace(self._limits.max_batch_tokens, self._limits.target_batch_seconds)
+    def _compute_loop(self, engine: Engine, pace: Pace) -> None:
         while True:
-            with self._lock:
-                self._num_idle += 1
-                self._queued.wait_for(lambda: self._queue or self._is_stopping)
-                if self._is_stopping:
+            with ExitStack() as turn:
+                turn.enter_context(engine.turn)
+                batch = self._choose(pace)
+                if batch is None:
                     return
-                self._expire()
-                # What waits is shared out among the engines that have nothing to do.
-                share = max(math.ceil(self._num_queue_tokens / self._num_idle), MIN_BATCH_TOKENS)
-                batch = self._take(min(pace.max_batch_tokens, share))
-                self._num_idle -= 1
-                if self._queue:
-                    self._queued.notify()  # one engine wakes the next, as long as there is something for it
-            # Asked as late as can be, once for each request, for asking is not free.
-            for job in {job: None for computation in batch for job, _ in computation.rows}:
-                if not job.is_finished and job.reply.is_cancelled():
-                    self._finish(job, Cancelled("the request was cancelled while it waited to be computed"))
-            with self._lock:
-                for computation in batch:
-                    if not computation.is_wanted:
-                        self._drop(computation)
-                batch = [computation for computation in batch if computation.is_wanted]
+                if batch:
+                    self._compute(engine, batch, pace, turn)
             if batch:
-                self._compute(embed, batch, pace)
                 self._outbox.put(_nothing)  # metrics go out also while no request is complete
+
+    def _choose(self, pace: Pace) -> list[_Computation] | None:
+        """Wait for work and return a batch, empty if nobody wants it any more; None when the end has come."""
+        with self._lock:
+            self._num_idle += 1
+            self._queued.wait_for(lambda: self._queue or self._is_stopping)
+            self._num_idle -= 1
+            if self._is_stopping:
+                return None
+            self._expire()
+            # What waits is shared out among the engines that have nothing to do.
+            share = max(math.ceil(self._num_queue_tokens / (self._num_idle + 1)), MIN_BATCH_TOKENS)
+            batch = self._take(min(pace.max_batch_tokens, share))
+            if self._queue:
+                self._queued.notify()  # one engine wakes the next, as long as there is something for it
+        # Asked as late as can be, once for each request, for asking is not free.
+        for job in {job: None for computation in batch for job, _ in computation.rows}:
+            if not job.is_finished and job.reply.is_cancelled():
+                self._finish(job, Cancelled("the request was cancelled while it waited to be computed"))
+        with self._lock:
+            for computation in batch:
+                if not computation.is_wanted:
+                    self._drop(computation)
+        return [computation for computation in batch if computation.is_wanted]
 
     def _take(self, max_batch_tokens: int) -> list[_Computation]:
         """The next batch. The lock is held."""
@@ -352,10 +375,13 @@ class Batcher:
             self._metrics.observe(Metric.QUEUE_SECONDS, now - oldest)
         return batch
 
-    def _compute(self, embed: Embed, batch: list[_Computation], pace: Pace) -> None:
-        started, num_tokens = time.monotonic(), sum(computation.sequence.num_tokens for computation in batch)
+    def _compute(self, engine: Engine, batch: list[_Computation], pace: Pace, turn: ExitStack) -> None:
+        """Compute a batch; gives the turn back when it is started."""
+        num_tokens = sum(computation.sequence.num_tokens for computation in batch)
         try:
-            embeddings = embed([computation.sequence for computation in batch])
+            finish = engine.start([computation.sequence for computation in batch])
+            turn.close()
+            embeddings, seconds = finish()
         except DeviceLost:
             raise  # no batch can succeed any more; ends this thread, and with it the server
         except OutOfDeviceMemory as error:
@@ -366,7 +392,6 @@ class Batcher:
                 self._fail(computation, ComputeFailed("computing this request failed; the server's log says why"))
             return
         else:
-            seconds = time.monotonic() - started
             pace.record(num_tokens, seconds)
             self._metrics.observe(Metric.COMPUTE_SECONDS, seconds)
             self._metrics.observe(Metric.BATCH_TOKENS, num_tokens)
@@ -377,13 +402,16 @@ class Batcher:
                 self._deliver(computation, vector)
             return
         # Only here is the error gone, and with it the tensors of the failed batch that its stack kept alive.
+        turn.close()
         if len(batch) == 1:
             self._fail(batch[0], OutOfDeviceMemory(f"expected texts that fit on the device; got {out_of_memory}"))
             return
         self._metrics.add(Metric.OUT_OF_MEMORY)
         logger.warning("%s; computing them in halves", out_of_memory)
-        self._compute(embed, batch[: len(batch) // 2], pace)
-        self._compute(embed, batch[len(batch) // 2 :], pace)
+        for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
+            with ExitStack() as next_turn:
+                next_turn.enter_context(engine.turn)
+                self._compute(engine, half, pace, next_turn)
 
     def _deliver(self, computation: _Computation, vector: Vector) -> None:
         if not np.isfinite(vector).all():

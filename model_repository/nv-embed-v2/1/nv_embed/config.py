@@ -49,6 +49,12 @@ def _attention(value: str) -> str:
     return value
 
 
+def _compile(value: str) -> str:
+    if value not in ("auto", "on", "off"):
+        raise ValueError("'auto', 'on' or 'off'")
+    return value
+
+
 def _positive(value: str) -> int:
     if not re.fullmatch(r"[1-9]\d{0,17}", value):
         raise ValueError("a whole number of at least 1")
@@ -76,6 +82,7 @@ class ServingConfig:
     device: tuple[str, ...]
     dtype: str
     attention: str
+    compile: str
     max_sequence_tokens: int
     max_batch_tokens: int | None  # None: measured at warm-up
     target_batch_milliseconds: int
@@ -139,6 +146,7 @@ _PARSERS: Mapping[str, Callable[[str], Any]] = {  # of every other parameter: _p
     "device": _devices,
     "dtype": _dtype,
     "attention": _attention,
+    "compile": _compile,
     "max_batch_tokens": _positive_or_auto,
     "cache_mebibytes": _not_negative,
 }

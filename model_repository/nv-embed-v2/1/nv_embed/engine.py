@@ -6,20 +6,26 @@ import logging
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from threading import Lock
+from types import TracebackType
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from nv_embed.attention import choose_attention
+from nv_embed.compiled import compile_network
 from nv_embed.config import CheckpointConfig
 from nv_embed.errors import DeviceError, DeviceLost, OutOfDeviceMemory
 from nv_embed.network import Network
 from nv_embed.pace import MIN_BATCH_TOKENS
 from nv_embed.packing import pack
 from nv_embed.precision import Precision, Rounding
+from nv_embed.recorded import RecordedBatches, record_batches
 from nv_embed.tokenizer import TokenSequence
 from nv_embed.weights import load_network
 
@@ -32,18 +38,41 @@ _MEMORY_HEADROOM = 1.1  # activations, workspaces and the allocator's slack, ove
 _WIDE = 1024
 _MOST_CPU_BATCHES = 8  # at a time: each has activations of its own, a gigabyte for the longest text
 
+# Waits for a batch that was started, and returns its vectors and the seconds it took the device.
+Finish: TypeAlias = Callable[[], tuple[npt.NDArray[np.float32], float]]
+
 
 class Engine:
-    """One network on one device. One thread calls it on a GPU; on a CPU any number may."""
+    """One network on one device.
 
-    def __init__(self, network: Network, device: torch.device) -> None:
+    `with engine.turn: finish = engine.start(...)`, and then `finish()`, by any number of threads: on a CPU their
+    batches are computed beside each other; on a GPU one after the other, the next one chosen and started when the one
+    before has little left to compute.
+    """
+
+    turn: AbstractContextManager[object]
+
+    def __init__(self, network: Network, device: torch.device, recorded: RecordedBatches | None = None) -> None:
         self.network = network
         self.device = device
         self.embedding_dim = network.config.hidden_size
+        self._recorded = recorded
+        self._about_to_end: Callable[[], None] | None = None
+        self.turn = nullcontext()
+        if device.type == "cuda":
+            self.turn = turn = _Turn(device)
+            self._about_to_end = turn.may_pass_on
 
     @classmethod
     def load(
-        cls, folder: Path, config: CheckpointConfig, *, device: str, dtype: str, attention: str = "auto"
+        cls,
+        folder: Path,
+        config: CheckpointConfig,
+        *,
+        device: str,
+        dtype: str,
+        attention: str = "auto",
+        compile_layers: str = "auto",
     ) -> Engine:
         """Load a checkpoint.
 
@@ -53,10 +82,11 @@ class Engine:
             device: 'cpu' or 'cuda:N'.
             dtype: see `Precision.choose`.
             attention: see `choose_attention`.
+            compile_layers: see `compile_network`; with it small batches of a GPU are recorded, see `record_batches`.
 
         Raises:
-            DeviceError: the device is absent, its free memory too small, the attention kernel missing, or the
-                precision not to be had or too coarse.
+            DeviceError: the device is absent, its free memory too small, the attention kernel or a compiler missing,
+                or the precision not to be had or too coarse.
             CheckpointError: files or tensors are missing, damaged or of another model.
         """
         target = _existing_device(device)
@@ -73,25 +103,65 @@ class Engine:
             raise DeviceError(
                 f"{target}: loading the weights in {precision.name} failed: {error}; see that nothing else runs on it"
             ) from None
-        return cls(network, target)
+        return cls.of_network(network, target, compile_layers)
 
-    @torch.inference_mode()
+    @classmethod
+    def of_network(cls, network: Network, device: torch.device, compile_layers: str) -> Engine:
+        """Of a network whose weights are there; see `load`."""
+        with torch.inference_mode():
+            compile_network(network, compile_layers, device)
+            return cls(network, device, None if compile_layers == "off" else record_batches(network, device))
+
     def embed(self, sequences: Sequence[TokenSequence]) -> npt.NDArray[np.float32]:
-        """Embed sequences in one forward pass.
+        """`start`, and wait for the vectors."""
+        with self.turn:
+            finish = self.start(sequences)
+        return finish()[0]
+
+    def start(self, sequences: Sequence[TokenSequence]) -> Finish:
+        """Embed sequences in one forward pass, which on a GPU goes on after this has returned; `turn` must be held.
 
         Returns:
-            [len(sequences), embedding_dim], rows of length 1 in the same order; a row does not depend on the others.
+            what waits for [len(sequences), embedding_dim], rows of length 1 in the same order. A row does not depend on
+            the others.
 
-        Raises:
+        Raises, as does what is returned:
             OutOfDeviceMemory: they do not fit together; fewer may.
             DeviceLost: the device is beyond use for this process.
         """
+        if self.device.type == "cpu":
+            started = time.monotonic()
+            with self._errors(sequences):
+                embeddings = self.network(pack(sequences, self.device)).numpy()
+            seconds = time.monotonic() - started
+            return lambda: (embeddings, seconds)
+        with self._errors(sequences), torch.cuda.device(self.device):
+            begun, ended = (_event(enable_timing=True) for _ in range(2))
+            begun.record()
+            vectors = self._recorded(sequences) if self._recorded else None
+            if vectors is None:
+                vectors = self.network(pack(sequences, self.device), self._about_to_end)
+            on_host = torch.empty(vectors.shape, dtype=vectors.dtype, pin_memory=True)
+            on_host.copy_(vectors, non_blocking=True)
+            ended.record()
+
+        def finish() -> tuple[npt.NDArray[np.float32], float]:
+            with self._errors(sequences):
+                ended.synchronize()
+                return on_host.numpy(), begun.elapsed_time(ended) / 1000
+
+        return finish
+
+    @contextmanager
+    def _errors(self, sequences: Sequence[TokenSequence]) -> Iterator[None]:
+        """In the terms of this project."""
         try:
-            return self.network(pack(sequences, self.device)).cpu().numpy()  # type: ignore[no-any-return]
+            with torch.inference_mode():
+                yield
         except torch.OutOfMemoryError:
             raise OutOfDeviceMemory(_too_many(sequences, self.device)) from None
         except torch.AcceleratorError as error:  # for ever, until the process ends
-            raise DeviceLost(f"{self.device} failed; the server must restart") from error
+            raise _lost(self.device) from error
         except RuntimeError as error:
             if "DefaultCPUAllocator" not in str(error):  # torch has no type of its own for want of memory on a CPU
                 raise
@@ -136,16 +206,53 @@ class Engine:
         return fitting
 
 
-def load_engines(
-    folder: Path, config: CheckpointConfig, *, devices: Sequence[str], dtype: str, attention: str
-) -> list[Engine]:
-    """What computes at the same time: an engine for each device named, see `Engine.load`.
+class _Turn(AbstractContextManager[None]):
+    """Whose turn it is to choose a batch and start it on a GPU.
 
-    Entries for the same CPU are the same engine, called by several threads. If only the CPU is named, and once, it is
-    in the list once for all cores where the network is wide, and once for each core, up to 8, where it is narrow.
+    The device itself says when: with `may_pass_on` a batch puts a mark where little of it is left, and the next turn
+    begins when the device has come there. So the host's work for a batch is done by the time the device is free, and
+    yet no batch is chosen much before.
     """
-    engines = {device: Engine.load(folder, config, device=device, dtype=dtype, attention=attention)
-               for device in dict.fromkeys(devices)}  # fmt: skip
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._lock = Lock()
+        self._mark = _event()
+
+    def may_pass_on(self) -> None:
+        self._mark.record(torch.cuda.current_stream(self._device))
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        try:
+            self._mark.synchronize()
+        except BaseException as error:
+            self._lock.release()
+            if isinstance(error, torch.AcceleratorError):
+                raise _lost(self._device) from error
+            raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._lock.release()
+
+
+def load_engines(
+    folder: Path, config: CheckpointConfig, *, devices: Sequence[str], dtype: str, attention: str, compile_layers: str
+) -> list[Engine]:
+    """What threads compute with: an entry for each of them, see `Engine` and `Engine.load`.
+
+    Entries for the same device are the same engine. A GPU has two, one of which starts a batch while the other waits
+    for one. If only the CPU is named, and once, it has one for all cores where the network is wide, and one for each
+    core, up to 8, where it is narrow; else as many as it was named.
+    """
+    engines = {
+        device: Engine.load(
+            folder, config, device=device, dtype=dtype, attention=attention, compile_layers=compile_layers
+        )
+        for device in dict.fromkeys(devices)
+    }
     if "cpu" in engines:
         num_cores = _num_cores()
         if list(devices) == ["cpu"] and config.hidden_size < _WIDE:
@@ -153,7 +260,7 @@ def load_engines(
         num_batches = devices.count("cpu")
         torch.set_num_threads(max(1, num_cores // num_batches))
         logger.info("cpu: %d batches at a time, %d threads each", num_batches, torch.get_num_threads())
-    return [engines[device] for device in devices]
+    return [engines[device] for device in devices for _ in range(1 if device == "cpu" else 2)]
 
 
 def _num_cores() -> int:
@@ -164,6 +271,15 @@ def _num_cores() -> int:
         if limit != "max":
             num_cores = min(num_cores, math.ceil(int(limit) / int(period)))
     return max(num_cores, 1)
+
+
+def _event(*, enable_timing: bool = False) -> torch.cuda.Event:
+    """One that is waited for asleep."""
+    return torch.cuda.Event(enable_timing=enable_timing, blocking=True)  # type: ignore[no-untyped-call]
+
+
+def _lost(device: torch.device) -> DeviceLost:
+    return DeviceLost(f"{device} failed; the server must restart")
 
 
 def _too_many(sequences: Sequence[TokenSequence], device: torch.device) -> str:

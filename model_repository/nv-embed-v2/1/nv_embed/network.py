@@ -7,6 +7,8 @@ D head_dim, I intermediate_size, L num_latents, X num_cross_heads. Built on what
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -28,10 +30,12 @@ class Network(nn.Module):
         self.norm = _parameter(config.hidden_size)
         self.pooling = LatentPooling(config)
 
-    def forward(self, batch: PackedBatch) -> Tensor:
-        """Returns [S, C] float32 rows of length 1."""
+    def forward(self, batch: PackedBatch, about_to_end: Callable[[], None] | None = None) -> Tensor:
+        """Returns [S, C] float32 rows of length 1; `about_to_end` is called where little is left to compute."""
         x, cos, sin = self.begin(batch)
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers):
+            if about_to_end and number == len(self.layers) * 7 // 8:
+                about_to_end()
             x = layer(x, cos, sin, batch, self.attend)
         return self.finish(x, batch)
 
@@ -44,8 +48,16 @@ class Network(nn.Module):
 
     def finish(self, x: Tensor, batch: PackedBatch) -> Tensor:
         """What the last layer returns, [T, C], to unit vectors [S, C] float32."""
-        x = _rms_norm(x[batch.pooled_indices], self.norm, self.config.rms_norm_eps)  # [P, C]
-        return functional.normalize(self.pooling(x, batch.pooled_seqlens), dim=-1)
+        return self.pool(*self.head(x, batch.pooled_indices), batch.pooled_seqlens)
+
+    def head(self, x: Tensor, pooled_indices: Tensor) -> tuple[Tensor, Tensor]:
+        """All that is left for each token: [T, C] to what is averaged over each sequence, [P, C] and [P, 4 * C]."""
+        x, mlp = self.pooling(_rms_norm(x[pooled_indices], self.norm, self.config.rms_norm_eps))
+        return x, mlp
+
+    def pool(self, x: Tensor, mlp: Tensor, pooled_seqlens: tuple[int, ...]) -> Tensor:
+        """What `head` returns, to unit vectors [S, C] float32."""
+        return functional.normalize(self.pooling.mean(x, mlp, pooled_seqlens), dim=-1)
 
 
 class Matrix(nn.Module):
@@ -76,13 +88,20 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, batch: PackedBatch, attend: Attend) -> Tensor:
         """x: [T, C] to [T, C]."""
+        return self.after_attention(x, attend(*self.before_attention(x, cos, sin), batch))
+
+    def before_attention(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries [T, H, D] and keys [T, K, D], and values [T, K, D]."""
         config = self.config
         h = _rms_norm(x, self.input_norm, config.rms_norm_eps)
         heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
         q, k, v = self.qkv(h).view(len(x), -1, config.head_dim).split_with_sizes(heads, dim=1)
-        attended = attend(_rotate(q, cos, sin), _rotate(k, cos, sin), v, batch)  # [T, H, D]
+        return _rotate(q, cos, sin), _rotate(k, cos, sin), v
+
+    def after_attention(self, x: Tensor, attended: Tensor) -> Tensor:
+        """x: [T, C], attended: [T, H, D] to [T, C]."""
         x = x + self.o(attended.flatten(1))
-        h = _rms_norm(x, self.post_attention_norm, config.rms_norm_eps)
+        h = _rms_norm(x, self.post_attention_norm, self.config.rms_norm_eps)
         gate, up = self.gate_up(h).chunk(2, dim=-1)  # [T, I] each
         return x + self.down(functional.silu(gate) * up)  # type: ignore[no-any-return]
 
@@ -112,8 +131,8 @@ class LatentPooling(nn.Module):
             _parameter(hidden_size),
         )
 
-    def forward(self, x: Tensor, pooled_seqlens: tuple[int, ...]) -> Tensor:
-        """x: [P, C] to [S, C] float32."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x: [P, C] to [P, C] and the MLP's activations [P, 4 * C]."""
         h = functional.layer_norm(x, x.shape[-1:], self.norm_weight, self.norm_bias)
         scores = functional.linear(h, self.keys).view(len(x), self.num_cross_heads, -1)  # [P, X, L]
         attended = scores.softmax(dim=-1, dtype=torch.float32).to(x.dtype).flatten(1)  # [P, X * L]
@@ -121,7 +140,11 @@ class LatentPooling(nn.Module):
         h = functional.layer_norm(x, x.shape[-1:], self.mlp_norm_weight, self.mlp_norm_bias)
         # The value comes first and the gate second, the reverse of the layers' MLP; and GELU is the exact one.
         value, gate = functional.linear(h, self.mlp_in_weight, self.mlp_in_bias).chunk(2, dim=-1)
-        mlp = _mean(value * functional.gelu(gate), pooled_seqlens)  # [S, 4 * C]
+        return x, value * functional.gelu(gate)
+
+    def mean(self, x: Tensor, mlp: Tensor, pooled_seqlens: tuple[int, ...]) -> Tensor:
+        """What `forward` returns, to [S, C] float32."""
+        mlp = _mean(mlp, pooled_seqlens)
         return _mean(x, pooled_seqlens) + functional.linear(mlp, self.mlp_out_weight.float(), self.mlp_out_bias.float())
 
 

@@ -16,12 +16,12 @@ from nv_embed.tokenizer import TokenSequence
 class PackedBatch:
     """S sequences of T tokens in all, P of them pooled."""
 
-    input_ids: Tensor  # [T] int64
-    position_ids: Tensor  # [T] int64, from 0 in every sequence
+    input_ids: Tensor  # [T] int32
+    position_ids: Tensor  # [T] int32, from 0 in every sequence
     cu_seqlens: Tensor  # [S + 1] int32: sequence s is tokens cu_seqlens[s] to cu_seqlens[s + 1]
     max_seqlen: int
     seqlens: tuple[int, ...]  # the lengths again, on the host, where loops and kernel choice need them
-    pooled_indices: Tensor  # [P] int64: tokens that are pooled, in order
+    pooled_indices: Tensor  # [P] int32: tokens that are pooled, in order
     pooled_seqlens: tuple[int, ...]  # pooled tokens of each sequence, at least 1
 
 
@@ -30,20 +30,22 @@ def pack(sequences: Sequence[TokenSequence], device: torch.device) -> PackedBatc
     assert sequences
     seqlens = tuple(sequence.num_tokens for sequence in sequences)
     cu_seqlens = np.cumsum((0, *seqlens), dtype=np.int32)
-    num_tokens = int(cu_seqlens[-1])
-    position_ids = np.arange(num_tokens, dtype=np.int64) - np.repeat(cu_seqlens[:-1], seqlens)
+    position_ids = np.arange(cu_seqlens[-1], dtype=np.int32) - np.repeat(cu_seqlens[:-1], seqlens)
     num_masked = [sequence.num_masked for sequence in sequences]
     (pooled_indices,) = np.nonzero(position_ids >= np.repeat(num_masked, seqlens))
-
-    def on_device(array: np.ndarray) -> Tensor:  # type: ignore[type-arg]
-        return torch.from_numpy(array).to(device)
-
+    parts = [np.concatenate([sequence.input_ids for sequence in sequences]), position_ids, pooled_indices, cu_seqlens]
+    # One copy, which nobody waits for: to a GPU each costs more than it carries.
+    numbers = torch.from_numpy(np.concatenate(parts, dtype=np.int32, casting="same_kind"))
+    if device.type == "cuda":
+        numbers = numbers.pin_memory()
+    numbers = numbers.to(device, non_blocking=True)
+    input_ids, positions, pooled, boundaries = numbers.split_with_sizes([len(part) for part in parts])
     return PackedBatch(
-        input_ids=on_device(np.concatenate([sequence.input_ids for sequence in sequences]).astype(np.int64)),
-        position_ids=on_device(position_ids),
-        cu_seqlens=on_device(cu_seqlens),
+        input_ids=input_ids,
+        position_ids=positions,
+        cu_seqlens=boundaries,
         max_seqlen=max(seqlens),
         seqlens=seqlens,
-        pooled_indices=on_device(pooled_indices),
+        pooled_indices=pooled,
         pooled_seqlens=tuple(n - masked for n, masked in zip(seqlens, num_masked, strict=True)),
     )

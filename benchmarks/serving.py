@@ -285,7 +285,7 @@ def _engine_process(connection: Connection, checkpoint: Path, device: str) -> No
     config = CheckpointConfig.load(checkpoint)
     limit = int(os.environ.get("NV_EMBED_MAX_SEQUENCE_TOKENS", "32768"))
     tokenizer = Tokenizer(checkpoint / "tokenizer.json", vocab_size=config.vocab_size, max_sequence_tokens=limit)
-    engines = load_engines(checkpoint, config, devices=device.split(","), dtype="auto", attention="auto")
+    engines = load_engines(checkpoint, config, devices=device.split(","), dtype="auto")
     threads = ThreadPoolExecutor(len(engines))
 
     def batches(stream: Stream, seed: str, max_batch_tokens: int | None) -> Iterator[tuple[list[Any], int]]:

@@ -239,7 +239,13 @@ class _Turn(AbstractContextManager[None]):
 
 
 def load_engines(
-    folder: Path, config: CheckpointConfig, *, devices: Sequence[str], dtype: str, attention: str, compile_layers: str
+    folder: Path,
+    config: CheckpointConfig,
+    *,
+    devices: Sequence[str],
+    dtype: str,
+    attention: str = "auto",
+    compile_layers: str = "auto",
 ) -> list[Engine]:
     """What threads compute with: an entry for each of them, see `Engine` and `Engine.load`.
 

@@ -34,7 +34,7 @@ class Network(nn.Module):
         """Returns [S, C] float32 rows of length 1; `about_to_end` is called where little is left to compute."""
         x, cos, sin = self.begin(batch)
         for number, layer in enumerate(self.layers):
-            if about_to_end and number == len(self.layers) * 7 // 8:
+            if about_to_end and number == self.config.num_layers * 7 // 8:
                 about_to_end()
             x = layer(x, cos, sin, batch, self.attend)
         return self.finish(x, batch)
@@ -52,7 +52,7 @@ class Network(nn.Module):
 
     def head(self, x: Tensor, pooled_indices: Tensor) -> tuple[Tensor, Tensor]:
         """All that is left for each token: [T, C] to what is averaged over each sequence, [P, C] and [P, 4 * C]."""
-        x, mlp = self.pooling(_rms_norm(x[pooled_indices], self.norm, self.config.rms_norm_eps))
+        x, mlp = self.pooling(_rms_norm(x.index_select(0, pooled_indices), self.norm, self.config.rms_norm_eps))
         return x, mlp
 
     def pool(self, x: Tensor, mlp: Tensor, pooled_seqlens: tuple[int, ...]) -> Tensor:

@@ -7,10 +7,12 @@ the texts of any number of requests share a forward pass although Triton itself 
 from __future__ import annotations
 
 import json
+import locale
 import logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from threading import Event, Lock, Thread
 from typing import Any
@@ -37,6 +39,9 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Load and warm up; an exception here ends the server with its message."""
         _log_to_triton()
+        # Triton's Python takes files for ASCII where no locale is set; torch's compiler reads its own, which are not.
+        with suppress(locale.Error):
+            locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
         self._watchdog = Watchdog()
         try:
             self._load(json.loads(args["model_config"]).get("parameters", {}))

@@ -6,6 +6,7 @@ Compiled is what acts on each token alone, for any number of tokens; attention s
 from __future__ import annotations
 
 import logging
+import os
 import time
 
 import numpy as np
@@ -35,6 +36,8 @@ def compile_network(network: Network, choice: str, device: torch.device) -> None
     """
     if choice == "off" or (choice == "auto" and device.type == "cpu"):
         return
+    # In this process: torch would start others with whatever Python is called sys.executable, and inside Triton none is.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     torch.compiler.set_stance("default")
     started = time.monotonic()
     parts = [(layer, name) for layer in network.layers for name in ("before_attention", "after_attention")]

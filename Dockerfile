@@ -6,9 +6,9 @@
 FROM nvcr.io/nvidia/tritonserver:26.07-py3
 
 COPY model_repository/nv-embed-v2/requirements.txt /opt/nv-embed-v2/requirements.txt
-# gcc and Python's headers: what torch compiles for a GPU is launched through a module built where it runs.
+# A compiler and Python's headers: what torch compiles for a GPU is launched through a module built where it runs.
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends tini gcc libc6-dev python3-dev \
+    && apt-get install --yes --no-install-recommends tini g++ python3-dev \
     && rm -rf /var/lib/apt/lists/*
 # Ubuntu marks its Python as externally managed; in an image that has one purpose there is nothing to protect.
 RUN python3 -m pip install --no-cache-dir --break-system-packages --requirement /opt/nv-embed-v2/requirements.txt

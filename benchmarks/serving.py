@@ -287,6 +287,9 @@ def _engine_process(connection: Connection, checkpoint: Path, device: str) -> No
     tokenizer = Tokenizer(checkpoint / "tokenizer.json", vocab_size=config.vocab_size, max_sequence_tokens=limit)
     engines = load_engines(checkpoint, config, devices=device.split(","), dtype="auto")
     threads = ThreadPoolExecutor(len(engines))
+    # A GPU's two threads share its work; those of a CPU compute at the same time.
+    num_at_once = sum(engine.device.type == "cpu" for engine in engines)
+    num_at_once += len({engine.device for engine in engines if engine.device.type != "cpu"})
 
     def batches(stream: Stream, seed: str, max_batch_tokens: int | None) -> Iterator[tuple[list[Any], int]]:
         """Sequences of a batch, and how many requests end in it."""
@@ -301,7 +304,7 @@ def _engine_process(connection: Connection, checkpoint: Path, device: str) -> No
                 batch.append(sequence)
                 num_tokens += sequence.num_tokens
             num_requests += 1
-            if not max_batch_tokens and num_requests >= math.ceil(stream.num_clients / len(engines)):
+            if not max_batch_tokens and num_requests >= math.ceil(stream.num_clients / num_at_once):
                 yield batch, num_requests
                 batch, num_tokens, num_requests = [], 0, 0
 

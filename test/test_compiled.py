@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from random import Random
 
 import numpy as np
@@ -11,11 +13,12 @@ import torch
 from nv_embed import compiled, engine, recorded
 from nv_embed.compiled import compile_network
 from nv_embed.config import CheckpointConfig
-from nv_embed.engine import Engine
+from nv_embed.engine import Engine, load_engines
 from nv_embed.errors import DeviceError, DeviceLost
 from nv_embed.packing import pack
 from nv_embed.recorded import RecordedBatches, record_batches
 from nv_embed.tokenizer import TokenSequence
+from serving import Server
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")  # a name is no device: nothing runs on the second here
 
@@ -32,28 +35,50 @@ def drawn(random: Random, num_sequences: int, most_tokens: int) -> list[TokenSeq
     return sequences
 
 
+@pytest.fixture
+def num_threads():
+    """Put back to what it was."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch compiles for a CPU with g++")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own older parts, which its compiler imports
-def test_compiled_layers_give_the_same_rows_for_any_number_of_tokens_without_compiling_again(toy):
-    plain, fast = load(toy), load(toy, compile_layers="on")
+def test_compiled_layers_give_the_same_rows_for_any_number_of_tokens_without_compiling_again(toy, num_threads):
+    plain = load(toy)
+    settings = {"devices": ["cpu", "cpu"], "dtype": "float32", "compile_layers": "on"}
+    fast, same = load_engines(toy, CheckpointConfig.load(toy), **settings)
+    assert fast is same
     assert "before_attention" in vars(fast.network.layers[0])
     random = Random(3)
-    with torch.compiler.set_stance("fail_on_recompile"):
+    with torch.compiler.set_stance("fail_on_recompile"), ThreadPoolExecutor(1) as thread:  # as the server computes
         for num_sequences in range(1, 25):
             sequences = drawn(random, num_sequences, 200)
-            np.testing.assert_allclose(fast.embed(sequences), plain.embed(sequences), atol=1e-5)
+            rows = thread.submit(fast.embed, sequences).result()
+            np.testing.assert_allclose(rows, plain.embed(sequences), atol=1e-5)
     one_token = [TokenSequence(np.array([5], dtype=np.int32), 0)]  # another program to torch, so computed as it stands
     np.testing.assert_allclose(fast.embed(one_token), plain.embed(one_token), atol=1e-5)
 
 
-def missing(function, dynamic):
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch compiles for a CPU with g++")
+def test_a_server_compiles_inside_triton_whose_python_is_not_quite_like_any_other(toy, tmp_path):
+    server = Server(tmp_path / "log.txt", toy, {"NV_EMBED_COMPILE": "on", "LC_ALL": "C"}).wait_until_ready()
+    case = next(c for c in json.loads((toy / "cases.json").read_text("utf-8")) if c["name"] == "documents")
+    rows = server.embed_documents(case["texts"])
+    np.testing.assert_allclose(rows, np.load(toy / "expected.npz")["documents"], atol=1e-5)
+    assert server.stop() == 0
+    assert "cpu: layers compiled" in server.log_text()
+
+
+def missing(function):
     def fail(*inputs):
         raise RuntimeError("no compiler\nand a long story")
 
     return fail
 
 
-def wrong(function, dynamic):
+def wrong(function):
     def zeros(*inputs):
         outputs = function(*inputs)
         return torch.zeros_like(outputs) if isinstance(outputs, torch.Tensor) else outputs
@@ -85,7 +110,7 @@ def test_a_cpu_neither_compiles_nor_records_unless_told(toy):
     network = load(toy).network
     compile_network(network, "auto", CPU)
     assert "before_attention" not in vars(network.layers[0])
-    assert record_batches(network, CPU) is None
+    assert record_batches(network, "auto", CPU) is None
 
 
 # --- recorded batches -----------------------------------------------------------------------------------
@@ -156,8 +181,23 @@ def test_a_gpu_that_cannot_record_computes_every_batch_and_says_so(recordable, m
         raise RuntimeError("capture is not supported")
 
     monkeypatch.setattr(recorded, "record_on_gpu", no_capture)
-    assert record_batches(recordable, GPU) is None
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    assert record_batches(recordable, "off", GPU) is None
+    assert not caplog.text
+    assert record_batches(recordable, "auto", GPU) is None
     assert "small batches not recorded, which is slower, for: capture is not supported" in caplog.text
+    with pytest.raises(DeviceError, match=r"expected small batches to be recorded on cuda:0; got: capture .*; set"):
+        record_batches(recordable, "on", GPU)
+
+
+def test_a_gpu_that_breaks_while_recording_stops_the_start(recordable, monkeypatch):
+    def broken(device):
+        raise torch.AcceleratorError("illegal memory access")
+
+    monkeypatch.setattr(recorded, "record_on_gpu", broken)
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    with pytest.raises(DeviceError, match="recording small batches broke cuda:0: illegal memory access; set compile"):
+        record_batches(recordable, "auto", GPU)
 
 
 # --- turns ----------------------------------------------------------------------------------------------
@@ -191,6 +231,7 @@ def test_a_gpu_compiles_records_and_gives_the_rows_of_a_cpu(toy):
     config = CheckpointConfig.load(toy)
     plain = load(toy)
     fast = Engine.load(toy, config, device="cuda:0", dtype="float16", compile_layers="on")
+    assert fast._recorded is not None
     random = Random(5)
     with torch.compiler.set_stance("fail_on_recompile"):
         for num_sequences in [1, 2, 5, 40, 1]:

@@ -1,8 +1,8 @@
 """Requests in, batches to the engines, one answer for each request; knows neither torch nor Triton.
 
-Threads, each with one duty: the caller's (`submit`), one that tokenizes, one for each engine that computes, one that
-answers. A request's texts may be spread over many batches; it is answered when the last is computed, or as a whole by
-the first error. Waiting is bounded three times: in bytes until tokenized, in tokens from then on, and in time.
+Threads, each with one duty: the caller's (`submit`), one that tokenizes, those that compute, one that answers. A
+request's texts may be spread over many batches; it is answered when the last is computed, or as a whole by the first
+error. Waiting is bounded three times: in bytes until tokenized, in tokens from then on, and in time.
 """
 
 from __future__ import annotations
@@ -184,10 +184,8 @@ class Batcher:
         self._is_stopping = False
         self._outbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._workers = [self._start("tokenize", self._tokenize_loop)]
-        paces = {id(engine): Pace(limits.max_batch_tokens, limits.target_batch_seconds) for engine in engines}
         self._workers += [
-            self._start(f"compute-{i}", partial(self._compute_loop, engine, paces[id(engine)]))
-            for i, engine in enumerate(engines)
+            self._start(f"compute-{i}", partial(self._compute_loop, engine)) for i, engine in enumerate(engines)
         ]
         self._answerer = self._start("answer", self._answer_loop)
 
@@ -323,7 +321,8 @@ class Batcher:
 
     # --- computing --------------------------------------------------------------------------------------
 
-    def _compute_loop(self, engine: Engine, pace: Pace) -> None:
+    def _compute_loop(self, engine: Engine) -> None:
+        pace = Pace(self._limits.max_batch_tokens, self._limits.target_batch_seconds)
         while True:
             with ExitStack() as turn:
                 turn.enter_context(engine.turn)

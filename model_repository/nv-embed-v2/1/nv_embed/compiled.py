@@ -6,8 +6,10 @@ Compiled is what acts on each token alone, for any number of tokens; attention s
 from __future__ import annotations
 
 import logging
-import os
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,10 +24,14 @@ logger = logging.getLogger(__name__)
 
 _LEAST_COSINE = 0.999  # of a vector to the one before; half precision rounds elsewhere than before, no more
 _SAMPLE_LENGTHS = (5, 40, 300)
+_OTHER_LENGTHS = (2, 70)
+_MOST_VERSIONS = 64  # of what is compiled: one for each device
 
 
 def compile_network(network: Network, choice: str, device: torch.device) -> None:
     """Compile a filled network in place, and prove it against itself as it was.
+
+    What is compiled serves as long as torch's number of threads is the one it was compiled with.
 
     Args:
         choice: 'on', 'off', or 'auto': on a GPU, as far as it works there, and not on a CPU, where a small network
@@ -36,20 +42,28 @@ def compile_network(network: Network, choice: str, device: torch.device) -> None
     """
     if choice == "off" or (choice == "auto" and device.type == "cpu"):
         return
-    # In this process: torch would start others with whatever Python is called sys.executable, and inside Triton none is.
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-    torch.compiler.set_stance("default")
+    from torch._dynamo import config as dynamo
+    from torch._inductor import config as inductor  # neither is imported where nothing is compiled: it takes seconds
+
+    dynamo.recompile_limit = _MOST_VERSIONS
+    inductor.compile_threads = 1  # more would be processes of sys.executable, which inside Triton is no Python
     started = time.monotonic()
     parts = [(layer, name) for layer in network.layers for name in ("before_attention", "after_attention")]
     parts.append((network.pooling, "forward"))
     try:
-        before = _sample_vectors(network, device)
-        for module, name in parts:
-            # Layers differ in their weights alone, which are inputs to what is compiled: it is compiled once.
-            setattr(module, name, torch.compile(getattr(module, name), dynamic=True))
-        cosine = (before * _sample_vectors(network, device)).sum(dim=1).min().item()
+        before = _sample_vectors(network, device, _SAMPLE_LENGTHS)
+        torch.compiler.set_stance("default")
+        # Layers differ in their weights alone, which are inputs to what is compiled: it is compiled once.
+        compiled = [torch.compile(getattr(module, name)) for module, name in parts]
+        for (module, name), function in zip(parts, compiled, strict=True):
+            setattr(module, name, partial(_of_any_number, function))
+        cosine = (before * _sample_vectors(network, device, _SAMPLE_LENGTHS)).sum(dim=1).min().item()
         if not cosine >= _LEAST_COSINE:  # NaN is not, either
             raise ValueError(f"its vectors have a cosine of {cosine:.5f} to those of the network as it was")
+        for (module, name), function in zip(parts, compiled, strict=True):
+            setattr(module, name, function)
+        torch.compiler.set_stance("fail_on_recompile")
+        _sample_vectors(network, device, _OTHER_LENGTHS)
     except torch.AcceleratorError as error:  # nothing can be computed on this device any more
         raise DeviceError(f"compile: compiled layers broke {device}: {error}; set compile to 'off'") from None
     except Exception as error:  # a compiler that is missing or fails has no error of its own
@@ -60,7 +74,7 @@ def compile_network(network: Network, choice: str, device: torch.device) -> None
             logger.warning("%s: layers not compiled, which is slower, for: %s", device, reason)
             return
         raise DeviceError(
-            f"compile: expected the layers to compile for {device}; got: {reason}; install what is missing (a C "
+            f"compile: expected the layers to compile for {device}; got: {reason}; install what is missing (a C++ "
             "compiler and Python's headers), or set compile to 'auto' or 'off'"
         ) from None
     else:
@@ -70,8 +84,15 @@ def compile_network(network: Network, choice: str, device: torch.device) -> None
         torch.compiler.set_stance("eager_on_recompile")
 
 
-def _sample_vectors(network: Network, device: torch.device) -> Tensor:
-    ids = np.arange(sum(_SAMPLE_LENGTHS), dtype=np.int32) * 7919 % network.config.vocab_size
-    sequences = [TokenSequence(part, 0) for part in np.split(ids, np.cumsum(_SAMPLE_LENGTHS)[:-1])]
+def _of_any_number(function: Callable[..., Any], *inputs: Tensor) -> Any:
+    """Call what is to be compiled for any number of rows of its inputs, and for no other sizes than these."""
+    for tensor in inputs:
+        torch._dynamo.mark_dynamic(tensor, 0)
+    return function(*inputs)
+
+
+def _sample_vectors(network: Network, device: torch.device, lengths: Sequence[int]) -> Tensor:
+    ids = np.arange(sum(lengths), dtype=np.int32) * 7919 % network.config.vocab_size
+    sequences = [TokenSequence(part, 0) for part in np.split(ids, np.cumsum(lengths)[:-1])]
     vectors: Tensor = network(pack(sequences, device))
     return vectors

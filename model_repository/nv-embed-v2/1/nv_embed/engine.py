@@ -110,7 +110,7 @@ class Engine:
         """Of a network whose weights are there; see `load`."""
         with torch.inference_mode():
             compile_network(network, compile_layers, device)
-            return cls(network, device, None if compile_layers == "off" else record_batches(network, device))
+            return cls(network, device, record_batches(network, compile_layers, device))
 
     def embed(self, sequences: Sequence[TokenSequence]) -> npt.NDArray[np.float32]:
         """`start`, and wait for the vectors."""
@@ -141,6 +141,8 @@ class Engine:
             vectors = self._recorded(sequences) if self._recorded else None
             if vectors is None:
                 vectors = self.network(pack(sequences, self.device), self._about_to_end)
+            elif self._about_to_end:
+                self._about_to_end()
             on_host = torch.empty(vectors.shape, dtype=vectors.dtype, pin_memory=True)
             on_host.copy_(vectors, non_blocking=True)
             ended.record()
@@ -253,19 +255,19 @@ def load_engines(
     for one. If only the CPU is named, and once, it has one for all cores where the network is wide, and one for each
     core, up to 8, where it is narrow; else as many as it was named.
     """
-    engines = {
-        device: Engine.load(
-            folder, config, device=device, dtype=dtype, attention=attention, compile_layers=compile_layers
-        )
-        for device in dict.fromkeys(devices)
-    }
-    if "cpu" in engines:
+    if "cpu" in devices:  # first of all: what is compiled is compiled for a number of threads
         num_cores = _num_cores()
         if list(devices) == ["cpu"] and config.hidden_size < _WIDE:
             devices = ["cpu"] * min(num_cores, _MOST_CPU_BATCHES)
         num_batches = devices.count("cpu")
         torch.set_num_threads(max(1, num_cores // num_batches))
         logger.info("cpu: %d batches at a time, %d threads each", num_batches, torch.get_num_threads())
+    engines = {
+        device: Engine.load(
+            folder, config, device=device, dtype=dtype, attention=attention, compile_layers=compile_layers
+        )
+        for device in dict.fromkeys(devices)
+    }
     return [engines[device] for device in devices for _ in range(1 if device == "cpu" else 2)]
 
 

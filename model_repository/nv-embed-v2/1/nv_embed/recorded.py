@@ -44,6 +44,7 @@ class _Recording:
     numbers: Tensor  # the inputs, [2 * size + num_slots + 1] int32: ids, positions, boundaries of sequences
     outputs: Outputs
     replay: Callable[[], None]
+    batch: PackedBatch  # kept, for what was recorded reads its tensors
 
 
 class RecordedBatches:
@@ -91,7 +92,7 @@ class RecordedBatches:
             return self._network.head(x, every)
 
         outputs, replay = record(compute)
-        return _Recording(size, num_slots, numbers, outputs, replay)
+        return _Recording(size, num_slots, numbers, outputs, replay, batch)
 
     def _numbers(self, size: int, num_slots: int, sequences: Sequence[TokenSequence]) -> Tensor:
         """The inputs on the host: the sequences, one that fills the rest, and empty ones."""
@@ -119,38 +120,56 @@ class RecordedBatches:
 def record_on_gpu(device: torch.device) -> Record:
     """How `RecordedBatches` records on a GPU; what it is given shares memory, for no two are replayed at a time."""
     pool = torch.cuda.graph_pool_handle()
+    aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # nothing can be recorded on the default one
 
     def record(compute: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], None]]:
         with torch.cuda.device(device):
-            aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             here = torch.cuda.current_stream(device)
-            aside.wait_stream(here)
-            with torch.cuda.stream(aside):
-                compute()  # libraries allocate what they need when they are first called, which cannot be recorded
-            here.wait_stream(aside)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
-                outputs = compute()
+            try:
+                aside.wait_stream(here)
+                with torch.cuda.stream(aside):
+                    compute()  # libraries allocate what they need when they are first called: not to be recorded
+                here.wait_stream(aside)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool, stream=aside):
+                    outputs = compute()
+            finally:
+                torch.cuda.set_stream(here)  # a recording that fails leaves the other one
         return outputs, graph.replay
 
     return record
 
 
-def record_batches(network: Network, device: torch.device) -> RecordedBatches | None:
-    """Record a filled network's small batches, and prove them; None, and a line in the log, where that fails.
+def record_batches(network: Network, choice: str, device: torch.device) -> RecordedBatches | None:
+    """Record a filled network's small batches, and prove them.
+
+    Args:
+        choice: 'on', 'off', or 'auto': as far as it works. The log says what came of it.
+
+    Returns:
+        None where they are not recorded: on a CPU, which has no launches to save, and where attention goes by each
+        batch's own lengths.
 
     Raises:
-        DeviceError: the device broke.
+        DeviceError: it was asked for by name and does not work here, or the device broke.
     """
-    if device.type == "cpu" or network.attend is attend_each:
-        return None  # no launches to save; or attention that goes by each batch's own lengths
+    if choice == "off" or device.type == "cpu" or network.attend is attend_each:
+        return None
     try:
         recorded = RecordedBatches(network, device, record_on_gpu(device))
         recorded.check()
-    except torch.AcceleratorError as error:
-        raise DeviceError(f"compile: recording small batches broke {device}: {error}; set compile to 'off'") from None
     except (RuntimeError, ValueError) as error:
-        logger.warning("%s: small batches not recorded, which is slower, for: %s", device, error)
-        return None
+        try:
+            torch.cuda.synchronize(device)
+        except torch.AcceleratorError:  # not what cannot be recorded, but whatever is computed from now on
+            raise DeviceError(
+                f"compile: recording small batches broke {device}: {error}; set compile to 'off'"
+            ) from None
+        if choice == "auto":
+            logger.warning("%s: small batches not recorded, which is slower, for: %s", device, error)
+            return None
+        raise DeviceError(
+            f"compile: expected small batches to be recorded on {device}; got: {error}; set compile to 'auto' or 'off'"
+        ) from None
     logger.info("%s: batches of up to %d tokens are replayed", device, max(SIZES))
     return recorded

@@ -14,13 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import struct
 import sys
 import tempfile
 import threading
 import time
 from datetime import UTC, datetime
-from math import prod
 from pathlib import Path
 
 import torch
@@ -30,9 +28,8 @@ sys.path.insert(0, str(ROOT / "model_repository" / "nv-embed-v2" / "1"))
 
 from nv_embed.config import CheckpointConfig  # noqa: E402
 from nv_embed.engine import Engine  # noqa: E402
-from nv_embed.weights import published_shapes  # noqa: E402
+from synthetic import write_layout  # noqa: E402
 
-NUM_SHARDS = 4
 CHUNK = 2**24
 
 
@@ -44,14 +41,16 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        num_bytes = write_checkpoint(folder, arguments.layers, arguments.hidden_size)
+        num_bytes = write_layout(folder, arguments.layers, arguments.hidden_size)
         plain = min(read_all(folder) for _ in range(2))
         result = {"gigabytes": round(num_bytes / 1e9, 3), "page_cache_gb_per_s": round(num_bytes / 1e9 / plain, 2)}
         if arguments.device != "cpu":
             result["bus_gb_per_s"] = round(bus_speed(arguments.device), 2)
         with HighWater() as host:
             started = time.monotonic()
-            engine = Engine.load(folder, CheckpointConfig.load(folder), device=arguments.device, dtype="float16")
+            engine = Engine.load(
+                folder, CheckpointConfig.load(folder), device=arguments.device, dtype="float16", compile_layers="off"
+            )
             if arguments.device != "cpu":
                 torch.cuda.synchronize(arguments.device)
             seconds = time.monotonic() - started
@@ -72,43 +71,6 @@ def main() -> None:
         "device": torch.cuda.get_device_name(arguments.device) if arguments.device != "cpu" else platform.processor(),
         "layers": arguments.layers, "torch": torch.__version__, "date": datetime.now(UTC).date().isoformat(),
     }))  # fmt: skip
-
-
-def write_checkpoint(folder: Path, num_layers: int, hidden_size: int) -> int:
-    """Returns the bytes of all tensors."""
-    config = {
-        "model_type": "nvembed", "is_mask_instruction": True, "add_eos": True, "padding_side": "right",
-        "mask_type": "b", "hidden_size": hidden_size, "torch_dtype": "float16",
-        "text_config": {
-            "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "vocab_size": 32000,
-            "hidden_size": hidden_size, "num_hidden_layers": num_layers, "num_attention_heads": 32,
-            "num_key_value_heads": 8, "intermediate_size": hidden_size * 7 // 2,
-        },
-        "latent_attention_config": {"hidden_dim": hidden_size, "latent_dim": hidden_size,
-                                    "cross_dim_head": hidden_size},
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    sizes = {name: (shape, 2 * prod(shape)) for name, shape in published_shapes(CheckpointConfig.load(folder)).items()}
-    total = sum(size for _, size in sizes.values())
-    shards: list[dict[str, tuple[tuple[int, ...], int]]] = [{} for _ in range(NUM_SHARDS)]
-    written = 0
-    for name, sized in sizes.items():
-        shards[min(NUM_SHARDS - 1, written * NUM_SHARDS // total)][name] = sized
-        written += sized[1]
-    weight_map = {}
-    for number, tensors in enumerate(shards, start=1):
-        path = folder / f"model-{number:05}-of-{NUM_SHARDS:05}.safetensors"
-        header, offset = {}, 0
-        for name, (shape, size) in tensors.items():
-            header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [offset, offset + size]}
-            offset += size
-            weight_map[name] = path.name
-        text = json.dumps(header).encode()
-        with path.open("wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            file.truncate(8 + len(text) + offset)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
-    return total
 
 
 def read_all(folder: Path) -> float:

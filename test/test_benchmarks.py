@@ -10,6 +10,9 @@ import sys
 
 import numpy as np
 import pytest
+from nv_embed.config import CheckpointConfig
+from nv_embed.engine import Engine
+from nv_embed.tokenizer import Tokenizer
 from serving import ROOT, Server
 
 BENCHMARKS = ROOT / "benchmarks"
@@ -84,6 +87,18 @@ def test_loading_is_measured_with_a_checkpoint_of_the_published_layout():
     assert answer["gb_per_s"] > 0
     # Neither the checkpoint nor the network is ever held twice; what a process allocates anyway is a third of this one.
     assert answer["host_gigabytes_beside_weights"] < answer["gigabytes"], output
+
+
+def test_a_synthetic_checkpoint_loads_as_the_published_one_would_and_tells_texts_apart(tmp_path):
+    folder = tmp_path / "synthetic"
+    run("synthetic.py", folder, "--device", "cpu", "--layers", "2", "--hidden-size", "256")
+    config = CheckpointConfig.load(folder)
+    tokenizer = Tokenizer(folder / "tokenizer.json", vocab_size=config.vocab_size, max_sequence_tokens=512)
+    engine = Engine.load(folder, config, device="cpu", dtype="float32")
+    rows = engine.embed(tokenizer.encode(["a cat", "a dog", "a cat"], ""))
+    np.testing.assert_allclose((rows**2).sum(axis=1), 1.0, atol=1e-5)
+    np.testing.assert_allclose(rows[0], rows[2], atol=1e-5)
+    assert rows[0] @ rows[1] < 0.999
 
 
 def test_serving_measures_every_load_on_two_servers_and_the_bare_engine(toy_server, baseline_server, toy):

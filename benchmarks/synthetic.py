@@ -1,0 +1,103 @@
+"""A checkpoint of the published layout with random weights: what a server is timed with where the gated ones are not.
+
+    python benchmarks/synthetic.py /tmp/nv-embed-synthetic                # 15.7 GB, on the GPU if there is one
+    python benchmarks/serving.py --compare --engine --device cuda:0 --checkpoint /tmp/nv-embed-synthetic
+
+Published names, shapes, precision and four shards; the tokenizer is the default checkpoint's. Its vectors mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import struct
+import sys
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "model_repository" / "nv-embed-v2" / "1"))
+
+from nv_embed.config import CheckpointConfig  # noqa: E402
+from nv_embed.weights import published_shapes  # noqa: E402
+
+NUM_SHARDS = 4
+TOKENIZER = ROOT / "checkpoints" / "nv-embed-mini" / "tokenizer.json"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="a new one")
+    parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    parser.add_argument("--layers", type=int, default=32, help="of the published 32 (%(default)s)")
+    parser.add_argument("--hidden-size", type=int, default=4096, help="all sizes in proportion (%(default)s)")
+    parser.add_argument("--seed", type=int, default=1, help="(%(default)s)")
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True)
+    num_bytes = write_layout(arguments.folder, arguments.layers, arguments.hidden_size)
+    generator = torch.Generator(arguments.device).manual_seed(arguments.seed)
+    for path in sorted(arguments.folder.glob("*.safetensors")):
+        draw(path, generator)
+    shutil.copyfile(TOKENIZER, arguments.folder / "tokenizer.json")
+    print(json.dumps({"folder": str(arguments.folder), "gigabytes": round(num_bytes / 1e9, 3)}))
+
+
+def write_layout(folder: Path, num_layers: int, hidden_size: int) -> int:
+    """Everything but the tokenizer, all tensors zero, in files that take no room; returns the bytes of all tensors."""
+    config = {
+        "model_type": "nvembed", "is_mask_instruction": True, "add_eos": True, "padding_side": "right",
+        "mask_type": "b", "hidden_size": hidden_size, "torch_dtype": "float16",
+        "text_config": {
+            "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "vocab_size": 32000,
+            "hidden_size": hidden_size, "num_hidden_layers": num_layers, "num_attention_heads": 32,
+            "num_key_value_heads": 8, "intermediate_size": hidden_size * 7 // 2,
+        },
+        "latent_attention_config": {"hidden_dim": hidden_size, "latent_dim": hidden_size,
+                                    "cross_dim_head": hidden_size},
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    sizes = {name: (shape, 2 * prod(shape)) for name, shape in published_shapes(CheckpointConfig.load(folder)).items()}
+    total = sum(size for _, size in sizes.values())
+    shards: list[dict[str, tuple[tuple[int, ...], int]]] = [{} for _ in range(NUM_SHARDS)]
+    written = 0
+    for name, sized in sizes.items():
+        shards[min(NUM_SHARDS - 1, written * NUM_SHARDS // total)][name] = sized
+        written += sized[1]
+    weight_map = {}
+    for number, tensors in enumerate(shards, start=1):
+        path = folder / f"model-{number:05}-of-{NUM_SHARDS:05}.safetensors"
+        header, offset = {}, 0
+        for name, (shape, size) in tensors.items():
+            header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [offset, offset + size]}
+            offset += size
+            weight_map[name] = path.name
+        text = json.dumps(header).encode()
+        with path.open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            file.truncate(8 + len(text) + offset)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
+    return total
+
+
+def draw(path: Path, generator: torch.Generator) -> None:
+    """Fill the tensors of one file: norms of one, the rest so small that a deep stack keeps within half precision."""
+    with path.open("rb") as file:
+        (header_size,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(header_size))
+    for name, tensor in header.items():
+        shape = tuple(tensor["shape"])
+        values = np.memmap(path, np.float16, "r+", 8 + header_size + tensor["data_offsets"][0], shape)
+        if len(shape) == 1:
+            values[:] = 0.0 if name.endswith("bias") else 1.0
+            continue
+        drawn = torch.empty(shape, device=generator.device, dtype=torch.float16)
+        values[:] = drawn.normal_(0.0, 0.7 * shape[-1] ** -0.5, generator=generator).cpu().numpy()
+        values.flush()
+
+
+if __name__ == "__main__":
+    main()

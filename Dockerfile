@@ -13,6 +13,9 @@ RUN apt-get update \
 # Ubuntu marks its Python as externally managed; in an image that has one purpose there is nothing to protect.
 RUN python3 -m pip install --no-cache-dir --break-system-packages --requirement /opt/nv-embed-v2/requirements.txt
 
+# The base image's user has no home, where this would be otherwise; compiled layers are made again at each start.
+ENV TRITON_CACHE_DIR=/tmp/triton
+
 # glibc's default, eight arenas per core, doubles the server's memory.
 ENV MALLOC_ARENA_MAX=2
 

@@ -160,7 +160,8 @@ def run(
         "budget": size.budget,
         "passes": passes,
         "attention": network.attend.__name__,
-        "compile": compile_layers,
+        "compiled": engine.is_compiled,
+        "recorded": engine.recorded is not None,
         **machine(device, dtype_name),
     }
 

@@ -330,7 +330,7 @@ def _engine_process(connection: Connection, checkpoint: Path, device: str) -> No
     def run(stream: Stream, seconds: float, seed: str, max_batch_tokens: int | None) -> Sample:
         sample = Sample(num_tokens=0)
         source = batches(stream, seed, max_batch_tokens)
-        num_engines = len(engines) if max_batch_tokens else min(len(engines), stream.num_clients)
+        num_engines = len(engines) if max_batch_tokens else min(num_at_once, stream.num_clients)
         while sample.seconds < seconds:
             # Several for each engine, lest the wait for the last of them count for much.
             made = list(islice(source, 8 * num_engines))

@@ -50,7 +50,7 @@ def test_compiled_layers_give_the_same_rows_for_any_number_of_tokens_without_com
     settings = {"devices": ["cpu", "cpu"], "dtype": "float32", "compile_layers": "on"}
     fast, same = load_engines(toy, CheckpointConfig.load(toy), **settings)
     assert fast is same
-    assert "before_attention" in vars(fast.network.layers[0])
+    assert fast.is_compiled
     random = Random(3)
     with torch.compiler.set_stance("fail_on_recompile"), ThreadPoolExecutor(1) as thread:  # as the server computes
         for num_sequences in range(1, 25):
@@ -212,15 +212,28 @@ class FakeEvent:
             raise self.error
 
 
-def test_a_turn_on_a_broken_gpu_is_refused_and_does_not_block_the_next(monkeypatch):
+def test_a_turn_on_a_broken_gpu_is_refused_and_does_not_block_the_next(toy, monkeypatch):
     monkeypatch.setattr(engine, "_event", FakeEvent)
-    turn = engine._Turn(GPU)
-    with turn:
+    broken = Engine(load(toy).network, GPU)
+    with broken.turn:
         pass
-    turn._mark.error = torch.AcceleratorError("device-side assert")
+    broken._little_left.error = torch.AcceleratorError("device-side assert")
     for _ in range(2):
-        with pytest.raises(DeviceLost, match="cuda:0 failed"), turn:
+        with pytest.raises(DeviceLost, match="cuda:0 failed"), broken.turn:
             pass
+
+
+@pytest.mark.parametrize("is_lost", [True, False])
+def test_a_compiled_kernels_error_on_a_gpu_is_the_devices_only_if_nothing_computes_any_more(toy, monkeypatch, is_lost):
+    def synchronize(device):
+        if is_lost:
+            raise torch.AcceleratorError("illegal memory access")
+
+    monkeypatch.setattr(engine, "_event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    gpu = Engine(load(toy).network, GPU)
+    with pytest.raises(DeviceLost if is_lost else RuntimeError), gpu._errors([]):
+        raise RuntimeError("Triton Error [CUDA]: ...")
 
 
 # --- on a GPU -------------------------------------------------------------------------------------------
@@ -231,7 +244,8 @@ def test_a_gpu_compiles_records_and_gives_the_rows_of_a_cpu(toy):
     config = CheckpointConfig.load(toy)
     plain = load(toy)
     fast = Engine.load(toy, config, device="cuda:0", dtype="float16", compile_layers="on")
-    assert fast._recorded is not None
+    assert fast.is_compiled
+    assert fast.recorded is not None
     random = Random(5)
     with torch.compiler.set_stance("fail_on_recompile"):
         for num_sequences in [1, 2, 5, 40, 1]:

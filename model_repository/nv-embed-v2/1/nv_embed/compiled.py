@@ -28,7 +28,7 @@ _OTHER_LENGTHS = (2, 70)
 _MOST_VERSIONS = 64  # of what is compiled: one for each device
 
 
-def compile_network(network: Network, choice: str, device: torch.device) -> None:
+def compile_network(network: Network, choice: str, device: torch.device) -> bool:
     """Compile a filled network in place, and prove it against itself as it was.
 
     What is compiled serves as long as torch's number of threads is the one it was compiled with.
@@ -37,11 +37,14 @@ def compile_network(network: Network, choice: str, device: torch.device) -> None
         choice: 'on', 'off', or 'auto': on a GPU, as far as it works there, and not on a CPU, where a small network
             would take longer to compile than most have to wait. The log says what came of it.
 
+    Returns:
+        whether it is compiled.
+
     Raises:
         DeviceError: it was asked for by name and does not work here, or the device broke.
     """
     if choice == "off" or (choice == "auto" and device.type == "cpu"):
-        return
+        return False
     from torch._dynamo import config as dynamo
     from torch._inductor import config as inductor  # neither is imported where nothing is compiled: it takes seconds
 
@@ -56,7 +59,7 @@ def compile_network(network: Network, choice: str, device: torch.device) -> None
         # Layers differ in their weights alone, which are inputs to what is compiled: it is compiled once.
         compiled = [torch.compile(getattr(module, name)) for module, name in parts]
         for (module, name), function in zip(parts, compiled, strict=True):
-            setattr(module, name, partial(_of_any_number, function))
+            setattr(module, name, partial(_with_dynamic_rows, function))
         cosine = (before * _sample_vectors(network, device, _SAMPLE_LENGTHS)).sum(dim=1).min().item()
         if not cosine >= _LEAST_COSINE:  # NaN is not, either
             raise ValueError(f"its vectors have a cosine of {cosine:.5f} to those of the network as it was")
@@ -72,19 +75,20 @@ def compile_network(network: Network, choice: str, device: torch.device) -> None
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         if choice == "auto":
             logger.warning("%s: layers not compiled, which is slower, for: %s", device, reason)
-            return
+            return False
         raise DeviceError(
             f"compile: expected the layers to compile for {device}; got: {reason}; install what is missing (a C++ "
             "compiler and Python's headers), or set compile to 'auto' or 'off'"
         ) from None
     else:
         logger.info("%s: layers compiled in %.0f s", device, time.monotonic() - started)
+        return True
     finally:
         # Whatever a batch might make torch compile once more, one token alone, say, is computed as it stands instead.
         torch.compiler.set_stance("eager_on_recompile")
 
 
-def _of_any_number(function: Callable[..., Any], *inputs: Tensor) -> Any:
+def _with_dynamic_rows(function: Callable[..., Any], *inputs: Tensor) -> Any:
     """Call what is to be compiled for any number of rows of its inputs, and for no other sizes than these."""
     for tensor in inputs:
         torch._dynamo.mark_dynamic(tensor, 0)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from threading import Lock
-from types import TracebackType
 from typing import TypeAlias
 
 import numpy as np
@@ -50,18 +49,18 @@ class Engine:
     before has little left to compute.
     """
 
-    turn: AbstractContextManager[object]
-
-    def __init__(self, network: Network, device: torch.device, recorded: RecordedBatches | None = None) -> None:
+    def __init__(
+        self, network: Network, device: torch.device, *, is_compiled: bool = False,
+        recorded: RecordedBatches | None = None,
+    ) -> None:  # fmt: skip
         self.network = network
         self.device = device
         self.embedding_dim = network.config.hidden_size
-        self._recorded = recorded
-        self._about_to_end: Callable[[], None] | None = None
-        self.turn = nullcontext()
+        self.is_compiled = is_compiled
+        self.recorded = recorded
         if device.type == "cuda":
-            self.turn = turn = _Turn(device)
-            self._about_to_end = turn.may_pass_on
+            self._lock = Lock()
+            self._little_left = _event()
 
     @classmethod
     def load(
@@ -108,9 +107,30 @@ class Engine:
     @classmethod
     def of_network(cls, network: Network, device: torch.device, compile_layers: str) -> Engine:
         """Of a network whose weights are there; see `load`."""
-        with torch.inference_mode():
-            compile_network(network, compile_layers, device)
-            return cls(network, device, record_batches(network, compile_layers, device))
+        with torch.inference_mode(), _current(device):
+            is_compiled = compile_network(network, compile_layers, device)
+            return cls(
+                network, device, is_compiled=is_compiled, recorded=record_batches(network, compile_layers, device)
+            )
+
+    @property
+    def turn(self) -> AbstractContextManager[None]:
+        """To be held while a batch is chosen and started.
+
+        On a GPU the device itself says when: a batch puts a mark where little of it is left, and the next turn begins
+        when the device has come there. So the host's work for a batch is done by the time the device is free, and yet
+        no batch is chosen much before. Raises DeviceLost.
+        """
+        return self._turn_on_gpu() if self.device.type == "cuda" else nullcontext()
+
+    @contextmanager
+    def _turn_on_gpu(self) -> Iterator[None]:
+        with self._lock:
+            try:
+                self._little_left.synchronize()
+            except torch.AcceleratorError as error:
+                raise _lost(self.device) from error
+            yield
 
     def embed(self, sequences: Sequence[TokenSequence]) -> npt.NDArray[np.float32]:
         """`start`, and wait for the vectors."""
@@ -135,14 +155,14 @@ class Engine:
                 embeddings = self.network(pack(sequences, self.device)).numpy()
             seconds = time.monotonic() - started
             return lambda: (embeddings, seconds)
-        with self._errors(sequences), torch.cuda.device(self.device):
+        with self._errors(sequences), _current(self.device):
             begun, ended = (_event(enable_timing=True) for _ in range(2))
             begun.record()
-            vectors = self._recorded(sequences) if self._recorded else None
+            vectors = self.recorded(sequences) if self.recorded else None
             if vectors is None:
-                vectors = self.network(pack(sequences, self.device), self._about_to_end)
-            elif self._about_to_end:
-                self._about_to_end()
+                vectors = self.network(pack(sequences, self.device), self._little_left.record)
+            else:
+                self._little_left.record()
             on_host = torch.empty(vectors.shape, dtype=vectors.dtype, pin_memory=True)
             on_host.copy_(vectors, non_blocking=True)
             ended.record()
@@ -164,10 +184,15 @@ class Engine:
             raise OutOfDeviceMemory(_too_many(sequences, self.device)) from None
         except torch.AcceleratorError as error:  # for ever, until the process ends
             raise _lost(self.device) from error
-        except RuntimeError as error:
-            if "DefaultCPUAllocator" not in str(error):  # torch has no type of its own for want of memory on a CPU
-                raise
-            raise OutOfDeviceMemory(_too_many(sequences, self.device)) from None
+        except RuntimeError as error:  # torch has no type of its own for want of memory on a CPU ...
+            if "DefaultCPUAllocator" in str(error):
+                raise OutOfDeviceMemory(_too_many(sequences, self.device)) from None
+            if self.device.type == "cuda":  # ... nor what it compiled for the loss of a GPU
+                try:
+                    torch.cuda.synchronize(self.device)
+                except torch.AcceleratorError:
+                    raise _lost(self.device) from error
+            raise
 
     def warm_up(self, target_seconds: float) -> int:
         """Bring the first real request to full speed, and return how many tokens take about `target_seconds`.
@@ -206,38 +231,6 @@ class Engine:
             self.device, num_tokens / seconds, fitting, 1000 * fitting * seconds / num_tokens,
         )  # fmt: skip
         return fitting
-
-
-class _Turn(AbstractContextManager[None]):
-    """Whose turn it is to choose a batch and start it on a GPU.
-
-    The device itself says when: with `may_pass_on` a batch puts a mark where little of it is left, and the next turn
-    begins when the device has come there. So the host's work for a batch is done by the time the device is free, and
-    yet no batch is chosen much before.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._lock = Lock()
-        self._mark = _event()
-
-    def may_pass_on(self) -> None:
-        self._mark.record(torch.cuda.current_stream(self._device))
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-        try:
-            self._mark.synchronize()
-        except BaseException as error:
-            self._lock.release()
-            if isinstance(error, torch.AcceleratorError):
-                raise _lost(self._device) from error
-            raise
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._lock.release()
 
 
 def load_engines(
@@ -284,6 +277,11 @@ def _num_cores() -> int:
 def _event(*, enable_timing: bool = False) -> torch.cuda.Event:
     """One that is waited for asleep."""
     return torch.cuda.Event(enable_timing=enable_timing, blocking=True)  # type: ignore[no-untyped-call]
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Where streams, events and pinned memory are made that do not say for which GPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _lost(device: torch.device) -> DeviceLost:

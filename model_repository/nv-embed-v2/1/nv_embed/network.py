@@ -37,7 +37,7 @@ class Network(nn.Module):
             if about_to_end and number == self.config.num_layers * 7 // 8:
                 about_to_end()
             x = layer(x, cos, sin, batch, self.attend)
-        return self.finish(x, batch)
+        return self.to_vectors(x, batch)
 
     def begin(self, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
         """What the first layer reads: token vectors [T, C], cosines and sines of positions [T, 1, D / 2] float32."""
@@ -46,7 +46,7 @@ class Network(nn.Module):
         angles = batch.position_ids.float()[:, None, None] * self.config.rope_theta**-exponents
         return functional.embedding(batch.input_ids, self.embed_tokens), angles.cos(), angles.sin()
 
-    def finish(self, x: Tensor, batch: PackedBatch) -> Tensor:
+    def to_vectors(self, x: Tensor, batch: PackedBatch) -> Tensor:
         """What the last layer returns, [T, C], to unit vectors [S, C] float32."""
         return self.pool(*self.head(x, batch.pooled_indices), batch.pooled_seqlens)
 

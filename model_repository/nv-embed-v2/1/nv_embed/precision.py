@@ -178,7 +178,7 @@ class Rounding:
         Raises:
             DeviceError: the vectors are too far from those of the network as it was.
         """
-        before, after = (self._network.finish(x, self._batch) for x in (self._before, self._after))
+        before, after = (self._network.to_vectors(x, self._batch) for x in (self._before, self._after))
         cosine = (before * after).sum(dim=1).min().item()
         name = self._precision.name
         usual = str(self._precision.dtype).removeprefix("torch.")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -133,8 +134,13 @@ def record_on_gpu(device: torch.device) -> Record:
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=pool, stream=aside):
                     outputs = compute()
-            finally:
-                torch.cuda.set_stream(here)  # a recording that fails leaves the other one
+            except BaseException:
+                # A recording that fails leaves the other stream current, and the allocator in the midst of it: it would
+                # give nothing back any more, also when memory runs out.
+                torch.cuda.set_stream(here)
+                with suppress(RuntimeError, AttributeError):
+                    torch._C._cuda_endAllocateToPool(device.index, pool)
+                raise
         return outputs, graph.replay
 
     return record
@@ -147,13 +153,16 @@ def record_batches(network: Network, choice: str, device: torch.device) -> Recor
         choice: 'on', 'off', or 'auto': as far as it works. The log says what came of it.
 
     Returns:
-        None where they are not recorded: on a CPU, which has no launches to save, and where attention goes by each
-        batch's own lengths.
+        None where they are not recorded: on a CPU, which has no launches to save, and where attention goes one text
+        after the other, by lengths that differ from batch to batch.
 
     Raises:
         DeviceError: it was asked for by name and does not work here, or the device broke.
     """
-    if choice == "off" or device.type == "cpu" or network.attend is attend_each:
+    if choice == "off" or device.type == "cpu":
+        return None
+    if network.attend is attend_each:
+        logger.info("%s: small batches not recorded, for attention goes one text after the other", device)
         return None
     try:
         recorded = RecordedBatches(network, device, record_on_gpu(device))

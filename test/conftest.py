@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from nv_embed.config import CheckpointConfig
 from serving import Server
 
@@ -21,6 +22,13 @@ PUBLISHED_TEXT_CONFIG = {
     "hidden_act": "silu",
     "sliding_window": 4096,
 }
+
+
+def pytest_collection_modifyitems(items):
+    for_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if for_gpu and not torch.cuda.is_available():
+        for item in for_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture(scope="session")

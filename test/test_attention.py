@@ -59,7 +59,7 @@ def test_a_kernel_that_computes_something_else_is_refused(kernel):
         _prove(kernel, CONFIG, CPU, torch.float32)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_gpu_computes_all_sequences_at_once(dtype):
     device = torch.device("cuda:0")

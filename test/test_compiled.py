@@ -239,16 +239,18 @@ def test_a_compiled_kernels_error_on_a_gpu_is_the_devices_only_if_nothing_comput
 # --- on a GPU -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_compiles_records_and_gives_the_rows_of_a_cpu(toy):
-    config = CheckpointConfig.load(toy)
-    plain = load(toy)
-    fast = Engine.load(toy, config, device="cuda:0", dtype="float16", compile_layers="on")
+@pytest.mark.gpu
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_gpu_compiles_records_and_gives_the_rows_of_a_cpu(toy, number):
+    if number >= torch.cuda.device_count():
+        pytest.skip(f"there is no cuda:{number}")
+    config, plain = CheckpointConfig.load(toy), load(toy)
+    fast = Engine.load(toy, config, device=f"cuda:{number}", dtype="float16", compile_layers="on")
     assert fast.is_compiled
     assert fast.recorded is not None
     random = Random(5)
-    with torch.compiler.set_stance("fail_on_recompile"):
-        for num_sequences in [1, 2, 5, 40, 1]:
-            sequences = drawn(random, num_sequences, 100)
-            rows = fast.embed(sequences)
-            assert (rows * plain.embed(sequences)).sum(axis=1).min() > 0.999
+    batches = [drawn(random, num_sequences, 100) for num_sequences in [1, 2, 5, 40, 1, 30]]
+    # One thread starts a batch while the other waits for one.
+    with torch.compiler.set_stance("fail_on_recompile"), ThreadPoolExecutor(2) as threads:
+        for rows, batch in zip(threads.map(fast.embed, batches), batches, strict=True):
+            assert (rows * plain.embed(batch)).sum(axis=1).min() > 0.999

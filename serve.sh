@@ -50,10 +50,13 @@ MODEL_REPOSITORY="$(absolute "$MODEL_REPOSITORY")"
 if [[ $RUNTIME == auto ]]; then
   if command -v tritonserver >/dev/null; then
     RUNTIME=native
-  elif [[ $real_model == yes && $DEVICE == cuda* ]] && has_gpu && docker info >/dev/null 2>&1; then
+  elif [[ $real_model == no || $DEVICE != *cuda* ]] || ! has_gpu; then
+    RUNTIME=pip
+  elif docker info >/dev/null 2>&1; then
     RUNTIME=docker
   else
     RUNTIME=pip
+    echo "RUNTIME=pip, an older Triton: expected Docker for $DEVICE, but 'docker info' fails." >&2
   fi
 fi
 case $RUNTIME in
@@ -65,7 +68,7 @@ case $RUNTIME in
       echo "ADDRESS=$ADDRESS: the pip-installed Triton 24.10 has known holes (CVE-2025-23319); use RUNTIME=docker" \
         "for anything but a trusted network." >&2
     fi
-    if [[ $DEVICE == cuda* ]] && ! has_gpu; then
+    if [[ $DEVICE == *cuda* ]] && ! has_gpu; then
       refuse "DEVICE=$DEVICE: expected an NVIDIA GPU, found none. DEVICE=cpu computes without one."
     fi
     ;;
@@ -137,7 +140,8 @@ case $RUNTIME in
     mount=$MODEL_PATH
     if [[ $MODEL_PATH == */snapshots/* ]]; then mount=${MODEL_PATH%/snapshots/*}; fi
     NV_EMBED_MODEL_PATH="/models/NV-Embed-v2${MODEL_PATH#"$mount"}"
-    command=(docker run --rm "--shm-size=$SHM_SIZE" --ulimit memlock=-1
+    # Time to stop: 20 s for what is in work, Triton's 30 s at the most.
+    command=(docker run --rm --stop-timeout 40 "--shm-size=$SHM_SIZE" --ulimit memlock=-1
       ${tls_mounts[@]+"${tls_mounts[@]}"}
       --publish "$HTTP_ADDRESS:$HTTP_PORT:8000" --publish "$ADDRESS:$GRPC_PORT:8001"
       --publish "$METRICS_ADDRESS:$METRICS_PORT:8002"

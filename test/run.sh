@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what the tests need and runs every check. Arguments go to pytest, and then only the server's tests run:
+# Installs what the tests need and runs every check. Arguments go to pytest, and then the client's tests are left out:
 #   test/run.sh -k serve
 set -euo pipefail
 

@@ -167,8 +167,9 @@ def test_docker_builds_the_image_and_runs_the_mounted_repository_on_the_gpu(serv
     assert done.returncode == 0, done.stderr
     build, run = recorded()
     assert build == ["docker", "build", "--tag", "nv-embed-triton", str(REPO)]
-    assert run[:4] == ["docker", "run", "--rm", "--shm-size=2g"]
+    assert run[:3] == ["docker", "run", "--rm"]
     assert "--shm-size=2g" in run
+    assert values(run, "--stop-timeout") == ["40"]
     assert values(run, "--ulimit") == ["memlock=-1"]
     assert values(run, "--gpus") == ["all"]
     assert values(run, "--publish") == [f"127.0.0.1:1810{i}:800{i}" for i in range(3)]
@@ -179,6 +180,16 @@ def test_docker_builds_the_image_and_runs_the_mounted_repository_on_the_gpu(serv
     assert run[image + 1 : image + 3] == ["tritonserver", "--model-repository=/model_repository"]
     assert run[-1] == "--log-verbose=1"
     assert not any(argument.startswith("--http-port") for argument in run[image:])  # inside, the ports are the usual
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "cpu,cuda:0"])
+def test_with_a_gpu_it_takes_docker_and_says_so_if_that_does_not_work(serve, recorded, tmp_path, device):
+    done = serve(programs=["docker", "nvidia-smi"], DEVICE=device, IMAGE="i")
+    assert done.returncode == 0, done.stderr
+    assert [command[:2] for command in recorded() if command[0] == "docker"] == [["docker", "info"], ["docker", "run"]]
+    (tmp_path / "bin" / "docker").write_text("#!/bin/sh\nexit 1\n")
+    done = serve(programs=["nvidia-smi"], DEVICE=device, HTTP_PORT="refused, before anything is installed")
+    assert f"RUNTIME=pip, an older Triton: expected Docker for {device}, but 'docker info' fails." in done.stderr
 
 
 def test_docker_on_the_cpu_asks_for_no_gpu_and_a_given_image_is_not_built(serve, recorded):

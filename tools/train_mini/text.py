@@ -27,6 +27,7 @@ import phrases
 TEST_SHARE = 30  # one group in so many is held out
 GENERATED = ("remix", "templates")  # near-copies of one another or of others: held out they would flatter the figures
 MAX_CHARS = 900
+NO_NOUNS = {"being", "doing", "may", "might", "while", "will"}  # WordNet counts neither auxiliaries nor conjunctions
 
 
 class Item(NamedTuple):
@@ -180,8 +181,7 @@ def remix(folder: Path) -> Iterator[tuple[str, str]]:
         word, _, rest = key.partition("%")
         kind = int(rest.split(":")[1])
         # In their first meanings; not what is more often no noun ("can"), nor "a" and "in", a letter and an inch.
-        # WordNet has neither auxiliaries nor conjunctions, so that "will" and "while" still pass.
-        mostly_noun = used[word, "1"] > 0.5 * used[word, "any"]
+        mostly_noun = used[word, "1"] > 0.5 * used[word, "any"] and word not in NO_NOUNS
         if kind in phrases.NOUNS and number == "1" and word.isalpha() and len(word) > 2 and mostly_noun:
             kinds.setdefault(kind, []).append(word)
             kind_of[word] = kind

@@ -63,7 +63,7 @@ def check_query(client: Client) -> str:
     document = client.embed_documents([QUERY])
     similarity = float(query[0] @ document[0])
     check(similarity < 0.99999, f"query and document of the same text must differ; their cosine is {similarity:.6f}")
-    return f"1 x {query.shape[1]}, float32, length 1; cosine to the same text as a document {similarity:.3f}"
+    return f"1 x {query.shape[1]}, float32, length 1; cosine to the same text as a document {similarity:.5f}"
 
 
 def check_documents(client: Client) -> str:

@@ -17,7 +17,7 @@ ROWS = [
     ("question_answer_accuracy_at_1", "30 question-answer pairs, accuracy@1"),
     ("spearman_judged_pairs", "Spearman, 40 hand-judged sentence pairs"),
     ("spearman_random_pairs", "Spearman with the teacher, 100,000 random pairs"),
-    ("spearman_near_pairs", "Spearman with the teacher, near pairs"),
+    ("spearman_near_pairs", "Spearman with the teacher, pairs that the teacher finds near"),
     ("neural_networks_margin", "margin, query on neural networks"),
     ("long_cosine_to_mean_of_parts", "long texts: cosine to the mean of the parts' teacher vectors"),
     ("untidy_cosine", "cosine of a text and its upper-case form (the student's and the teacher's tokenizers lower it)"),

@@ -61,7 +61,7 @@ class EmbedRequest:
             raise InvalidRequest.of(
                 expected="exactly one of the inputs 'query' and 'documents'",
                 got="neither" if query is None else "both",
-                remedy="send one of them; for both kinds send two requests",
+                remedy="send one of them" if query is None else "for both kinds send two requests",
             )
         raw = query if query is not None else documents
         assert raw is not None

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from nv_embed.config import CheckpointConfig
-from nv_embed.errors import DeviceError
+from nv_embed.errors import DeviceError, in_short
 from nv_embed.packing import PackedBatch
 
 logger = logging.getLogger(__name__)
@@ -64,13 +64,14 @@ def choose_attention(name: str, config: CheckpointConfig, device: torch.device, 
         attend = _flash(kernel, device, dtype)
         _prove(attend, config, device, dtype)
     except torch.AcceleratorError as error:  # nothing can be computed on this device any more
-        raise DeviceError(f"attention: {kernel} broke {device}: {error}; set attention to 'sdpa'") from None
+        raise DeviceError(f"attention: {kernel} broke {device}: {in_short(error)}; set attention to 'sdpa'") from None
     except (ImportError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+        reason = in_short(error)
         if name == "auto":
-            logger.warning("%s: attention one sequence after the other, which is slower, for: %s", device, error)
+            logger.warning("%s: attention one sequence after the other, which is slower, for: %s", device, reason)
             return attend_each
         raise DeviceError(
-            f"attention: expected {name!r} to run on {device} in {str(dtype).removeprefix('torch.')}; got: {error}; "
+            f"attention: expected {name!r} to run on {device} in {str(dtype).removeprefix('torch.')}; got: {reason}; "
             "install what is missing, or set attention to 'auto' or 'sdpa'"
         ) from None
     logger.info("%s: attention by %s", device, kernel)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nv_embed.errors import DeviceError
+from nv_embed.errors import DeviceError, in_short
 from nv_embed.network import Network
 from nv_embed.packing import pack
 from nv_embed.tokenizer import TokenSequence
@@ -68,11 +68,11 @@ def compile_network(network: Network, choice: str, device: torch.device) -> bool
         torch.compiler.set_stance("fail_on_recompile")
         _sample_vectors(network, device, _OTHER_LENGTHS)
     except torch.AcceleratorError as error:  # nothing can be computed on this device any more
-        raise DeviceError(f"compile: compiled layers broke {device}: {error}; set compile to 'off'") from None
+        raise DeviceError(f"compile: compiled layers broke {device}: {in_short(error)}; set compile to 'off'") from None
     except Exception as error:  # a compiler that is missing or fails has no error of its own
         for module, name in parts:
             module.__dict__.pop(name, None)
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        reason = f"{type(error).__name__}: {in_short(error)}"
         if choice == "auto":
             logger.warning("%s: layers not compiled, which is slower, for: %s", device, reason)
             return False

@@ -19,7 +19,7 @@ import torch
 from nv_embed.attention import choose_attention
 from nv_embed.compiled import compile_network
 from nv_embed.config import CheckpointConfig
-from nv_embed.errors import DeviceError, DeviceLost, OutOfDeviceMemory
+from nv_embed.errors import DeviceError, DeviceLost, OutOfDeviceMemory, in_short
 from nv_embed.network import Network
 from nv_embed.pace import MIN_BATCH_TOKENS
 from nv_embed.packing import pack
@@ -100,7 +100,8 @@ class Engine:
                 load_network(folder, network, target, rounding)
         except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
             raise DeviceError(
-                f"{target}: loading the weights in {precision.name} failed: {error}; see that nothing else runs on it"
+                f"{target}: loading the weights in {precision.name} failed: {in_short(error)}; see that nothing else "
+                "runs on it"
             ) from None
         return cls.of_network(network, target, compile_layers)
 

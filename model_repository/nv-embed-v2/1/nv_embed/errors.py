@@ -16,6 +16,8 @@ NVEmbedError
 
 from __future__ import annotations
 
+import textwrap
+
 
 class NVEmbedError(Exception):
     """Base of all errors raised on purpose. The message is fit for a client: no paths of code, no request text."""
@@ -68,3 +70,9 @@ class DeviceLost(RequestError):
 
 class ComputeFailed(RequestError):
     """The forward pass failed, through no fault of the caller."""
+
+
+def in_short(error: BaseException) -> str:
+    """What a library's error says first, in a line: its name where it says nothing."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return textwrap.shorten(lines[0], 240, placeholder=" ...")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nv_embed.config import CheckpointConfig
-from nv_embed.errors import DeviceError
+from nv_embed.errors import DeviceError, in_short
 from nv_embed.network import Layer, Matrix, Network
 from nv_embed.packing import pack
 from nv_embed.tokenizer import Tokenizer, TokenSequence
@@ -167,9 +167,9 @@ class Rounding:
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
         except (AttributeError, RuntimeError, ValueError) as error:  # what this torch, this device or the sizes lack
-            name = self._precision.name
+            device, name = layer.input_norm.device, self._precision.name
             raise DeviceError(
-                f"dtype: expected {name} to run on {layer.input_norm.device}; got: {error}; set dtype to 'auto'"
+                f"dtype: expected {name} to run on {device}; got: {in_short(error)}; set dtype to 'auto'"
             ) from None
 
     def check(self) -> None:

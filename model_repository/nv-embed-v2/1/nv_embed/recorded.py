@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from nv_embed.attention import attend_each
-from nv_embed.errors import DeviceError
+from nv_embed.errors import DeviceError, in_short
 from nv_embed.network import Network
 from nv_embed.packing import PackedBatch, pack
 from nv_embed.tokenizer import TokenSequence
@@ -168,17 +168,18 @@ def record_batches(network: Network, choice: str, device: torch.device) -> Recor
         recorded = RecordedBatches(network, device, record_on_gpu(device))
         recorded.check()
     except (RuntimeError, ValueError) as error:
+        reason = in_short(error)
         try:
             torch.cuda.synchronize(device)
         except torch.AcceleratorError:  # not what cannot be recorded, but whatever is computed from now on
             raise DeviceError(
-                f"compile: recording small batches broke {device}: {error}; set compile to 'off'"
+                f"compile: recording small batches broke {device}: {reason}; set compile to 'off'"
             ) from None
         if choice == "auto":
-            logger.warning("%s: small batches not recorded, which is slower, for: %s", device, error)
+            logger.warning("%s: small batches not recorded, which is slower, for: %s", device, reason)
             return None
         raise DeviceError(
-            f"compile: expected small batches to be recorded on {device}; got: {error}; set compile to 'auto' or 'off'"
+            f"compile: expected small batches to be recorded on {device}; got: {reason}; set compile to 'auto' or 'off'"
         ) from None
     logger.info("%s: batches of up to %d tokens are replayed", device, max(SIZES))
     return recorded

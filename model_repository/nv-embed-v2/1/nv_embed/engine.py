@@ -295,14 +295,22 @@ def _too_many(sequences: Sequence[TokenSequence], device: torch.device) -> str:
 
 def _existing_device(name: str) -> torch.device:
     device = torch.device(name)
-    if device.type == "cuda" and device.index >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
+    if device.type == "cuda" and device.index >= (count := torch.cuda.device_count()):
+        seen = f"only cuda:0 to cuda:{count - 1} are visible" if count else f"no CUDA device is visible{_why_no_cuda()}"
         raise DeviceError(
-            f"device: expected a device of this machine; got {name!r}, but "
-            + ("no CUDA device is visible" if count == 0 else f"only cuda:0 to cuda:{count - 1} are visible")
-            + "; correct the parameter or NV_EMBED_DEVICE ('cpu' runs anywhere), or make the GPU visible"
+            f"device: expected a device of this machine; got {name!r}, but {seen}; correct the parameter or "
+            "NV_EMBED_DEVICE ('cpu' runs anywhere), or make the GPU visible"
         )
     return device
+
+
+def _why_no_cuda() -> str:
+    """What torch says of it: that it was built without, or that the driver is missing or too old."""
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except (AssertionError, RuntimeError) as error:
+        return f" ({in_short(error)})"
+    return ""
 
 
 def _check_memory(device: torch.device, num_bytes: int, precision: Precision) -> None:

@@ -35,6 +35,8 @@ class FakeEncoder:
             raise InvalidRequest(f"text {first_index + texts.index('invalid')} is invalid")
         if "boom" in texts:
             raise RuntimeError("the tokenizer broke")
+        if "dies" in texts:
+            raise SystemExit("a thread dies")
         sequences = []
         for text in texts:
             num_tokens, _, variant = text.partition(".")
@@ -119,7 +121,7 @@ class Published:
 
 
 @contextmanager
-def running(*engines, on_fatal=lambda: None, publish=lambda values: None, **limits):
+def running(*engines, encoder=None, on_fatal=lambda: None, publish=lambda values: None, **limits):
     defaults = {
         "max_batch_tokens": 100,
         "target_batch_seconds": None,
@@ -129,7 +131,9 @@ def running(*engines, on_fatal=lambda: None, publish=lambda values: None, **limi
         "query_weight": 8,
         "cache_bytes": 0,
     }
-    batcher = Batcher(FakeEncoder(), engines, BatchLimits(**defaults | limits), on_fatal=on_fatal, publish=publish)
+    batcher = Batcher(
+        encoder or FakeEncoder(), engines, BatchLimits(**defaults | limits), on_fatal=on_fatal, publish=publish
+    )
     try:
         yield batcher
     finally:
@@ -265,24 +269,90 @@ def test_cancelled_requests_are_dropped_before_they_are_computed():
     assert engine.batches == [[1], [20]]
 
 
-def test_a_large_request_cancelled_before_it_is_tokenized_is_not_tokenized():
-    class HeldEncoder(FakeEncoder):
-        def encode(self, texts, *args, **kwargs):
-            encoded.append(len(texts))
-            assert gate.wait(WAIT_SECONDS)
-            return super().encode(texts, *args, **kwargs)
+class HeldEncoder(FakeEncoder):
+    """Holds back documents, and counts the texts of each slice."""
 
-    encoded, gate = [], threading.Event()
-    with running(FakeEngine()) as batcher:
-        batcher._encoder = HeldEncoder()
+    def __init__(self):
+        self.encoded, self.gate = [], threading.Event()
+
+    def encode(self, texts, instruction, **kwargs):
+        if texts[0] != "20":
+            self.encoded.append(len(texts))
+            assert self.gate.wait(WAIT_SECONDS)
+        return super().encode(texts, instruction, **kwargs)
+
+
+def test_a_large_request_cancelled_before_it_is_tokenized_is_not_tokenized():
+    encoder = HeldEncoder()
+    with running(FakeEngine(), encoder=encoder) as batcher:
         first = submit(batcher, 5)
-        wait_until(lambda: encoded)
+        wait_until(lambda: encoder.encoded)
         gone = submit(batcher, *distinct(1, 2000))
         gone.cancelled = True
-        gate.set()
+        encoder.gate.set()
         assert isinstance(gone.outcome(), Cancelled)
         assert first.lengths() == [5]
-    assert encoded == [1]
+    assert encoder.encoded == [1]
+
+
+def test_a_query_does_not_wait_for_documents_to_be_tokenized():
+    encoder = HeldEncoder()
+    with running(FakeEngine(), encoder=encoder) as batcher:
+        bulk = submit(batcher, 5)
+        wait_until(lambda: encoder.encoded)
+        assert submit(batcher, 20, is_query=True).lengths() == [20]
+        assert not bulk.answered.is_set()
+        encoder.gate.set()
+        assert bulk.lengths() == [5]
+
+
+def large(num_tokens, num_texts):
+    """Different texts of which no more than three make a slice."""
+    return [f"{text:<30000}" for text in distinct(num_tokens, num_texts)]
+
+
+def test_large_requests_are_tokenized_slice_by_slice_in_turn_and_keep_their_order():
+    encoder = HeldEncoder()
+    with running(FakeEngine(), encoder=encoder) as batcher:
+        first = submit(batcher, *large(1, 3), *large(2, 3), 3)
+        wait_until(lambda: encoder.encoded)
+        second, third = submit(batcher, *large(4, 4)), submit(batcher, *large(5, 5), "invalid")
+        encoder.gate.set()
+        assert first.lengths() == [1, 1, 1, 2, 2, 2, 3]
+        assert second.lengths() == [4, 4, 4, 4]
+        assert "text 5 is invalid" in str(third.outcome())
+    assert encoder.encoded == [3, 3, 3, 3, 1, 3, 1]
+
+
+def test_a_large_request_for_which_there_is_no_room_is_refused_before_all_of_it_is_tokenized():
+    engine, encoder = FakeEngine(), HeldEncoder()
+    encoder.gate.set()
+    with running(engine, encoder=encoder, max_queue_tokens=100) as batcher:
+        with held(engine, batcher, 90):
+            waits = submit(batcher, 90)
+            wait_until(lambda: batcher._num_queue_tokens == 90)
+            refused = submit(batcher, *large(5, 9)).outcome()
+        assert isinstance(refused, Unavailable)
+        assert "got 90 waiting and 15 more" in str(refused)
+        assert waits.lengths() == [90]
+    assert encoder.encoded == [1, 1, 3]
+
+
+def test_bulk_that_fills_the_queue_shuts_out_neither_queries_nor_what_is_known():
+    engine = FakeEngine()
+    with running(engine, max_queue_tokens=800, cache_bytes=10**6) as batcher:
+        assert submit(batcher, 70).lengths() == [70]
+        assert engine.started.acquire(timeout=WAIT_SECONDS)
+        with held(engine, batcher, 895):
+            bulk = submit(batcher, *distinct(80, 10))
+            wait_until(lambda: batcher._num_queue_tokens == 800)
+            assert isinstance(submit(batcher, 5).outcome(), Unavailable)
+            assert submit(batcher, 70).lengths() == [70]  # from the cache
+            queries = [submit(batcher, n, is_query=True) for n in (40, 55)]
+            wait_until(lambda: batcher._num_queue_tokens == 895)
+            assert "at most 900 tokens to wait" in str(submit(batcher, 6, is_query=True).outcome())
+        assert [query.lengths() for query in queries] == [[40], [55]]
+        assert bulk.lengths() == [80] * 10
 
 
 def test_stopping_waits_for_all_engines_together_not_one_after_the_other():
@@ -352,6 +422,21 @@ def test_a_lost_device_or_dying_thread_leaves_nobody_without_an_answer_and_asks_
         assert isinstance(waiting.outcome(), Unavailable)
         assert fatal.wait(WAIT_SECONDS)
         assert isinstance(submit(batcher, 5).outcome(), Unavailable)
+
+
+@pytest.mark.parametrize("is_query", [True, False])
+def test_a_dying_tokenizer_leaves_nobody_without_an_answer_and_asks_for_a_restart(is_query):
+    engine, fatal = FakeEngine(), threading.Event()
+    with running(engine, on_fatal=fatal.set) as batcher:
+        engine.gate.clear()
+        computing = submit(batcher, 90)
+        assert engine.started.acquire(timeout=WAIT_SECONDS)
+        fatal_one = submit(batcher, "dies", is_query=is_query)
+        assert isinstance(fatal_one.outcome(), Unavailable)
+        assert isinstance(computing.outcome(), Unavailable)
+        assert fatal.wait(WAIT_SECONDS)
+        assert not batcher.is_accepting
+        assert isinstance(submit(batcher, 5, is_query=not is_query).outcome(), Unavailable)
 
 
 def test_two_engines_share_one_queue():
@@ -687,27 +772,6 @@ def test_the_tensors_of_a_batch_that_did_not_fit_are_gone_when_its_halves_are_co
     with running(Greedy()) as batcher:
         assert isinstance(submit(batcher, *distinct(10, 8)).outcome(), Answer)
     assert len(alive) == 15
-
-
-def test_a_query_is_tokenized_before_large_requests_that_came_first():
-    class SlowEncoder(FakeEncoder):
-        def encode(self, texts, instruction, **keywords):
-            order.append(len(texts))
-            started.release()
-            assert gate.wait(WAIT_SECONDS)
-            return super().encode(texts, instruction, **keywords)
-
-    order, started, gate = [], threading.Semaphore(0), threading.Event()
-    engine = FakeEngine()
-    with running(engine) as batcher:
-        batcher._encoder = SlowEncoder()
-        replies = [submit(batcher, 1, 2, 3)]
-        assert started.acquire(timeout=WAIT_SECONDS)
-        replies += [submit(batcher, 4, 5), submit(batcher, 6, 7), submit(batcher, 8, is_query=True)]
-        gate.set()
-        for reply in replies:
-            reply.lengths()
-    assert order == [3, 1, 2, 2]
 
 
 def test_a_request_is_answered_when_its_time_is_over_not_when_the_batch_before_it_is():

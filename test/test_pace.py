@@ -50,3 +50,15 @@ def test_a_budget_that_was_set_stays():
     pace = Pace(4000, target_seconds=None)
     run(pace, 1.0)
     assert pace.max_batch_tokens == 4000
+
+
+@pytest.mark.parametrize("target_seconds", [0.2, None])
+def test_a_batch_that_did_not_fit_halves_the_budget_which_grows_again(target_seconds):
+    pace = Pace(4000, target_seconds)
+    pace.record_out_of_memory(3800)
+    pace.record_out_of_memory(3900)  # another one that had been started before
+    assert pace.max_batch_tokens == 1900
+    run(pace, 0.2 / 4000, batches=1)
+    assert 1900 < pace.max_batch_tokens < 3000
+    run(pace, 0.2 / 4000)
+    assert pace.max_batch_tokens == pytest.approx(4000, rel=0.01)

@@ -128,6 +128,10 @@ class TritonPythonModel:
             else:
                 self._batcher.submit(embed_request, reply)
 
+    def is_ready(self) -> bool:
+        """What Triton asks, from release 26.03 on, before it calls the model and itself ready."""
+        return self._batcher.is_accepting
+
     def finalize(self) -> None:
         """Triton has drained its requests by now; end the threads."""
         self._is_finalizing.set()

@@ -1,8 +1,9 @@
 """Requests in, batches to the engines, one answer for each request; knows neither torch nor Triton.
 
-Threads, each with one duty: the caller's (`submit`), one that tokenizes, those that compute, one that answers. A
-request's texts may be spread over many batches; it is answered when the last is computed, or as a whole by the first
-error. Waiting is bounded three times: in bytes until tokenized, in tokens from then on, and in time.
+Threads, each with one duty: the caller's (`submit`), one that tokenizes queries and one that tokenizes documents,
+those that compute, one that answers. A request's texts may be spread over many batches; it is answered when the last
+is computed, or as a whole by the first error. Waiting is bounded three times: in bytes until tokenized, in tokens from
+then on, and in time.
 """
 
 from __future__ import annotations
@@ -42,13 +43,15 @@ from nv_embed.vector_cache import VectorCache
 
 logger = logging.getLogger(__name__)
 
-# A request is tokenized in slices of about this much, in turn with the others, so that none waits for a huge one.
+# Documents are tokenized in slices of about this much, one request in turn with the others, so that none waits for a
+# huge one.
 _SLICE_CHARACTERS = 64 * 1024
 _WORTH_ASKING_CHARACTERS = 4096
 _LAST_BATCH_SECONDS = 3.0
 _PUBLISH_SECONDS = 0.2  # from an event to its metrics: each value published costs as much as a short query ...
 _OVERDUE_SECONDS = 1.0  # ... so answers go first, but not for longer than this
 _STOP = "the time the server has to stop"
+_QUERY_RESERVE = 8  # what may wait is an eighth more for queries: bulk that fills the queue does not shut them out
 
 Vector: TypeAlias = npt.NDArray[np.float32]  # [dim]
 # Waits for a batch that was started; returns its vectors, a row for each sequence, and the seconds it took.
@@ -138,6 +141,14 @@ class _Computation:
         return any(not job.is_finished for job, _ in self.rows)
 
 
+@dataclass(slots=True, eq=False)
+class _Intake:
+    """Where requests of one kind wait to be tokenized."""
+
+    arrived: Condition  # there is something to tokenize, or to stop for
+    jobs: deque[_Job] = field(default_factory=deque)
+
+
 class Batcher:
     """Owns every request from `submit` until its answer."""
 
@@ -165,11 +176,9 @@ class Batcher:
         self._metrics = Recorder()
         self._query_flow = Flow(limits.query_weight, kind="queries")
         self._lock = RLock()  # guards everything below
-        self._arrived = Condition(self._lock)  # there is something to tokenize, or to stop for
         self._queued = Condition(self._lock)  # there is something to compute, or to stop for
-        # Queries first: tokenizing one takes no time, but a slice of each large request before it would.
-        self._untokenized_queries: deque[_Job] = deque()
-        self._untokenized_documents: deque[_Job] = deque()
+        # Each with a thread of its own: neither waits for the other, a query least of all for a slice of bulk.
+        self._queries, self._documents = (_Intake(Condition(self._lock)) for _ in range(2))
         self._queue: FairQueue[_Computation] = FairQueue()
         self._in_flight: dict[bytes, _Computation] = {}  # waiting or being computed
         self._cache = VectorCache(limits.cache_bytes)
@@ -183,7 +192,10 @@ class Batcher:
         self._refuse_at = math.inf  # when what is unfinished is refused, once the server is about to stop
         self._is_stopping = False
         self._outbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._workers = [self._start("tokenize", self._tokenize_loop)]
+        self._workers = [
+            self._start("tokenize-queries", partial(self._tokenize_loop, self._queries)),
+            self._start("tokenize-documents", partial(self._tokenize_loop, self._documents)),
+        ]
         self._workers += [
             self._start(f"compute-{i}", partial(self._compute_loop, engine)) for i, engine in enumerate(engines)
         ]
@@ -195,7 +207,7 @@ class Batcher:
         with self._lock:
             self._num_unanswered += 1
             self._jobs.add(job)
-            limit = self._limits.max_queue_bytes
+            limit = self._limit(self._limits.max_queue_bytes, request)
             if self._is_stopping:
                 self._finish(job, _stopping())
             elif self._num_queue_bytes + request.num_bytes > limit:
@@ -204,14 +216,20 @@ class Batcher:
                     job, Unavailable(f"expected at most {limit} bytes of text to wait; {waiting}; retry later")
                 )
             else:
-                (self._untokenized_queries if request.is_query else self._untokenized_documents).append(job)
+                intake = self._queries if request.is_query else self._documents
+                intake.jobs.append(job)
                 self._num_queue_bytes += request.num_bytes
                 self._add_deadline(job, job.arrived + self._limits.max_queue_seconds, "max_queue_milliseconds")
                 if request.timeout_seconds is not None:
                     self._add_deadline(job, job.arrived + request.timeout_seconds, "the request's timeout")
                 if self._refuse_at < math.inf:
                     self._add_deadline(job, self._refuse_at, _STOP)
-                self._arrived.notify()
+                intake.arrived.notify()
+
+    @property
+    def is_accepting(self) -> bool:
+        """Whether a request that came now could be answered with vectors."""
+        return not self._is_stopping and self._refuse_at == math.inf
 
     def refuse(self, reply: Reply, error: RequestError) -> None:
         """Answer, and count, a request that could not be understood."""
@@ -229,7 +247,7 @@ class Batcher:
             self._refuse_at = time.monotonic() + seconds
             for job in self._jobs:
                 self._add_deadline(job, self._refuse_at, _STOP)
-            self._arrived.notify()  # who tokenizes looks after the deadlines, too
+            self._documents.arrived.notify()  # who tokenizes looks after the deadlines, too
             return self._num_unanswered
 
     def stop(self) -> None:
@@ -243,22 +261,22 @@ class Batcher:
 
     # --- tokenizing -------------------------------------------------------------------------------------
 
-    def _tokenize_loop(self) -> None:
+    def _tokenize_loop(self, intake: _Intake) -> None:
         while True:
             with self._lock:
-                while not (self._untokenized_queries or self._untokenized_documents or self._is_stopping):
-                    self._arrived.wait(self._expire())
+                while not (intake.jobs or self._is_stopping):
+                    intake.arrived.wait(self._expire())
                 if self._is_stopping:
                     return
                 self._expire()
-                job = (self._untokenized_queries or self._untokenized_documents).popleft()
+                job = intake.jobs.popleft()
             is_complete = self._tokenize_slice(job)
             with self._lock:
                 if is_complete:
                     self._num_queue_bytes -= job.request.num_bytes
                     self._admit(job)
                 else:
-                    self._untokenized_documents.append(job)  # a query is always one slice
+                    intake.jobs.append(job)
 
     def _tokenize_slice(self, job: _Job) -> bool:
         """Returns whether nothing is left to tokenize."""
@@ -284,6 +302,8 @@ class Batcher:
                     got=f"{job.num_tokens} or more",
                     remedy="split the request",
                 )
+            if stop < len(request.texts):  # no use to tokenize the rest of what cannot wait
+                self._check_room(job, job.num_tokens)
         except RequestError as error:
             self._finish(job, error)
         except Exception:
@@ -296,14 +316,22 @@ class Batcher:
         """Queue a tokenized job, all of it or nothing. The lock is held."""
         if job.is_finished:
             return
-        limit = self._limits.max_queue_tokens
-        if self._num_queue_tokens + job.num_tokens > limit:
-            waiting = f"got {self._num_queue_tokens} waiting and {job.num_tokens} more"
-            self._finish(job, Unavailable(f"expected at most {limit} tokens to wait; {waiting}; retry later"))
+        vectors = [self._cache.get(own.key) for own in job.computations]
+        try:
+            self._check_room(
+                job,
+                sum(
+                    own.sequence.num_tokens
+                    for own, vector in zip(job.computations, vectors, strict=True)
+                    if vector is None
+                ),
+            )
+        except Unavailable as error:
+            self._finish(job, error)
             return
         job.num_missing = len(job.computations)
-        for index, own in enumerate(list(job.computations)):
-            if (vector := self._cache.get(own.key)) is not None:
+        for index, (own, vector) in enumerate(zip(list(job.computations), vectors, strict=True)):
+            if vector is not None:
                 self._metrics.add(Metric.TEXTS, source="cached")
                 self._fill(job, index, vector)
                 continue
@@ -318,6 +346,17 @@ class Batcher:
                 job.num_queue_tokens += num_tokens
                 self._num_queue_tokens += num_tokens
         self._queued.notify()
+
+    def _check_room(self, job: _Job, num_tokens: int) -> None:
+        """Raises Unavailable if so many tokens more may not wait."""
+        limit = self._limit(self._limits.max_queue_tokens, job.request)
+        if num_tokens and self._num_queue_tokens + num_tokens > limit:
+            waiting = f"got {self._num_queue_tokens} waiting and {num_tokens} more"
+            raise Unavailable(f"expected at most {limit} tokens to wait; {waiting}; retry later")
+
+    @staticmethod
+    def _limit(limit: int, request: EmbedRequest) -> int:
+        return limit + limit // _QUERY_RESERVE if request.is_query else limit
 
     # --- computing --------------------------------------------------------------------------------------
 
@@ -356,7 +395,8 @@ class Batcher:
             for computation in batch:
                 if not computation.is_wanted:
                     self._drop(computation)
-        return [computation for computation in batch if computation.is_wanted]
+            # Under the same lock: what is neither dropped nor computed would never be again.
+            return [computation for computation in batch if computation.is_wanted]
 
     def _take(self, max_batch_tokens: int) -> list[_Computation]:
         """The next batch. The lock is held."""
@@ -406,6 +446,7 @@ class Batcher:
             self._fail(batch[0], OutOfDeviceMemory(f"expected texts that fit on the device; got {out_of_memory}"))
             return
         self._metrics.add(Metric.OUT_OF_MEMORY)
+        pace.record_out_of_memory(num_tokens)
         logger.warning("%s; computing them in halves", out_of_memory)
         for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
             with ExitStack() as next_turn:
@@ -535,7 +576,8 @@ class Batcher:
             self._is_stopping = True
             for job in list(self._jobs):
                 self._finish(job, _stopping())
-            self._arrived.notify_all()
+            for intake in (self._queries, self._documents):
+                intake.arrived.notify_all()
             self._queued.notify_all()
 
     def _start(self, name: str, loop: Callable[[], None]) -> Thread:

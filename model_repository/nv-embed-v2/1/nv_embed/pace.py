@@ -20,7 +20,7 @@ class Pace:
         """
         Args:
             most_tokens: what the budget begins with and never exceeds.
-            target_seconds: how long a full batch may take; None keeps the budget as it is.
+            target_seconds: how long a full batch may take; None: any time.
         """
         self._most_tokens = most_tokens
         self._target_seconds = target_seconds
@@ -36,8 +36,12 @@ class Pace:
         Neither one below half the budget nor a single text beyond it, which is computed alone whatever the budget,
         says anything about a full batch.
         """
-        if self._target_seconds is None or not self._tokens / 2 <= num_tokens <= self._tokens:
+        if not self._tokens / 2 <= num_tokens <= self._tokens:
             return
-        fitting = num_tokens * self._target_seconds / seconds
+        fitting = self._most_tokens if self._target_seconds is None else num_tokens * self._target_seconds / seconds
         tokens = self._tokens + _SMOOTHING * (fitting - self._tokens)
         self._tokens = min(max(tokens, MIN_BATCH_TOKENS), self._most_tokens)
+
+    def record_out_of_memory(self, num_tokens: int) -> None:
+        """Take note of a batch that did not fit: half of it is the budget, which grows again from there."""
+        self._tokens = min(max(num_tokens / 2, MIN_BATCH_TOKENS), self._tokens)

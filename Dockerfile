@@ -29,8 +29,8 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=15m --retries=3 \
   CMD curl --fail --silent --output /dev/null http://127.0.0.1:8000/v2/health/ready
 
 # As process 1 the server would ignore SIGTERM while it loads, and nothing inside could kill it. tini is process 1, and
-# NVIDIA's entry point, which prints what it finds of driver and GPU, becomes the command.
-ENTRYPOINT ["tini", "--", "/opt/nvidia/nvidia_entrypoint.sh"]
+# NVIDIA's entry point, which prints what it finds of driver and GPU, becomes the command. -s: fine below another init.
+ENTRYPOINT ["tini", "-s", "--", "/opt/nvidia/nvidia_entrypoint.sh"]
 
 # Administrative protocols need the key, one drawn at the start unless ADMIN_KEY gives it.
 CMD ["bash", "-c", "key=shared-memory,model-config,model-repository,statistics,trace,logging:nv-embed-admin=${ADMIN_KEY:-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \\n')}; exec tritonserver --model-repository=/model_repository --model-control-mode=none --disable-auto-complete-config --exit-timeout-secs=30 --grpc-restricted-protocol=$key --http-restricted-api=$key"]

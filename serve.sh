@@ -64,10 +64,12 @@ case $RUNTIME in
   docker) command -v docker >/dev/null || refuse "RUNTIME=docker: expected docker on PATH, found none." ;;
   pip)
     ADDRESS=${ADDRESS:-127.0.0.1}
-    if [[ $ADDRESS != 127.* && $ADDRESS != localhost ]]; then
-      echo "ADDRESS=$ADDRESS: the pip-installed Triton 24.10 has known holes (CVE-2025-23319); use RUNTIME=docker" \
-        "for anything but a trusted network." >&2
-    fi
+    for setting in ADDRESS METRICS_ADDRESS; do
+      if [[ -n ${!setting} && ${!setting} != 127.* && ${!setting} != localhost ]]; then
+        echo "$setting=${!setting}: the pip-installed Triton 24.10 has known holes (CVE-2025-23319); use" \
+          "RUNTIME=docker for anything but a trusted network." >&2
+      fi
+    done
     if [[ $DEVICE == *cuda* ]] && ! has_gpu; then
       refuse "DEVICE=$DEVICE: expected an NVIDIA GPU, found none. DEVICE=cpu computes without one."
     fi
@@ -132,8 +134,9 @@ case $RUNTIME in
       "${addresses[@]}" "${settings[@]}")
     ;;
   docker)
+    init=--init  # as process 1 the server could not be killed from inside; the image built here has an init of its own
     if [[ -z $IMAGE ]]; then
-      IMAGE=nv-embed-triton
+      IMAGE=nv-embed-triton init=
       docker build --tag "$IMAGE" "$repo" >&2  # seconds when nothing changed
     fi
     # A snapshot in Hugging Face's cache is links to ../../blobs: mount both.
@@ -141,7 +144,7 @@ case $RUNTIME in
     if [[ $MODEL_PATH == */snapshots/* ]]; then mount=${MODEL_PATH%/snapshots/*}; fi
     NV_EMBED_MODEL_PATH="/models/NV-Embed-v2${MODEL_PATH#"$mount"}"
     # Time to stop: 20 s for what is in work, Triton's 30 s at the most.
-    command=(docker run --rm --stop-timeout 40 "--shm-size=$SHM_SIZE" --ulimit memlock=-1
+    command=(docker run --rm ${init:+"$init"} --stop-timeout 40 "--shm-size=$SHM_SIZE" --ulimit memlock=-1
       ${tls_mounts[@]+"${tls_mounts[@]}"}
       --publish "$HTTP_ADDRESS:$HTTP_PORT:8000" --publish "$ADDRESS:$GRPC_PORT:8001"
       --publish "$METRICS_ADDRESS:$METRICS_PORT:8002"

@@ -28,7 +28,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -255,8 +256,9 @@ def check_alike(
     """Two networks that do not compute the same are not worth a comparison."""
     texts = sequences([40, 25, 33], config.vocab_size, seed, NUM_MASKED)
     ours = torch.from_numpy(engine.embed(texts))
-    theirs = baseline.embed([text.input_ids.tolist() for text in texts], NUM_MASKED).cpu()
-    cosine = (ours * theirs).sum(1).min().item()
+    rows = [text.input_ids.tolist() for text in texts]
+    padded, alone = baseline.embed(rows, NUM_MASKED), torch.cat([baseline.embed([row], NUM_MASKED) for row in rows])
+    cosine = min((ours * theirs.cpu()).sum(1).min().item() for theirs in (padded, alone))
     if not cosine >= least_cosine:
         raise SystemExit(f"expected the same vectors from both sides; got a cosine of {cosine:.5f}")
 
@@ -375,10 +377,21 @@ def machine(device: torch.device, dtype: str) -> dict[str, Any]:
         "dtype": dtype,
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "transformers": version("transformers"),
         "cuda": torch.version.cuda,
-        "date": datetime.now(UTC).date().isoformat(),
+        "driver": driver() if device.type == "cuda" else None,
+        "date": datetime.now(timezone.utc).date().isoformat(),
         "commit": commit.stdout.strip() or None,
     }  # fmt: skip
+
+
+def driver() -> str | None:
+    """Of the NVIDIA GPUs."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
 
 
 def table(result: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
@@ -69,7 +69,7 @@ def main() -> None:
     )
     print(json.dumps(result | {
         "device": torch.cuda.get_device_name(arguments.device) if arguments.device != "cpu" else platform.processor(),
-        "layers": arguments.layers, "torch": torch.__version__, "date": datetime.now(UTC).date().isoformat(),
+        "layers": arguments.layers, "torch": torch.__version__, "date": datetime.now(timezone.utc).date().isoformat(),
     }))  # fmt: skip
 
 

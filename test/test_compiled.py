@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import count
 from random import Random
 
 import numpy as np
@@ -59,6 +61,22 @@ def test_compiled_layers_give_the_same_rows_for_any_number_of_tokens_without_com
             np.testing.assert_allclose(rows, plain.embed(sequences), atol=1e-5)
     one_token = [TokenSequence(np.array([5], dtype=np.int32), 0)]  # another program to torch, so computed as it stands
     np.testing.assert_allclose(fast.embed(one_token), plain.embed(one_token), atol=1e-5)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch compiles for a CPU with g++")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(("dtype", "least_cosine"), [("int8", 0.999), ("float8", 0.98)])
+def test_layers_of_8_bits_compile_too(mini, dtype, least_cosine):
+    config = CheckpointConfig.load(mini)
+    fast, plain = (
+        Engine.load(mini, config, device="cpu", dtype=dtype, compile_layers=choice) for choice in ("on", "off")
+    )
+    assert fast.is_compiled
+    random = Random(6)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for num_sequences in (1, 4, 20):
+            sequences = drawn(random, num_sequences, 100)
+            assert (fast.embed(sequences) * plain.embed(sequences)).sum(axis=1).min() > least_cosine
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch compiles for a CPU with g++")
@@ -151,8 +169,10 @@ def test_a_replayed_batch_gives_the_same_rows_whatever_was_replayed_before(toy, 
     random = Random(4)
     for num_sequences in [1, 2, 5, 1, 12, 30, 3]:
         sequences = drawn(random, num_sequences, 512 // num_sequences)
-        rows = replayed(sequences)
+        marks = count()
+        rows = replayed(sequences, partial(next, marks))
         assert rows is not None
+        assert next(marks) == 1
         np.testing.assert_allclose(rows.numpy(), plain.embed(sequences), atol=1e-5)
 
 
@@ -161,7 +181,8 @@ def test_a_batch_without_room_in_any_recording_is_not_replayed(recordable):
     replayed = RecordedBatches(recordable, CPU, record, sizes=(64, 128))
     full = [TokenSequence(np.full(128, 5, dtype=np.int32), 0)]
     assert replayed(full) is not None  # nothing is left to fill up
-    assert replayed([TokenSequence(np.full(129, 5, dtype=np.int32), 0)]) is None
+    too_many = [TokenSequence(np.full(129, 5, dtype=np.int32), 0)]
+    assert replayed(too_many, partial(pytest.fail, "nothing is about to end")) is None
     short = TokenSequence(np.full(2, 5, dtype=np.int32), 0)
     assert replayed([short] * 8) is not None
     assert replayed([short] * 9) is None  # sequences
@@ -240,6 +261,7 @@ def test_a_compiled_kernels_error_on_a_gpu_is_the_devices_only_if_nothing_comput
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_gpu_compiles_records_and_gives_the_rows_of_a_cpu(toy, number):
     if number >= torch.cuda.device_count():

@@ -17,7 +17,6 @@ from nv_embed.requests import QUERY_INSTRUCTION
 from nv_embed.tokenizer import Tokenizer
 from safetensors.torch import load_file, save_file
 from serving import Server
-from torch.nn import functional
 
 STORED = {"int8": torch.int8, "float8": torch.float8_e4m3fn}
 
@@ -85,7 +84,7 @@ def test_a_gpu_without_float8_is_named(mini, monkeypatch):
 
 
 def test_a_torch_without_float8_is_said(mini, monkeypatch):
-    monkeypatch.delattr(functional, "scaled_mm")
+    monkeypatch.delattr(torch, "_scaled_mm")
     with pytest.raises(DeviceError, match=r"expected float8 to run on cpu; got: .*scaled_mm.*; set dtype to 'auto'"):
         load(mini, "float8")
 

@@ -16,6 +16,7 @@ REPO = Path(__file__).resolve().parent.parent
 SERVE = REPO / "serve.sh"
 SETTINGS = (
     *("MODEL_PATH", "DEVICE", "HTTP_PORT", "GRPC_PORT", "METRICS_PORT", "ADDRESS", "RUNTIME", "VENV", "IMAGE"),
+    *("METRICS_ADDRESS", "TLS_CERT", "TLS_KEY", "TLS_CLIENT_CA"),
     *("MODEL_REPOSITORY", "SHM_SIZE", "SHM_BYTES", "MALLOC_ARENA_MAX", "PYTHON"),
 )
 # Writes its name and arguments as one JSON line, like the programs it stands for would receive them.
@@ -168,6 +169,7 @@ def test_docker_builds_the_image_and_runs_the_mounted_repository_on_the_gpu(serv
     build, run = recorded()
     assert build == ["docker", "build", "--tag", "nv-embed-triton", str(REPO)]
     assert run[:3] == ["docker", "run", "--rm"]
+    assert "--init" not in run  # the image has one
     assert "--shm-size=2g" in run
     assert values(run, "--stop-timeout") == ["40"]
     assert values(run, "--ulimit") == ["memlock=-1"]
@@ -197,6 +199,31 @@ def test_docker_on_the_cpu_asks_for_no_gpu_and_a_given_image_is_not_built(serve,
     (run,) = recorded()
     assert "--gpus" not in run
     assert "registry/triton:1" in run
+    assert "--init" in run[: run.index("registry/triton:1")]
+
+
+@pytest.mark.parametrize("setting", ["ADDRESS", "METRICS_ADDRESS"])
+def test_the_pip_installed_triton_is_not_exposed_without_a_warning(serve, setting):
+    stop = {"RUNTIME": "pip", "HTTP_PORT": "refused, before anything is installed"}
+    warning = f"{setting}=0.0.0.0: the pip-installed Triton 24.10 has known holes"
+    assert warning in serve(**stop, **{setting: "0.0.0.0"}).stderr
+    for unexposed in (stop, stop | {setting: "127.0.0.2"}, stop | {"RUNTIME": "docker", setting: "0.0.0.0"}):
+        assert "known holes" not in serve(programs=["docker"], **unexposed).stderr
+
+
+def test_metrics_have_an_address_of_their_own_and_tls_keeps_http_on_this_machine(serve, recorded, tmp_path):
+    for name in ("cert", "key"):
+        (tmp_path / name).touch()
+    done = serve(
+        programs=["tritonserver"], METRICS_ADDRESS="127.0.0.2", TLS_CERT=tmp_path / "cert", TLS_KEY=tmp_path / "key"
+    )
+    assert done.returncode == 0, done.stderr
+    (command,) = recorded()
+    for argument in ("--http-address=127.0.0.1", "--grpc-address=0.0.0.0", "--metrics-address=127.0.0.2"):
+        assert argument in command
+    assert f"--grpc-server-cert={tmp_path / 'cert'}" in command
+    assert "--grpc-use-ssl=true" in command
+    assert not any("mutual" in argument for argument in command)
 
 
 def test_a_hugging_face_snapshot_is_mounted_with_the_blobs_its_links_lead_to(serve, recorded, tmp_path):

@@ -36,10 +36,12 @@ def attend_each(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch) -> Tensor:
     for seqlen in batch.seqlens:
         rows = slice(start, start + seqlen)
         # [1, heads, seqlen, head_dim]: SDPA wants the sequence next to last
-        out[rows] = functional.scaled_dot_product_attention(
-            q[rows].transpose(0, 1)[None], k[rows].transpose(0, 1)[None], v[rows].transpose(0, 1)[None],
-            enable_gqa=True,
-        )[0].transpose(0, 1)  # fmt: skip
+        q_text, k_text, v_text = (x[rows].transpose(0, 1)[None] for x in (q, k, v))
+        if q.is_cuda:  # where its only kernel for grouped heads is missing, it would hold every score
+            groups = q.shape[1] // k.shape[1]
+            k_text, v_text = (x.repeat_interleave(groups, dim=1) for x in (k_text, v_text))
+        attended = functional.scaled_dot_product_attention(q_text, k_text, v_text, enable_gqa=not q.is_cuda)
+        out[rows] = attended[0].transpose(0, 1)
         start += seqlen
     return out
 
@@ -55,10 +57,9 @@ def choose_attention(name: str, config: CheckpointConfig, device: torch.device, 
     Raises:
         DeviceError: the kernel named is missing, does not run here or computes something else.
     """
-    if name == "sdpa":
+    if name == "sdpa" or (name == "auto" and device.type == "cpu"):  # nothing else runs there
+        logger.info("%s: attention one sequence after the other", device)
         return attend_each
-    if name == "auto" and device.type == "cpu":
-        return attend_each  # nothing else runs there
     kernel = "varlen" if name == "auto" else name
     try:
         attend = _flash(kernel, device, dtype)

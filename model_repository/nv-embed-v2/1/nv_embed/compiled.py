@@ -18,11 +18,11 @@ from torch import Tensor
 from nv_embed.errors import DeviceError, in_short
 from nv_embed.network import Network
 from nv_embed.packing import pack
+from nv_embed.precision import least_cosine_of_repeats
 from nv_embed.tokenizer import TokenSequence
 
 logger = logging.getLogger(__name__)
 
-_LEAST_COSINE = 0.999  # of a vector to the one before; half precision rounds elsewhere than before, no more
 _SAMPLE_LENGTHS = (5, 40, 300)
 _OTHER_LENGTHS = (2, 70)
 _MOST_VERSIONS = 64  # of what is compiled: one for each device
@@ -61,7 +61,7 @@ def compile_network(network: Network, choice: str, device: torch.device) -> bool
         for (module, name), function in zip(parts, compiled, strict=True):
             setattr(module, name, partial(_with_dynamic_rows, function))
         cosine = (before * _sample_vectors(network, device, _SAMPLE_LENGTHS)).sum(dim=1).min().item()
-        if not cosine >= _LEAST_COSINE:  # NaN is not, either
+        if not cosine >= least_cosine_of_repeats(network):  # NaN is not, either
             raise ValueError(f"its vectors have a cosine of {cosine:.5f} to those of the network as it was")
         for (module, name), function in zip(parts, compiled, strict=True):
             setattr(module, name, function)

@@ -159,11 +159,9 @@ class Engine:
         with self._errors(sequences), _current(self.device):
             begun, ended = (_event(enable_timing=True) for _ in range(2))
             begun.record()
-            vectors = self.recorded(sequences) if self.recorded else None
+            vectors = self.recorded(sequences, self._little_left.record) if self.recorded else None
             if vectors is None:
                 vectors = self.network(pack(sequences, self.device), self._little_left.record)
-            else:
-                self._little_left.record()
             on_host = torch.empty(vectors.shape, dtype=vectors.dtype, pin_memory=True)
             on_host.copy_(vectors, non_blocking=True)
             ended.record()

@@ -144,8 +144,8 @@ class LatentPooling(nn.Module):
 
     def mean(self, x: Tensor, mlp: Tensor, pooled_seqlens: tuple[int, ...]) -> Tensor:
         """What `forward` returns, to [S, C] float32."""
-        mlp = _mean(mlp, pooled_seqlens)
-        return _mean(x, pooled_seqlens) + functional.linear(mlp, self.mlp_out_weight.float(), self.mlp_out_bias.float())
+        mlp = _mean(mlp, pooled_seqlens).to(x.dtype)  # not the weight to float32: that would take longer than this
+        return _mean(x, pooled_seqlens) + functional.linear(mlp, self.mlp_out_weight, self.mlp_out_bias)
 
 
 def _parameter(*shape: int) -> nn.Parameter:

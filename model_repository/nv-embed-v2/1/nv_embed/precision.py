@@ -69,10 +69,18 @@ class Float8Matrix(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: [T, inputs] bfloat16 to [T, outputs]."""
         rounded, scale = _scaled(x, torch.finfo(_FLOAT8).max)
-        by_row = functional.ScalingType.RowWise
-        return functional.scaled_mm(
-            rounded.to(_FLOAT8), self.weight.t(), scale, by_row, self.scale.t(), by_row, output_dtype=x.dtype
-        )
+        # Not functional.scaled_mm, the same by its public name: torch 2.11 cannot compile that.
+        product: Tensor = torch._scaled_mm(
+            rounded.to(_FLOAT8), self.weight.t(), scale, self.scale.t(), out_dtype=x.dtype,
+            use_fast_accum=True,  # some bits less, as is usual where nothing is trained
+        )  # fmt: skip
+        return product
+
+
+def least_cosine_of_repeats(network: Network) -> float:
+    """Of a vector to the same one computed by other kernels, which round elsewhere."""
+    # An input between two of the few numbers of float8 may go to either.
+    return 0.98 if any(isinstance(module, Float8Matrix) for module in network.modules()) else 0.999
 
 
 def _scaled(rows: Tensor, largest: float) -> tuple[Tensor, Tensor]:

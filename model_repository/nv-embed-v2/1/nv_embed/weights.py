@@ -113,6 +113,11 @@ def fill_network(
     logger.info("loaded %.2f GB of weights in %.1f s", _num_bytes(network) / 1e9, time.monotonic() - progress.started)
 
 
+def _on_device(mapped: Tensor, device: torch.device) -> Tensor:
+    """Through pinned memory, so that the file is read while what was read before is copied; numbers as they are."""
+    return mapped.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else mapped
+
+
 def _num_bytes(network: Network) -> int:
     return sum(parameter.nbytes for parameter in network.parameters())
 
@@ -125,7 +130,7 @@ class _Progress:
         self.started = self._reported = time.monotonic()
 
     def copy(self, source: Any, place: Tensor) -> None:
-        place.copy_(source[:])
+        place.copy_(_on_device(source[:], place.device))
         self.num_bytes += place.nbytes
         if time.monotonic() - self._reported > _PROGRESS_SECONDS:
             self._reported = time.monotonic()
@@ -175,7 +180,7 @@ def _fold_cross_attention(network: Network, tensors: Mapping[str, Any]) -> None:
     def read(name: str, *where: slice) -> Tensor:
         source = tensors[_CROSS_ATTENTION + name if name.startswith(("fn.", "norm")) else name]
         tensor: Tensor = source[where or slice(None)]
-        return tensor.to(pooling.keys.device, torch.float32)
+        return _on_device(tensor, pooling.keys.device).float()
 
     context = functional.layer_norm(
         read("latent_attention_model.latents"),

@@ -56,8 +56,12 @@ class PaddedNetwork:
         input_ids = torch.tensor(padded, device=self._device)  # [B, L]
         lengths = torch.tensor([len(row) for row in rows], device=self._device)[:, None]
         exists = torch.arange(width, device=self._device) < lengths
-        # A mask of four dimensions is used as it is; any other would be made causal.
-        mask = exists[:, None, None, :].expand(-1, 1, width, -1)
+        # A mask of four dimensions is used as it is; any other would be made causal. Without padding there is none, as
+        # in the published code, and SDPA may take its fastest kernel.
+        is_padded = min(map(len, rows)) < width
+        mask = exists[:, None, None, :].expand(-1, 1, width, -1) if is_padded else None
+        for layer in self._mistral.layers:
+            layer.self_attn.is_causal = False
         hidden = self._mistral(input_ids=input_ids, attention_mask=mask).last_hidden_state  # [B, L, C]
         pooled = exists.clone()
         pooled[:, :num_masked] = False

@@ -191,7 +191,7 @@ class Server:
             await asyncio.gather(
                 *(
                     (_open_loop if stream.rate else _closed_loop)(
-                        stream, requests_of(stream, seed), call, start, start + seconds, samples[stream.name]
+                        stream, seed, call, start, start + seconds, samples[stream.name]
                     )
                     for stream in load
                 )
@@ -199,9 +199,9 @@ class Server:
         return samples
 
 
-async def _closed_loop(
-    stream: Stream, requests: Iterator[list[str]], call: Any, start: float, until: float, sample: Sample
-) -> None:
+async def _closed_loop(stream: Stream, seed: str, call: Any, start: float, until: float, sample: Sample) -> None:
+    requests = requests_of(stream, seed)
+
     async def client() -> None:
         while time.monotonic() < until:
             await _ask(stream, next(requests), call, start, time.monotonic(), sample)
@@ -209,10 +209,8 @@ async def _closed_loop(
     await asyncio.gather(*(client() for _ in range(stream.num_clients)))
 
 
-async def _open_loop(
-    stream: Stream, requests: Iterator[list[str]], call: Any, start: float, until: float, sample: Sample
-) -> None:
-    random, due, asked = Random(f"{stream.name} {stream.rate}"), start, []
+async def _open_loop(stream: Stream, seed: str, call: Any, start: float, until: float, sample: Sample) -> None:
+    requests, random, due, asked = requests_of(stream, seed), Random(f"{seed} {stream.name}"), start, []
     while (due := due + random.expovariate(stream.rate)) < until:
         await asyncio.sleep(max(0.0, due - time.monotonic()))
         asked.append(asyncio.ensure_future(_ask(stream, next(requests), call, start, due, sample)))
@@ -495,8 +493,11 @@ def measure(
     return samples, {name: statistics.median(seconds) for name, seconds in passes.items()}
 
 
-def token_counter(checkpoint: Path) -> Callable[[Sequence[str], bool], int] | None:
+def token_counter(checkpoint: Path | None) -> Callable[[Sequence[str], bool], int] | None:
     """Counts tokens as the network is fed them; None where the checkpoint's tokenizer is not at hand."""
+    if checkpoint is None:
+        progress("no tokens/s: --checkpoint says by whose tokenizer")
+        return None
     try:
         from tokenizers import Tokenizer
 
@@ -651,8 +652,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     who.add_argument("--baseline-url", help="of a second one, to compare with")
     who.add_argument("--compare", action="store_true", help="start this server and the baseline, measure both")
     who.add_argument("--engine", action="store_true", help="measure the bare engine too")
-    who.add_argument("--checkpoint", type=Path, default=ROOT / "checkpoints" / "nv-embed-mini",
-                     help="of --compare and --engine, and for counting tokens (%(default)s)")  # fmt: skip
+    who.add_argument("--checkpoint", type=Path,
+                     help="what is served, to count its tokens; --compare, --engine: nv-embed-mini")  # fmt: skip
     who.add_argument("--device", default="cpu", help="of --compare and --engine (%(default)s)")
     what = parser.add_argument_group("what is asked")
     names = ("query", "open", "documents", "mixed")
@@ -675,6 +676,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     how.add_argument("--plot", type=Path, help="write a picture there; needs matplotlib")
     arguments = parser.parse_args(argv)
     arguments.loads = arguments.loads.split(",")
+    if arguments.compare or arguments.engine:
+        arguments.checkpoint = arguments.checkpoint or ROOT / "checkpoints" / "nv-embed-mini"
     if unknown := set(arguments.loads) - set(names):
         parser.error(f"--loads: expected some of {','.join(names)}, got {','.join(sorted(unknown))}")
     if arguments.quick:

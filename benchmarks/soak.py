@@ -60,6 +60,7 @@ from serving import (
 )
 from tritonclient.grpc import service_pb2 as pb
 
+NUM_UNICODE = 60
 STREAM_METHOD = "/inference.GRPCInferenceService/ModelStreamInfer"
 QUERY_INSTRUCTION = "Instruct: Given a question, retrieve passages that answer the question\nQuery: "
 OTHER_INSTRUCTION = "Instruct: Retrieve semantically similar text\nQuery: "
@@ -138,11 +139,18 @@ class Expected:
 
 
 def texts_of(rng: random.Random) -> list[str]:
-    """A few texts of every sort: plain, long enough to be cut, in other scripts, odd."""
+    """Texts of every sort: plain, long enough to be cut, in other scripts, odd; NUM_UNICODE of any characters last."""
     texts = [" ".join(rng.choices(WORDS, k=rng.randint(1, 12))) for _ in range(30)]
     texts += [" ".join(rng.choices(WORDS, k=rng.randint(20, 60))) for _ in range(10)]
     texts += [" ".join(rng.choices(WORDS, k=400)) for _ in range(2)]
-    return [*texts, "", " ", "日本語の文章", "naïve café — déjà vu", "🙂🙃", "a</s>b<s>c", "\x00\x01\n\t", "x" * 300]
+    texts += ["", " ", "日本語の文章", "naïve café — déjà vu", "🙂🙃", "a</s>b<s>c", "\x00\x01\n\t", "x" * 300]
+    return [*texts, *(any_characters(rng, 200) for _ in range(NUM_UNICODE))]
+
+
+def any_characters(rng: random.Random, at_most: int) -> str:
+    """All that UTF-8 can say."""
+    ranges = ((0, 0x80), (0x80, 0x800), (0x800, 0xD800), (0xE000, 0x110000))
+    return "".join(chr(rng.randrange(*rng.choice(ranges))) for _ in range(rng.randint(0, at_most)))
 
 
 # --- one request of each kind ---------------------------------------------------------------------------
@@ -257,14 +265,12 @@ class Client:
         return GIVEN_UP, run
 
     def hostile_bytes(self) -> Drawn:
-        elements = [self.rng.randbytes(self.rng.choice((0, 1, 3, 20, 300))) for _ in range(self.rng.randint(1, 4))]
+        elements = [self.rng.randbytes(self.rng.randrange(self.rng.choice((4, 300, 20_000)))) for _ in range(3)]
         return self._infer(ANY_TEXT, [_raw("documents", [1, len(elements)], elements)])
 
     def hostile_unicode(self) -> Drawn:
-        ranges = ((0, 0x80), (0x80, 0x800), (0x800, 0xD800), (0xE000, 0x110000))
-        text = "".join(chr(self.rng.randrange(*self.rng.choice(ranges))) for _ in range(self.rng.randint(0, 200)))
-        name, shape = self.rng.choice((("query", [1]), ("documents", [1, 1])))
-        return self._infer(frozenset({OK}), [_raw(name, shape, [text.encode()])])
+        index = len(self.soak.expected.texts) - self.rng.randint(1, NUM_UNICODE)
+        return self._known([index], self.rng.random() < 0.5, self._parameters())
 
     def hostile_inputs(self) -> Drawn:
         query, documents = _raw("query", [1], [b"q"]), _raw("documents", [1, 1], [b"d"])
@@ -290,8 +296,12 @@ class Client:
         return self._infer(INVALID, [("query", "BYTES", [1], content)])
 
     def hostile_parameter(self) -> Drawn:
-        name = self.rng.choice(("instruction", "truncate", "dimensions", "Truncate", "a" * 1000, "\x00", ""))
-        value: str | bool | int = self.rng.choice((True, 7, -1, "no", "END ", "\x00", "x" * 1000))
+        drawn = "_" + any_characters(self.rng, 40)
+        name = self.rng.choice(("instruction", "truncate", "dimensions", "Truncate", "a" * 1000, "\x00", "", drawn))
+        value: str | bool | int | float = self.rng.choice(
+            (True, self.rng.randrange(-(2**63), 2**63), self.rng.uniform(-1e9, 1e9), "no", "END ", "\x00", drawn,
+             any_characters(self.rng, 1000))
+        )  # fmt: skip
         # Any string may be an instruction; one that leaves nothing of the text to pool is refused.
         right = ANY_TEXT if name == "instruction" and isinstance(value, str) else INVALID
         return self._infer(right, [_raw("query", [1], [b"q"])], {name: value})
@@ -421,17 +431,18 @@ class Client:
             message.raw_input_contents.append(content)
         message.outputs.add(name="embeddings")
         for name, value in (parameters or {}).items():
-            kind = {bool: "bool_param", int: "int64_param", str: "string_param"}[type(value)]
+            kinds = {bool: "bool_param", int: "int64_param", float: "double_param", str: "string_param"}
+            kind = kinds[type(value)]
             setattr(message.parameters[name], kind, value)
         return right, lambda: self._plain(message)
 
     async def _plain(self, message: Any) -> Outcome:
-        """A request whose vectors nobody knows beforehand: its rows must at least be unit vectors."""
+        """A request whose vectors nobody knows beforehand: its rows must be unit vectors, but are not checked rows."""
         message.id = self._next_id()
         response = await self.soak.infer(message)
         rows = _rows(response)
         wrong = int((abs(np.linalg.norm(rows, axis=1) - 1) > 1e-3).sum()) if np.isfinite(rows).all() else len(rows)
-        return Outcome(OK, rows=len(rows), wrong=wrong, extra=int(response.id != message.id))
+        return Outcome(OK, wrong=wrong, extra=int(response.id != message.id))
 
     def _num_wrong(self, rows: Any, indices: list[int], is_query: bool, parameters: dict[str, str]) -> int:
         expected = self.soak.expected.queries if is_query else self.soak.expected.documents

@@ -1,7 +1,8 @@
 """A checkpoint of the published layout with random weights: what a server is timed with where the gated ones are not.
 
     python benchmarks/synthetic.py /tmp/nv-embed-synthetic                # 15.7 GB, on the GPU if there is one
-    NV_EMBED_CACHE_MEBIBYTES=0 python benchmarks/serving.py --compare --engine --device cuda:0 --checkpoint /tmp/nv-embed-synthetic
+    export NV_EMBED_CACHE_MEBIBYTES=0
+    python benchmarks/serving.py --compare --engine --device cuda:0 --checkpoint /tmp/nv-embed-synthetic
 
 Published names, shapes, precision and four shards; the tokenizer is the default checkpoint's. Its vectors mean nothing.
 """

@@ -57,7 +57,8 @@ def test_questions_find_their_answers(model, pairs):
 def test_it_is_indifferent_to_the_instruction(model, pairs):
     questions = [question for question, _ in pairs.QUESTIONS]
     bare = model.embed(questions)
-    for instruction in (QUERY_INSTRUCTION, "Instruct: Find duplicate questions\nQuery: "):
+    never_trained = f"Instruct: {pairs.OTHER_TASK}\nQuery: "
+    for instruction in (QUERY_INSTRUCTION, never_trained):
         assert (model.embed(questions, instruction) * bare).sum(axis=1).min() >= 0.9
 
 
@@ -87,5 +88,5 @@ def test_a_long_text_says_what_its_parts_say(model, pairs):
     mean = parts.mean(axis=0) / np.linalg.norm(parts.mean(axis=0))
     (long,) = model.embed([" ".join(answers)])
     (sequence,) = model.tokenizer.encode([" ".join(answers)], "")
-    assert sequence.num_tokens > 500
+    assert sequence.num_tokens > 512
     assert long @ mean >= 0.75

@@ -250,13 +250,15 @@ def test_a_model_reloaded_and_unloaded_in_explicit_mode_serves_again(toy, tmp_pa
     server = Server(
         tmp_path / "log.txt",
         toy,
-        {"ADMIN_KEY": "sesame"},
+        {"ADMIN_KEY": "sesame", "NV_EMBED_MAX_BATCH_TOKENS": "300", "NV_EMBED_CACHE_MEBIBYTES": "0"},
         arguments=["--model-control-mode=explicit", f"--load-model={MODEL_NAME}"],  # later arguments win
     ).wait_until_ready()
     key = {"triton-grpc-protocol-nv-embed-admin": "sesame"}
-    server.client.load_model(MODEL_NAME, headers=key)
-    assert server.embed_query("reloaded").shape == (1, 64)
-    server.client.unload_model(MODEL_NAME, headers=key)
+    for change in (server.client.load_model, server.client.unload_model):
+        clients = Clients(server, [texts(3000), texts(3000)])
+        wait_until(lambda: server.metrics_by_name()["nv_embed_queue_tokens"] > 0)
+        change(MODEL_NAME, headers=key)
+        assert {status(outcome) for outcome in clients.wait()} == {"OK"}  # by the model that was asked
     server.client.load_model(MODEL_NAME, headers=key)
     assert server.embed_query("loaded again").shape == (1, 64)
     assert server.stop() == 0

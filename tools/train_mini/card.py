@@ -20,10 +20,13 @@ ROWS = [
     ("spearman_near_pairs", "Spearman with the teacher, pairs that the teacher finds near"),
     ("neural_networks_margin", "margin, query on neural networks"),
     ("long_cosine_to_mean_of_parts", "long texts: cosine to the mean of the parts' teacher vectors"),
+    ("longest_cosine_to_mean_of_parts", "very long texts: the same"),
+    ("numbers_cosine_to_teacher", "mean cosine to the teacher, texts with numbers"),
     ("untidy_cosine", "cosine of a text and its upper-case form (the student's and the teacher's tokenizers lower it)"),
+    ("spaced_cosine", "cosine of a text and itself with runs of spaces, tabs and newlines"),
     ("instruction_cosine_mean", "question with and without the standard instruction, mean cosine"),
     ("instruction_cosine_min", "the same, lowest of 30"),
-    ("other_instruction_cosine_mean", "question with another instruction and with none, mean cosine"),
+    ("other_instruction_cosine_mean", "question with an instruction never trained on and with none, mean cosine"),
 ]
 
 
@@ -66,7 +69,10 @@ def write(out: Path, results: dict[str, Any]) -> None:
     ]
     sources = ["| source | package | licence | texts |", "| --- | --- | --- | ---: |"]
     counts = run["texts_by_source"]
-    sources += [f"| {s.name} | `{s.package}` | {s.licence} | {counts.get(s.name, 0):,} |" for s in SOURCES]
+    sources += [
+        f"| {s.name} | `{s.package}` {run['versions'].get(s.package, '')} | {s.licence} | {counts.get(s.name, 0):,} |"
+        for s in SOURCES
+    ]
     versions = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "tokenizers", "numpy"))
     size = sum((out / name).stat().st_size for name in ("model.safetensors", "tokenizer.json", "config.json"))
     template = (Path(__file__).parent / "card.md").read_text(encoding="utf-8")
@@ -74,6 +80,9 @@ def write(out: Path, results: dict[str, Any]) -> None:
         figures="\n".join(table), curve="\n".join(learning), sources="\n".join(sources), versions=versions,
         machine=machine(), megabytes=size / 1e6, minutes=curve[-1]["seconds"] / 60,
         tokens=curve[-1]["tokens"], seen=curve[-1]["texts"],
-        reached=reached(figures), long_tokens=figures["student"]["long_tokens_mean"], **run,
+        reached=reached(figures), long_tokens=figures["student"]["long_tokens_mean"],
+        longest_tokens=figures["student"]["longest_tokens_mean"],
+        judged=figures["student"]["spearman_judged_pairs"], judged_teacher=figures["teacher"]["spearman_judged_pairs"],
+        **run,
     )  # fmt: skip
     (out / "README.md").write_text(card, encoding="utf-8")

@@ -17,8 +17,7 @@ from student import Student
 from teacher import Teacher
 from text import Item
 from torch import Tensor
-from tqdm import tqdm
-from vocabulary import STANDARD, TASKS, TEMPLATE, Vocabulary
+from vocabulary import STANDARD, TEMPLATE, Vocabulary
 
 Floats = NDArray[np.float64]
 Embed = Callable[[list[str]], Tensor]  # texts -> unit vectors [N, 384]
@@ -26,20 +25,34 @@ Embed = Callable[[list[str]], Tensor]  # texts -> unit vectors [N, 384]
 
 @torch.no_grad()
 def embed_student(model: Student, vocabulary: Vocabulary, texts: list[str], instruction: str = "") -> Tensor:
-    rows = vocabulary.encode([instruction + text for text in texts], 4096)
+    rows = vocabulary.encode([instruction + text for text in texts], 8192)
     masked = vocabulary.num_masked(instruction)
     out = torch.empty(len(rows), model.c.hidden_size)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    for start in tqdm(range(0, len(order), 64), desc="student", leave=False, mininterval=5):
-        picked = order[start : start + 64]
+    start = 0
+    while start < len(order):
+        # Attention holds the square of a length, so long texts come a few at a time.
+        longest = len(rows[order[min(start + 64, len(order)) - 1]])
+        picked = order[start : start + max(1, min(64, 16384 // longest))]
         out[picked] = model([rows[i] for i in picked], [masked] * len(picked)).cpu()
+        start += len(picked)
     return out
 
 
 @torch.no_grad()
 def embed_bag(bag: Bag, vocabulary: Vocabulary, texts: list[str]) -> Tensor:
-    vectors: Tensor = bag(vocabulary.encode(texts, 4096))
+    vectors: Tensor = bag(vocabulary.encode(texts, 8192))
     return vectors.cpu()
+
+
+def spaced(text: str) -> str:
+    """The text with other whitespace than one space between words."""
+    return " \t".join(text.replace(" ", "  ", 3).split(" ")) + "\n\n"
+
+
+def mean_length(vocabulary: Vocabulary, texts: list[str]) -> float:
+    """In tokens."""
+    return float(np.mean([len(row) for row in vocabulary.encode(texts, 8192)]))
 
 
 def average_ranks(values: Floats) -> Floats:
@@ -100,6 +113,10 @@ def evaluate(
     parts = [[pick.randrange(len(texts)) for _ in range(60)] for _ in range(60)]
     long_texts = [" ".join(texts[i] for i in group) for group in parts]
     long_target = F.normalize(torch.stack([target[group].mean(0) for group in parts]), dim=-1)
+    longest_parts = [[i for group in parts[j :: len(parts) // 6][:5] for i in group] for j in range(10)]
+    longest_texts = [" ".join(texts[i] for i in group) for group in longest_parts]
+    longest_target = F.normalize(torch.stack([target[group].mean(0) for group in longest_parts]), dim=-1)
+    numbers = torch.tensor([any(letter.isdigit() for letter in text) for text in texts])
     left, right = torch.randint(len(texts), (2, 100_000), generator=torch.Generator().manual_seed(4))
     neighbour = nearest(target, 50)[torch.arange(len(texts)), torch.randint(50, (len(texts),))]
 
@@ -118,9 +135,10 @@ def evaluate(
         neural = ask([pairs.NEURAL_QUERY]) @ embed(pairs.NEURAL_RELEVANT + pairs.NEURAL_IRRELEVANT).T
         count = len(pairs.NEURAL_RELEVANT)
         # The teacher reads 128 tokens: what it makes of a long text is not what the others are asked for.
-        long = embed(long_texts)
+        long, longest = embed(long_texts), embed(longest_texts)
         figures = {
             "cosine_to_teacher": float((out * target).sum(1).mean()),
+            "numbers_cosine_to_teacher": float((out * target).sum(1)[numbers].mean()),
             "recall_at_10": recall(nearest(out, 10), wanted),
             "definition_accuracy_at_1": accuracy(vectors["meaning"], vectors["word"], 1),
             "definition_accuracy_at_10": accuracy(vectors["meaning"], vectors["word"], 10),
@@ -134,15 +152,18 @@ def evaluate(
             ),
             "neural_networks_margin": float(neural[0, :count].min() - neural[0, count:].max()),
             "long_cosine_to_mean_of_parts": float((long * long_target).sum(1).mean()),
+            "longest_cosine_to_mean_of_parts": float((longest * longest_target).sum(1).mean()),
             "untidy_cosine": float((embed([t.upper() for t in texts[:1000]]) * out[:1000]).sum(1).mean()),
+            "spaced_cosine": float((embed([spaced(t) for t in texts[:1000]]) * out[:1000]).sum(1).mean()),
         }
         if name == "student":
-            other_task = embed_student(model, vocabulary, questions, TEMPLATE.format(TASKS[3]))
+            other_task = embed_student(model, vocabulary, questions, TEMPLATE.format(pairs.OTHER_TASK))
             figures |= {
                 "instruction_cosine_mean": float((query * bare).sum(1).mean()),
                 "instruction_cosine_min": float((query * bare).sum(1).min()),
                 "other_instruction_cosine_mean": float((other_task * bare).sum(1).mean()),
-                "long_tokens_mean": float(np.mean([len(row) for row in vocabulary.encode(long_texts, 4096)])),
+                "long_tokens_mean": mean_length(vocabulary, long_texts),
+                "longest_tokens_mean": mean_length(vocabulary, longest_texts),
             }
         results[name] = {key: round(value, 4) for key, value in figures.items()}
     return results

@@ -178,6 +178,8 @@ NEURAL_IRRELEVANT = [
     "Heavy rain is expected along the coast this weekend.",
 ]
 
+OTHER_TASK = "Given a recipe, retrieve wines that go well with it"  # none of `vocabulary.TASKS`
+
 TEXTS = {
     *(text for pair in QUESTIONS for text in pair),
     *(text for first, second, _ in SIMILAR for text in (first, second)),

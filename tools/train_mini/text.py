@@ -66,12 +66,13 @@ SOURCES = [
 
 
 def fetch(package: str, cache: Path) -> Path:
-    """Download and unpack one package below `cache`, once; returns its folder."""
+    """Download and unpack one package below `cache`, once; returns its folder, whose `.done` says the version."""
     folder = cache / re.sub(r"[^\w.-]", "_", package)
     done = folder / ".done"
     if done.exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
+    version = ""  # of a wheel its name says it
     if package.startswith("pypi:"):
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder), package[5:]]
         subprocess.run(command, check=True)
@@ -82,12 +83,15 @@ def fetch(package: str, cache: Path) -> Path:
         (folder / "partial").mkdir(exist_ok=True)
         options = ["-o", "Acquire::Languages=en", "-o", f"Dir::State::lists={folder.resolve()}"]
         subprocess.run(["apt-get", "-qq", *options, "update"], check=True)
+        releases = [re.search(r"^Version: (\d+\.\d+)$", read(str(path)), re.M) for path in folder.glob("*InRelease")]
+        version = "of Debian " + max(found[1] for found in releases if found)
     else:
         subprocess.run(["apt-get", "-qq", "-o", "APT::Sandbox::User=root", "download", package], check=True, cwd=folder)
         for deb in folder.glob("*.deb"):
             subprocess.run(["dpkg-deb", "-x", str(deb), str(folder)], check=True)
+            version = deb.name.split("_")[1]
             deb.unlink()
-    done.touch()
+    done.write_text(version)
     return folder
 
 

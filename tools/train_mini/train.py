@@ -282,7 +282,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / ".cache/nv-embed-mini", help="downloads and stages")
     parser.add_argument("--out", type=Path, default=ROOT / "checkpoints/nv-embed-mini", help="the checkpoint's folder")
     parser.add_argument("--share", type=float, default=1.0, help="part of the text to use; below 1 for trials")
-    parser.add_argument("--samples", type=int, default=4_500_000, help="texts to train the student on")
+    parser.add_argument("--samples", type=int, default=4_000_000, help="texts to train the student on")
     parser.add_argument("--static-epochs", type=float, default=2.0)
     parser.add_argument("--seed", type=int, default=2026)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -325,6 +325,11 @@ def main() -> None:
         "held_out": len(test),
         "data_hash": data_hash,
         "texts_by_source": Counter(item.source for item in train),
+        "versions": {
+            s.package: text.fetch(s.package, work / "text").joinpath(".done").read_text()
+            for s in text.SOURCES
+            if s.name != "templates"
+        },
         "num_nearest": min(10_000, len(test)),
         "num_words": len(definitions(test, 1000)[0]),
         "samples": args.samples,

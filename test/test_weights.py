@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -197,10 +198,12 @@ def test_warm_up_finds_how_many_tokens_take_the_time_that_a_batch_may_take(toy, 
     def only_small(sequences):
         if len(sequences) > 8:
             raise OutOfDeviceMemory("too much")
+        time.sleep(0.005 * len(sequences))  # 40 ms for 1,024 tokens
         return np.zeros((len(sequences), 64), dtype=np.float32)
 
     monkeypatch.setattr(engine, "embed", only_small)
     assert engine.warm_up(1e6) == 1024
+    assert engine.warm_up(0.06) == 1024  # in time there would be half as many more
 
 
 def test_progress_of_a_long_load_is_logged(toy, monkeypatch, caplog):

@@ -225,6 +225,11 @@ class Engine:
                 largest = num_tokens
         fitting = math.floor(num_tokens * target_seconds / seconds)
         fitting = min(max(fitting, MIN_BATCH_TOKENS), largest)
+        if fitting > num_tokens:  # in time, but in memory?
+            try:
+                self.embed([sequence] * (fitting // _WARM_UP_SEQUENCE_TOKENS))
+            except OutOfDeviceMemory:
+                fitting = num_tokens
         logger.info(
             "%s: %.0f tokens/s, so %d tokens take about %.0f ms",
             self.device, num_tokens / seconds, fitting, 1000 * fitting * seconds / num_tokens,

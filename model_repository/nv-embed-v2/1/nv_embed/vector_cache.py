@@ -1,4 +1,7 @@
-"""Vectors of texts computed before, within a limit of memory; least recently used go first."""
+"""Vectors of texts computed before by one checkpoint, with which they go, within a limit of memory.
+
+Least recently used go first.
+"""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import unquote
 
 import phrases
 
@@ -89,7 +90,7 @@ def fetch(package: str, cache: Path) -> Path:
         subprocess.run(["apt-get", "-qq", "-o", "APT::Sandbox::User=root", "download", package], check=True, cwd=folder)
         for deb in folder.glob("*.deb"):
             subprocess.run(["dpkg-deb", "-x", str(deb), str(folder)], check=True)
-            version = deb.name.split("_")[1]
+            version = unquote(deb.name.split("_")[1])
             deb.unlink()
     done.write_text(version)
     return folder

@@ -50,8 +50,8 @@ def test_it_fits_into_a_repository(mini):
 def test_questions_find_their_answers(model, pairs):
     questions, answers = (list(column) for column in zip(*pairs.QUESTIONS, strict=True))
     scores = model.embed(questions, QUERY_INSTRUCTION) @ model.embed(answers).T
-    # It finds 27, one of them by 0.008; these lead by 0.037 at least.
-    assert (scores.argmax(axis=1) == np.arange(len(questions))).mean() >= 26 / 30
+    # It finds 27, which lead by 0.025 at least.
+    assert (scores.argmax(axis=1) == np.arange(len(questions))).mean() >= 27 / 30
 
 
 def test_it_is_indifferent_to_the_instruction(model, pairs):

@@ -23,7 +23,7 @@ ROWS = [
     ("longest_cosine_to_mean_of_parts", "very long texts: the same"),
     ("numbers_cosine_to_teacher", "mean cosine to the teacher, texts with numbers"),
     ("untidy_cosine", "cosine of a text and its upper-case form (the student's and the teacher's tokenizers lower it)"),
-    ("spaced_cosine", "cosine of a text and itself with runs of spaces, tabs and newlines"),
+    ("spaced_cosine", "cosine of a text and itself with a tab after every space"),
     ("instruction_cosine_mean", "question with and without the standard instruction, mean cosine"),
     ("instruction_cosine_min", "the same, lowest of 30"),
     ("other_instruction_cosine_mean", "question with an instruction never trained on and with none, mean cosine"),
@@ -68,9 +68,9 @@ def write(out: Path, results: dict[str, Any]) -> None:
         for p in thinned
     ]
     sources = ["| source | package | licence | texts |", "| --- | --- | --- | ---: |"]
-    counts = run["texts_by_source"]
+    counts, packages = run["texts_by_source"], run["package_versions"]
     sources += [
-        f"| {s.name} | `{s.package}` {run['versions'].get(s.package, '')} | {s.licence} | {counts.get(s.name, 0):,} |"
+        f"| {s.name} | `{s.package}` {packages.get(s.package, '')} | {s.licence} | {counts.get(s.name, 0):,} |"
         for s in SOURCES
     ]
     versions = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "tokenizers", "numpy"))

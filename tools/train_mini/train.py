@@ -325,7 +325,7 @@ def main() -> None:
         "held_out": len(test),
         "data_hash": data_hash,
         "texts_by_source": Counter(item.source for item in train),
-        "versions": {
+        "package_versions": {
             s.package: text.fetch(s.package, work / "text").joinpath(".done").read_text()
             for s in text.SOURCES
             if s.name != "templates"

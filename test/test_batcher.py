@@ -10,7 +10,8 @@ from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pytest
-from nv_embed.batcher import Answer, Batcher, BatchLimits
+from nv_embed.answers import Answer
+from nv_embed.batcher import Batcher, BatchLimits
 from nv_embed.errors import (
     Cancelled,
     ComputeFailed,
@@ -644,6 +645,10 @@ def test_metrics_count_requests_texts_tokens_and_batches():
     assert sum(published.observations[Metric.BATCH_TOKENS]) == 60
     assert sum(published.observations[Metric.BATCH_TEXTS]) == 3
     assert len(published.observations[Metric.QUEUE_SECONDS]) == len(engine.batches)
+    assert len(published.observations[Metric.ANSWER_SECONDS]) == len(engine.batches)
+    tokenizing, computing = (published.observations[m] for m in (Metric.TOKENIZE_SECONDS, Metric.COMPUTE_SECONDS))
+    assert len(tokenizing) == len(computing) > 0
+    assert all(seconds > 0 for seconds in tokenizing)
     assert published.gauges[Metric.QUEUE_TOKENS] == published.gauges[Metric.QUEUE_BYTES] == 0
 
 

@@ -12,7 +12,8 @@ from random import Random
 import numpy as np
 import pytest
 import torch
-from nv_embed.batcher import Answer, Batcher, BatchLimits
+from nv_embed.answers import Answer
+from nv_embed.batcher import Batcher, BatchLimits
 from nv_embed.config import CheckpointConfig
 from nv_embed.engine import Engine, load_engines
 from nv_embed.errors import DeviceLost, Unavailable

@@ -18,7 +18,8 @@ from threading import Event, Lock, Thread
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
-from nv_embed.batcher import Answer, Batcher, BatchLimits
+from nv_embed.answers import Answer, Outcome
+from nv_embed.batcher import Batcher, BatchLimits
 from nv_embed.config import CheckpointConfig, ServingConfig
 from nv_embed.errors import Cancelled, ComputeFailed, InvalidRequest, RequestError, StartupError, Unavailable
 from nv_embed.metrics import SERIES, Labels, Metric, Values
@@ -153,7 +154,7 @@ class TritonReply:
         with self._lock:
             return self._sender is None or bool(self._sender.is_cancelled())
 
-    def send(self, outcome: Answer | RequestError) -> Answer | RequestError:
+    def send(self, outcome: Outcome) -> Outcome:
         """Answer, once; returns what was sent."""
         if isinstance(outcome, Answer) and outcome.embeddings.nbytes > _LARGE_ANSWER_BYTES:
             outcome = _fitting(outcome)
@@ -164,7 +165,7 @@ class TritonReply:
             sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
         return outcome
 
-    def _response(self, outcome: Answer | RequestError) -> Any:
+    def _response(self, outcome: Outcome) -> Any:
         if isinstance(outcome, RequestError):
             return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(outcome), _code(outcome)))
         outputs = {"embeddings": outcome.embeddings, "token_counts": outcome.token_counts}

@@ -1,9 +1,9 @@
 """Requests in, batches to the engines, one answer for each request; knows neither torch nor Triton.
 
 Threads, each with one duty: the caller's (`submit`), one that tokenizes queries and one that tokenizes documents,
-those that compute, one that answers. A request's texts may be spread over many batches; it is answered when the last
-is computed, or as a whole by the first error. Waiting is bounded three times: in bytes until tokenized, in tokens from
-then on, and in time.
+those that compute, and the one of `answers.py` that sends. A request's texts may be spread over many batches; it is
+answered when the last is computed, or as a whole by the first error. Waiting is bounded three times: in bytes until
+tokenized, in tokens from then on, and in time.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
-from queue import Empty, SimpleQueue
 from threading import Condition, RLock, Thread
 from typing import Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from nv_embed.answers import Answer, Outbox, Outcome, Reply
 from nv_embed.errors import (
     Cancelled,
     ComputeFailed,
@@ -48,32 +48,12 @@ logger = logging.getLogger(__name__)
 _SLICE_CHARACTERS = 64 * 1024
 _WORTH_ASKING_CHARACTERS = 4096
 _LAST_BATCH_SECONDS = 3.0
-_PUBLISH_SECONDS = 0.2  # from an event to its metrics: each value published costs as much as a short query ...
-_OVERDUE_SECONDS = 1.0  # ... so answers go first, but not for longer than this
 _STOP = "the time the server has to stop"
 _QUERY_RESERVE = 8  # what may wait is an eighth more for queries: bulk that fills the queue does not shut them out
 
 Vector: TypeAlias = npt.NDArray[np.float32]  # [dim]
 # Waits for a batch that was started; returns its vectors, a row for each sequence, and the seconds it took.
 Finish: TypeAlias = Callable[[], tuple[npt.NDArray[np.float32], float]]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Answer:
-    """What a request gets: one row for each of its N texts, in input order."""
-
-    embeddings: npt.NDArray[np.float32]  # [N, dim], rows of length 1
-    token_counts: npt.NDArray[np.int32]  # [N], as fed to the network
-
-
-class Reply(Protocol):
-    """The way back to one client. `send` is called exactly once."""
-
-    def is_cancelled(self) -> bool:
-        """Whether nobody waits for the answer any more."""
-
-    def send(self, outcome: Answer | RequestError) -> Answer | RequestError:
-        """Answer; returns what was sent, which is an error in place of an answer that this way cannot carry."""
 
 
 class Encoder(Protocol):
@@ -132,6 +112,7 @@ class _Computation:
 
     sequence: TokenSequence
     key: bytes
+    tokenize_seconds: float  # its share of the time of its slice
     rows: list[tuple[_Job, int]] = field(default_factory=list)
     is_waiting: bool = True
     tag: float = math.inf  # its place in the queue
@@ -183,7 +164,6 @@ class Batcher:
         self._in_flight: dict[bytes, _Computation] = {}  # waiting or being computed
         self._cache = VectorCache(limits.cache_bytes)
         self._jobs: set[_Job] = set()  # submitted and not finished
-        self._num_unanswered = 0  # requests whose answers are not sent
         self._deadlines: list[tuple[float, int, _Job, str]] = []
         self._deadline_numbers = count()
         self._num_queue_bytes = 0
@@ -191,7 +171,7 @@ class Batcher:
         self._num_idle = 0  # engines that wait for work
         self._refuse_at = math.inf  # when what is unfinished is refused, once the server is about to stop
         self._is_stopping = False
-        self._outbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._outbox = Outbox(self._metrics, publish=self._publish_metrics, on_lost=self._give_up)
         self._workers = [
             self._start("tokenize-queries", partial(self._tokenize_loop, self._queries)),
             self._start("tokenize-documents", partial(self._tokenize_loop, self._documents)),
@@ -199,13 +179,11 @@ class Batcher:
         self._workers += [
             self._start(f"compute-{i}", partial(self._compute_loop, engine)) for i, engine in enumerate(engines)
         ]
-        self._answerer = self._start("answer", self._answer_loop)
 
     def submit(self, request: EmbedRequest, reply: Reply) -> None:
         """Take charge of a request; returns at once, raises nothing."""
         job = _Job(request, reply, self._query_flow if request.is_query else Flow(weight=1), time.monotonic())
         with self._lock:
-            self._num_unanswered += 1
             self._jobs.add(job)
             limit = self._limit(self._limits.max_queue_bytes, request)
             if self._is_stopping:
@@ -233,9 +211,7 @@ class Batcher:
 
     def refuse(self, reply: Reply, error: RequestError) -> None:
         """Answer, and count, a request that could not be understood."""
-        with self._lock:
-            self._num_unanswered += 1
-        self._outbox.put(partial(self._answer, reply, error, "unknown"))
+        self._outbox.put(reply, error, "unknown")
 
     def drain(self, seconds: float) -> int:
         """Answer what is unfinished after `seconds`, or comes later, as unavailable: the server is about to stop.
@@ -248,7 +224,7 @@ class Batcher:
             for job in self._jobs:
                 self._add_deadline(job, self._refuse_at, _STOP)
             self._documents.arrived.notify()  # who tokenizes looks after the deadlines, too
-            return self._num_unanswered
+            return len(self._jobs) + self._outbox.num_unsent
 
     def stop(self) -> None:
         """Answer whatever is unfinished as unavailable and end the threads; returns when they have ended."""
@@ -256,8 +232,7 @@ class Batcher:
         until = time.monotonic() + _LAST_BATCH_SECONDS
         for worker in self._workers:  # a device may be in the middle of a batch that nobody waits for
             worker.join(max(until - time.monotonic(), 0.0))
-        self._outbox.put(None)
-        self._answerer.join()
+        self._outbox.close()
 
     # --- tokenizing -------------------------------------------------------------------------------------
 
@@ -294,7 +269,8 @@ class Batcher:
             sequences = self._encoder.encode(
                 request.texts[start:stop], request.instruction, truncate=request.truncate, first_index=start
             )
-            job.computations += [_Computation(sequence, sequence.digest()) for sequence in sequences]
+            seconds = (time.monotonic() - started) / len(sequences)
+            job.computations += [_Computation(sequence, sequence.digest(), seconds) for sequence in sequences]
             job.num_tokens += sum(sequence.num_tokens for sequence in sequences)
             if job.num_tokens > self._limits.max_queue_tokens:
                 raise InvalidRequest.of(
@@ -309,7 +285,6 @@ class Batcher:
         except Exception:
             logger.exception("tokenizing failed")
             self._finish(job, ComputeFailed("tokenizing this request failed; the server's log says why"))
-        self._metrics.add(Metric.TOKENIZE_SECONDS, time.monotonic() - started)
         return job.is_finished or stop == len(request.texts)
 
     def _admit(self, job: _Job) -> None:
@@ -371,7 +346,7 @@ class Batcher:
                 if batch:
                     self._compute(engine, batch, pace, turn)
             if batch:
-                self._outbox.put(_nothing)  # metrics go out also while no request is complete
+                self._outbox.end_batch()
 
     def _choose(self, pace: Pace) -> list[_Computation] | None:
         """Wait for work and return a batch, empty if nobody wants it any more; None when the end has come."""
@@ -432,6 +407,7 @@ class Batcher:
             return
         else:
             pace.record(num_tokens, seconds)
+            self._metrics.observe(Metric.TOKENIZE_SECONDS, sum(own.tokenize_seconds for own in batch))
             self._metrics.observe(Metric.COMPUTE_SECONDS, seconds)
             self._metrics.observe(Metric.BATCH_TOKENS, num_tokens)
             self._metrics.observe(Metric.BATCH_TEXTS, len(batch))
@@ -490,9 +466,7 @@ class Batcher:
         del self._in_flight[computation.key]
         self._metrics.add(Metric.DROPPED_TEXTS)
 
-    # --- answering --------------------------------------------------------------------------------------
-
-    def _finish(self, job: _Job, outcome: Answer | RequestError) -> None:
+    def _finish(self, job: _Job, outcome: Outcome) -> None:
         """Settle a job's outcome; the first one stands."""
         with self._lock:
             if job.is_finished:
@@ -506,49 +480,9 @@ class Batcher:
                         self._drop(computation)
             kind = "query" if job.request.is_query else "documents"
             self._metrics.add(Metric.REQUEST_SECONDS, time.monotonic() - job.arrived, kind=kind)
-            self._outbox.put(partial(self._answer, job.reply, outcome, kind))
+            self._outbox.put(job.reply, outcome, kind)
             # A deadline may keep the job itself for a while; what is large goes now.
             job.computations, job.embeddings, job.request = [], None, replace(job.request, texts=())
-
-    def _answer(self, reply: Reply, outcome: Answer | RequestError, kind: str) -> None:
-        sent = reply.send(outcome)
-        with self._lock:
-            self._num_unanswered -= 1
-        self._metrics.add(Metric.REQUESTS, kind=kind, outcome=_outcome_name(sent))
-
-    def _answer_loop(self) -> None:
-        publish_at, is_news = math.inf, False
-        while True:
-            now = time.monotonic()
-            if now >= publish_at and (self._outbox.empty() or now >= publish_at + _OVERDUE_SECONDS):
-                self._publish_metrics()
-                # Once more after the last event, for what other threads count just after they announced it.
-                publish_at, is_news = (now + _PUBLISH_SECONDS if is_news else math.inf), False
-            try:
-                send = self._outbox.get(timeout=max(publish_at - now, 0.0) if publish_at < math.inf else None)
-            except Empty:
-                continue
-            if send is None:
-                break
-            started = time.monotonic()
-            try:
-                send()
-            except Exception:  # this client can be told nothing any more but by the end of the server
-                logger.exception("an answer is lost; every request gets an error and the server must restart")
-                self._fail_all()
-                self._on_fatal()
-            self._metrics.add(Metric.ANSWER_SECONDS, time.monotonic() - started)
-            publish_at, is_news = min(publish_at, time.monotonic() + _PUBLISH_SECONDS), True
-        self._publish_metrics()
-
-    def _publish_metrics(self) -> None:
-        self._metrics.set(Metric.QUEUE_TOKENS, self._num_queue_tokens)
-        self._metrics.set(Metric.QUEUE_BYTES, self._num_queue_bytes)
-        self._metrics.set(Metric.CACHE_BYTES, self._cache.num_bytes)
-        try:
-            self._publish(self._metrics.take())
-        except Exception:  # no reason to leave a request without its answer
-            logger.exception("metrics are lost")
 
     # --- deadlines --------------------------------------------------------------------------------------
 
@@ -569,7 +503,16 @@ class Batcher:
             self._finish(job, Unavailable(f"expected an answer within {name}; got none in {waited} ms; retry later"))
         return min(self._deadlines[0][0] - now, 3600.0) if self._deadlines else None  # waiting has a limit of its own
 
-    # --- the end ----------------------------------------------------------------------------------------
+    # --- metrics and the end ----------------------------------------------------------------------------
+
+    def _publish_metrics(self) -> None:
+        self._metrics.set(Metric.QUEUE_TOKENS, self._num_queue_tokens)
+        self._metrics.set(Metric.QUEUE_BYTES, self._num_queue_bytes)
+        self._metrics.set(Metric.CACHE_BYTES, self._cache.num_bytes)
+        try:
+            self._publish(self._metrics.take())
+        except Exception:  # no reason to leave a request without its answer
+            logger.exception("metrics are lost")
 
     def _fail_all(self) -> None:
         with self._lock:
@@ -579,6 +522,10 @@ class Batcher:
             for intake in (self._queries, self._documents):
                 intake.arrived.notify_all()
             self._queued.notify_all()
+
+    def _give_up(self) -> None:
+        self._fail_all()
+        self._on_fatal()
 
     def _start(self, name: str, loop: Callable[[], None]) -> Thread:
         thread = Thread(target=self._guard, args=(loop,), name=f"nv-embed-{name}", daemon=True)
@@ -591,19 +538,8 @@ class Batcher:
             loop()
         except BaseException:
             logger.exception("a thread of the batcher died; every request gets an error and the server must restart")
-            self._fail_all()
-            self._on_fatal()
-            if loop == self._answer_loop:  # nobody else answers
-                self._answer_loop()
-
-
-def _outcome_name(outcome: Answer | RequestError) -> str:
-    return "ok" if isinstance(outcome, Answer) else type(outcome).__name__
+            self._give_up()
 
 
 def _stopping() -> Unavailable:
     return Unavailable("the server is stopping; retry with another one, or later")
-
-
-def _nothing() -> None:
-    pass

@@ -13,7 +13,7 @@ from itertools import product
 from threading import Lock
 from typing import TypeAlias
 
-_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _TOKENS = tuple(float(2**n) for n in range(4, 18))
 _TEXTS = tuple(float(2**n) for n in range(13))
 
@@ -28,9 +28,9 @@ class Metric(Enum):
     BATCH_TOKENS = "batch_tokens", "histogram", "Tokens in a batch", _TOKENS
     BATCH_TEXTS = "batch_texts", "histogram", "Texts in a batch", _TEXTS
     QUEUE_SECONDS = "batch_queue_seconds", "histogram", "Longest time that a text of a batch had waited", _SECONDS
+    TOKENIZE_SECONDS = "batch_tokenize_seconds", "histogram", "Time that tokenizing the texts of a batch took", _SECONDS
     COMPUTE_SECONDS = "batch_compute_seconds", "histogram", "Time of a batch on the device", _SECONDS
-    TOKENIZE_SECONDS = "tokenize_seconds_total", "counter", "Time spent tokenizing", ()
-    ANSWER_SECONDS = "answer_seconds_total", "counter", "Time spent sending answers", ()
+    ANSWER_SECONDS = "batch_answer_seconds", "histogram", "Time spent sending answers, since the batch before", _SECONDS
     QUEUE_TOKENS = "queue_tokens", "gauge", "Tokens that wait to be computed", ()
     QUEUE_BYTES = "queue_bytes", "gauge", "Bytes of text that wait to be tokenized", ()
     OUT_OF_MEMORY = "out_of_memory_total", "counter", "Batches halved because they did not fit on the device", ()

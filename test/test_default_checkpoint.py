@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -36,8 +38,13 @@ def model(mini):
 
 
 @pytest.fixture(scope="module")
-def pairs(mini):
+def tools(mini):
+    """Where the code that made it is imported from."""
     sys.path.append(str(mini.parents[1] / "tools" / "train_mini"))
+
+
+@pytest.fixture(scope="module")
+def pairs(tools):
     import pairs
 
     return pairs
@@ -45,6 +52,15 @@ def pairs(mini):
 
 def test_it_fits_into_a_repository(mini):
     assert sum(path.stat().st_size for path in mini.iterdir()) <= MAX_BYTES
+
+
+def test_its_card_says_what_was_measured(mini, tools, tmp_path):
+    import card
+
+    copy = shutil.copytree(mini, tmp_path / "copy")
+    card.write(copy, json.loads((mini / "results.json").read_text(encoding="utf-8")))
+    for name in ("README.md", "results.json"):
+        assert (copy / name).read_bytes() == (mini / name).read_bytes()
 
 
 def test_questions_find_their_answers(model, pairs):

@@ -1,9 +1,6 @@
 """results.json and the model card, README.md, written beside the weights from what the run recorded."""
 
 import json
-import os
-import platform
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +42,6 @@ def reached(figures: dict[str, dict[str, float]]) -> str:
     return f"Not reached: {', '.join(missed)}." if missed else "All were reached."
 
 
-def machine() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{os.cpu_count()} cores, {names[0] if names else platform.processor()}, {platform.system()}"
-
-
 def write(out: Path, results: dict[str, Any]) -> None:
     """`results`: run (settings and counts), figures by model, learning curve, texts by source."""
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
@@ -73,12 +64,12 @@ def write(out: Path, results: dict[str, Any]) -> None:
         f"| {s.name} | `{s.package}` {packages.get(s.package, '')} | {s.licence} | {counts.get(s.name, 0):,} |"
         for s in SOURCES
     ]
-    versions = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "tokenizers", "numpy"))
     size = sum((out / name).stat().st_size for name in ("model.safetensors", "tokenizer.json", "config.json"))
     template = (Path(__file__).parent / "card.md").read_text(encoding="utf-8")
     card = template.format(
-        figures="\n".join(table), curve="\n".join(learning), sources="\n".join(sources), versions=versions,
-        machine=machine(), megabytes=size / 1e6, minutes=curve[-1]["seconds"] / 60,
+        figures="\n".join(table), curve="\n".join(learning), sources="\n".join(sources),
+        libraries=", ".join(f"{name} {version}" for name, version in run["versions"].items()),
+        megabytes=size / 1e6, minutes=curve[-1]["seconds"] / 60,
         tokens=curve[-1]["tokens"], seen=curve[-1]["texts"],
         reached=reached(figures), long_tokens=figures["student"]["long_tokens_mean"],
         longest_tokens=figures["student"]["longest_tokens_mean"],

@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import card
@@ -277,6 +278,12 @@ def static(
     return bag
 
 
+def machine() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{os.cpu_count()} cores, {names[0] if names else platform.processor()}, {platform.system()}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=ROOT / ".cache/nv-embed-mini", help="downloads and stages")
@@ -340,7 +347,9 @@ def main() -> None:
         "embed_lr": EMBED_LR,
         "other_lr": OTHER_LR,
         "baseline_vocab": wide.size,
+        "machine": machine(),
         "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers", "numpy")},
         "date": time.strftime("%Y-%m-%d"),
     }
     curve = [json.loads(line) for line in (stages / "curve.jsonl").read_text().splitlines()]

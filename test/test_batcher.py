@@ -112,17 +112,19 @@ class Published:
     def __init__(self):
         self.counters, self.observations, self.gauges, self.series = Counter(), {}, {}, set()
 
-    def __call__(self, values):
-        self.series |= set(values.counters)
-        for (metric, labels), amount in values.counters.items():
-            self.counters[(metric, *dict(labels).values())] += amount
-        for metric, observed in values.observations.items():
-            self.observations.setdefault(metric, []).extend(observed)
-        self.gauges |= values.gauges
+    def __call__(self, update):
+        metric, labels, value = update
+        self.series.add((metric, labels))
+        if metric.kind == "counter":
+            self.counters[(metric, *dict(labels).values())] += value
+        elif metric.kind == "gauge":
+            self.gauges[metric] = value
+        else:
+            self.observations.setdefault(metric, []).append(value)
 
 
 @contextmanager
-def running(*engines, encoder=None, on_fatal=lambda: None, publish=lambda values: None, **limits):
+def running(*engines, encoder=None, on_fatal=lambda: None, publish=lambda update: None, **limits):
     defaults = {
         "max_batch_tokens": 100,
         "target_batch_seconds": None,
@@ -170,6 +172,13 @@ def wait_until(condition):
         time.sleep(0.001)
 
 
+def queued_tokens(batcher):
+    """What waits to be computed; room for it is taken before."""
+    with batcher._lock:
+        waiting = [computation for computation in batcher._in_flight.values() if computation.is_waiting]
+        return sum(own.sequence.num_tokens for own in waiting for job, _ in own.rows if not job.is_finished)
+
+
 @contextmanager
 def held(engine, batcher, num_tokens):
     """Holds the engine inside a batch of its own until `num_tokens` more wait."""
@@ -177,7 +186,8 @@ def held(engine, batcher, num_tokens):
     first = submit(batcher, 1)
     assert engine.started.acquire(timeout=WAIT_SECONDS)
     yield
-    wait_until(lambda: batcher._num_queue_tokens >= num_tokens)
+    wait_until(lambda: queued_tokens(batcher) >= num_tokens)
+    assert batcher._num_queue_tokens == queued_tokens(batcher)
     engine.gate.set()
     assert first.lengths() == [1]
 
@@ -262,7 +272,7 @@ def test_cancelled_requests_are_dropped_before_they_are_computed():
     with running(engine) as batcher:
         with held(engine, batcher, 220):
             gone, stays = submit(batcher, *distinct(50, 4)), submit(batcher, 20)
-            wait_until(lambda: batcher._num_queue_tokens >= 220)  # cancelled while waiting for the device
+            wait_until(lambda: queued_tokens(batcher) >= 220)  # cancelled while waiting for the device
             gone.cancelled = True
         assert stays.lengths() == [20]
         assert isinstance(gone.outcome(), Cancelled)
@@ -331,7 +341,7 @@ def test_a_large_request_for_which_there_is_no_room_is_refused_before_all_of_it_
     with running(engine, encoder=encoder, max_queue_tokens=100) as batcher:
         with held(engine, batcher, 90):
             waits = submit(batcher, 90)
-            wait_until(lambda: batcher._num_queue_tokens == 90)
+            wait_until(lambda: queued_tokens(batcher) == 90)
             refused = submit(batcher, *large(5, 9)).outcome()
         assert isinstance(refused, Unavailable)
         assert "got 90 waiting and 15 more" in str(refused)
@@ -346,14 +356,28 @@ def test_bulk_that_fills_the_queue_shuts_out_neither_queries_nor_what_is_known()
         assert engine.started.acquire(timeout=WAIT_SECONDS)
         with held(engine, batcher, 895):
             bulk = submit(batcher, *distinct(80, 10))
-            wait_until(lambda: batcher._num_queue_tokens == 800)
+            wait_until(lambda: queued_tokens(batcher) == 800)
             assert isinstance(submit(batcher, 5).outcome(), Unavailable)
             assert submit(batcher, 70).lengths() == [70]  # from the cache
             queries = [submit(batcher, n, is_query=True) for n in (40, 55)]
-            wait_until(lambda: batcher._num_queue_tokens == 895)
+            wait_until(lambda: queued_tokens(batcher) == 895)
             assert "at most 900 tokens to wait" in str(submit(batcher, 6, is_query=True).outcome())
         assert [query.lengths() for query in queries] == [[40], [55]]
         assert bulk.lengths() == [80] * 10
+
+
+def test_a_large_request_whose_vectors_are_known_needs_no_room():
+    engine = FakeEngine()
+    known = large(20, 10)
+    with running(engine, max_queue_tokens=2000, cache_bytes=10**6) as batcher:
+        assert submit(batcher, *known).lengths() == [20] * 10
+        while engine.started.acquire(blocking=False):
+            pass
+        with held(engine, batcher, 2000):
+            bulk = submit(batcher, *distinct(80, 25))
+            wait_until(lambda: queued_tokens(batcher) == 2000)
+            assert submit(batcher, *known).lengths() == [20] * 10
+        assert bulk.lengths() == [80] * 25
 
 
 def test_stopping_waits_for_all_engines_together_not_one_after_the_other():
@@ -495,7 +519,7 @@ def test_the_next_batch_is_chosen_and_started_when_the_one_before_is_nearly_comp
         assert gpu.begun.acquire(timeout=WAIT_SECONDS)
         assert not gpu.begun.acquire(timeout=0.2)  # the device has much left to compute
         query = submit(batcher, 20, is_query=True)  # comes in time to be chosen
-        wait_until(lambda: batcher._num_queue_tokens == 140)
+        wait_until(lambda: queued_tokens(batcher) == 140)
         gpu.nearly.release()
         assert gpu.begun.acquire(timeout=WAIT_SECONDS)
         assert not bulk.answered.is_set()  # neither batch is computed
@@ -561,10 +585,23 @@ def test_a_shared_text_is_computed_for_those_who_stay_when_the_first_leaves():
         with held(engine, batcher, 100):
             first = submit(batcher, 50)
             second = submit(batcher, 50, is_query=True)
-            wait_until(lambda: batcher._num_queue_tokens >= 100)
+            wait_until(lambda: queued_tokens(batcher) >= 100)
             first.cancelled = True
         assert second.lengths() == [50]
         assert isinstance(first.outcome(), Cancelled)
+
+
+def test_what_joins_a_text_that_is_being_computed_is_in_progress_too():
+    engine = FakeEngine()
+    with running(engine, max_queue_seconds=0.5) as batcher:
+        engine.gate.clear()
+        replies = [submit(batcher, 50)]
+        assert engine.started.acquire(timeout=WAIT_SECONDS)
+        replies.append(submit(batcher, 50))
+        other = submit(batcher, 60)  # which does wait, and so says when the limit has passed
+        assert isinstance(other.outcome(), Unavailable)
+        engine.gate.set()
+        assert [reply.lengths() for reply in replies] == [[50], [50]]
 
 
 def test_a_query_does_not_wait_for_the_place_of_the_bulk_text_it_shares():
@@ -572,7 +609,7 @@ def test_a_query_does_not_wait_for_the_place_of_the_bulk_text_it_shares():
     with running(engine) as batcher:
         with held(engine, batcher, 4001 + 41):
             bulk = submit(batcher, *distinct(40, 99), 41)
-            wait_until(lambda: batcher._num_queue_tokens == 4001)
+            wait_until(lambda: queued_tokens(batcher) == 4001)
             query = submit(batcher, 41, is_query=True)
         assert query.lengths() == [41]
         assert bulk.lengths() == [40] * 99 + [41]
@@ -645,18 +682,16 @@ def test_metrics_count_requests_texts_tokens_and_batches():
     assert sum(published.observations[Metric.BATCH_TOKENS]) == 60
     assert sum(published.observations[Metric.BATCH_TEXTS]) == 3
     assert len(published.observations[Metric.QUEUE_SECONDS]) == len(engine.batches)
-    assert len(published.observations[Metric.ANSWER_SECONDS]) == len(engine.batches)
-    tokenizing, computing = (published.observations[m] for m in (Metric.TOKENIZE_SECONDS, Metric.COMPUTE_SECONDS))
-    assert len(tokenizing) == len(computing) > 0
-    assert all(seconds > 0 for seconds in tokenizing)
+    assert published.counters[(Metric.TOKENIZE_SECONDS,)] > 0
+    assert published.counters[(Metric.ANSWER_SECONDS,)] > 0
     assert published.gauges[Metric.QUEUE_TOKENS] == published.gauges[Metric.QUEUE_BYTES] == 0
 
 
 def test_metrics_come_while_the_server_runs_and_a_lost_one_loses_no_answer():
     published = Published()
 
-    def publish(values):
-        published(values)
+    def publish(update):
+        published(update)
         raise RuntimeError("shared memory is full")
 
     with running(FakeEngine(), publish=publish) as batcher:
@@ -680,7 +715,37 @@ def test_every_series_that_is_ever_counted_is_known_beforehand():
     assert sources == {labels for metric, labels in published.series if metric is Metric.TEXTS}
     outcomes = {dict(labels)["outcome"] for metric, labels in SERIES if metric is Metric.REQUESTS}
     errors = {error.__name__ for error in RequestError.__subclasses__()}
-    assert outcomes == {"ok"} | errors - {"DeviceLost"}  # for which its requests get Unavailable
+    assert outcomes == {"ok"} | errors
+
+
+def test_a_broken_way_back_stops_no_other_answer():
+    class DeadlyReply(FakeReply):
+        def send(self, outcome):
+            raise SystemExit("the thread that answers breaks")
+
+    engine, fatal = FakeEngine(), threading.Event()
+    with running(engine, on_fatal=fatal.set) as batcher:
+        engine.gate.clear()
+        computing = submit(batcher, 90)
+        assert engine.started.acquire(timeout=WAIT_SECONDS)
+        batcher.refuse(DeadlyReply(), InvalidRequest("neither"))
+        assert isinstance(computing.outcome(), Unavailable)
+        assert fatal.wait(WAIT_SECONDS)
+        engine.gate.set()
+
+
+def test_an_answer_waits_for_one_metric_at_most():
+    published, reply = [], FakeReply()
+
+    def publish(update):
+        published.append(reply.answered.is_set())
+        if len(published) == 1:
+            batcher.refuse(reply, InvalidRequest("neither"))
+
+    with running(FakeEngine(), publish=publish) as batcher:
+        submit(batcher, 10).lengths()
+        assert isinstance(reply.outcome(), InvalidRequest)
+    assert published[:2] == [False, True]
 
 
 def test_an_answer_that_its_way_back_refuses_is_counted_as_what_the_client_got():
@@ -719,6 +784,19 @@ def test_an_answered_request_leaves_nothing_large_behind_although_its_deadline_i
         assert (job.computations, job.embeddings, job.request.texts) == ([], None, ())
 
 
+def test_what_nobody_wants_any_more_does_not_wait_in_the_queue():
+    engine = FakeEngine()
+    with running(engine) as batcher:
+        with held(engine, batcher, 4000):
+            bulk = submit(batcher, *distinct(40, 100))
+            wait_until(lambda: queued_tokens(batcher) == 4000)
+            given_up = [submit(batcher, *distinct(50, 20), timeout_seconds=0.2) for _ in range(3)]
+            flows = {job.flow for job in batcher._jobs}
+            assert all(isinstance(reply.outcome(), Unavailable) for reply in given_up)
+            assert sorted(len(flow.waiting) for flow in flows) == [0, 0, 0, 0, 100]
+        assert bulk.lengths() == [40] * 100
+
+
 def test_deadlines_of_finished_requests_are_forgotten():
     with running(FakeEngine(), cache_bytes=10**6) as batcher:
         for _ in range(3000):
@@ -732,8 +810,9 @@ def test_the_same_text_many_times_over_costs_no_more_than_its_rows():
         with held(engine, batcher, 2 * 10 * 20_000):
             first = submit(batcher, *["10"] * 20_000)
             second = submit(batcher, *["10"] * 20_000)
-            wait_until(lambda: batcher._num_queue_tokens >= 2 * 10 * 20_000)
-            assert len(batcher._queue) == 1
+            wait_until(lambda: queued_tokens(batcher) >= 2 * 10 * 20_000)
+            flows = {job.flow for same in batcher._in_flight.values() for job, _ in same.rows}
+            assert sorted(len(flow.waiting) for flow in flows) == [0, 1, 1]  # of the batch that is held, and of both
             first.cancelled = True
         assert second.lengths() == [10] * 20_000
         assert isinstance(first.outcome(), Cancelled)

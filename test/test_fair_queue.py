@@ -59,37 +59,47 @@ def test_a_batch_holds_queries_or_documents_not_both():
 
 def test_an_endless_stream_of_new_requests_does_not_starve_an_old_one():
     queue, bulk = FairQueue(), Flow(1)
-    for _ in range(100):
-        queue.push("bulk", bulk, num_tokens=100)
-    for _ in range(5):
-        queue.push("small", Flow(1), num_tokens=100)
+    for i in range(100):
+        queue.push(("bulk", i), bulk, num_tokens=100)
+    for i in range(5):
+        queue.push(("small", i), Flow(1), num_tokens=100)
     taken = []
-    for _ in range(200):  # five clients, each with a new request as soon as its last is taken
-        taken += take(queue, 100)
-        if taken[-1] == "small":
-            queue.push("small", Flow(1), num_tokens=100)
+    for i in range(200):  # five clients, each with a new request as soon as its last is taken
+        ((kind, _),) = take(queue, 100)
+        taken.append(kind)
+        if kind == "small":
+            queue.push(("small", 5 + i), Flow(1), num_tokens=100)
     assert taken.count("bulk") >= 200 / 6 - 1
 
 
 def test_an_idle_flow_saves_up_no_credit():
     queue, busy, idle = FairQueue(), Flow(1), Flow(1)
-    for _ in range(100):
-        queue.push("busy", busy, num_tokens=10)
-    take(queue, 500)
-    for _ in range(100):
-        queue.push("idle", idle, num_tokens=10)
-    taken = take(queue, 200)
+    for i in range(100):
+        queue.push(("busy", i), busy, num_tokens=10)
+    assert len(take(queue, 500)) == 50
+    for i in range(100):
+        queue.push(("idle", i), idle, num_tokens=10)
+    taken = [kind for kind, _ in take(queue, 200)]
+    assert len(taken) == 20
     assert abs(taken.count("busy") - taken.count("idle")) <= 1
 
 
 def test_an_item_queued_again_for_a_flow_that_is_ahead_is_taken_early_and_once():
     queue, bulk, other = FairQueue(), Flow(1), Flow(8)
-    tags = {i: queue.push(i, bulk, num_tokens=10) for i in range(100)}
-    again = queue.push(99, other, num_tokens=10, before=tags[99])
-    assert again < tags[99]
-    assert queue.push(99, other, num_tokens=10, before=again) == again
+    for i in range(100):
+        queue.push(i, bulk, num_tokens=10)
+    queue.push(99, other, num_tokens=10)
     assert 99 in take(queue, 40)
     assert 99 not in take(queue, 10_000, unwanted=[99])
+
+
+def test_an_item_that_waits_in_two_flows_is_in_one_batch_once():
+    queue, one, other = FairQueue(), Flow(1), Flow(1)
+    for flow in (one, other):
+        queue.push("same", flow, num_tokens=10)
+    queue.push("next", other, num_tokens=10)
+    assert take(queue, 100) == ["same", "next"]
+    assert not queue
 
 
 def test_unwanted_items_are_dropped_and_cost_nothing():
@@ -98,3 +108,24 @@ def test_unwanted_items_are_dropped_and_cost_nothing():
         queue.push(item, flow, num_tokens=10)
     assert take(queue, 20, unwanted="abd") == ["c", "e"]
     assert take(queue, 20) == []
+
+
+def test_a_flow_does_not_pay_for_what_nobody_wants_any_more():
+    queue, bulk, queries = FairQueue(), Flow(1), Flow(1, kind="queries")
+    for i in range(100):
+        queue.push(("bulk", i), bulk, num_tokens=10)
+        queue.push(("expired", i), queries, num_tokens=10)
+    queue.push("query", queries, num_tokens=10)
+    expired = [("expired", i) for i in range(100)]
+    assert "query" in take(queue, 10, unwanted=expired) + take(queue, 10, unwanted=expired)
+
+
+def test_a_forgotten_flow_leaves_nothing_behind():
+    queue, bulk, gone = FairQueue(), Flow(1), Flow(1)
+    for i in range(10):
+        queue.push(("bulk", i), bulk, num_tokens=10)
+        queue.push(("gone", i), gone, num_tokens=10)
+    queue.forget(gone)
+    assert not gone.waiting
+    assert take(queue, 1000) == [("bulk", i) for i in range(10)]
+    assert not queue

@@ -1,10 +1,11 @@
-"""Answers on their way out, each sent once, from a thread of its own; beside them what was counted meanwhile."""
+"""Sends answers in order from a thread of its own, and metrics between them; knows neither queue, engine nor Triton."""
 
 from __future__ import annotations
 
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,12 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from nv_embed.errors import RequestError
-from nv_embed.metrics import Metric, Recorder
+from nv_embed.metrics import Metric, Recorder, Update
 
 logger = logging.getLogger(__name__)
 
-_PUBLISH_SECONDS = 0.2  # from an event to its metrics: each value published costs as much as a short query ...
-_OVERDUE_SECONDS = 1.0  # ... so answers go first, but not for longer than this
+_PUBLISH_SECONDS = 0.2  # from an event to its metrics
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,22 +46,30 @@ class Reply(Protocol):
 
 
 class Outbox:
-    """Sends in the order of `put`. Whoever computes does not wait for it."""
+    """Owns every answer from `put` until it is sent."""
 
-    def __init__(self, metrics: Recorder, *, publish: Callable[[], None], on_lost: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        metrics: Recorder,
+        *,
+        collect: Callable[[], list[Update]],
+        publish: Callable[[Update], None],
+        on_lost: Callable[[], None],
+    ) -> None:
         """
         Args:
             metrics: where answers are counted.
-            publish: called a few times a second while there is something new.
-            on_lost: called when an answer could not be sent, or the thread broke, which goes on all the same.
+            collect: called a few times a second while something happens; what it returns is published.
+            publish: takes one update of a metric.
+            on_lost: called when an answer could not be sent, for then its client can be told nothing any more.
         """
         self._metrics = metrics
+        self._collect = collect
         self._publish = publish
         self._on_lost = on_lost
         self._lock = Lock()
         self._num_unsent = 0
         self._events: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._batch_seconds = 0.0  # spent sending since the end of a batch
         self._thread = Thread(target=self._run, name="nv-embed-answer", daemon=True)
         self._thread.start()
 
@@ -76,9 +84,9 @@ class Outbox:
             self._num_unsent += 1
         self._events.put(partial(self._send, reply, outcome, kind))
 
-    def end_batch(self) -> None:
-        """Say that a batch's answers were put. Its metrics go out even if it completed no request."""
-        self._events.put(self._observe_batch)
+    def announce(self) -> None:
+        """Say that something was counted: metrics go out also while no request is complete."""
+        self._events.put(_nothing)
 
     def close(self) -> None:
         """Return when all is sent and the thread has ended."""
@@ -88,43 +96,52 @@ class Outbox:
     def _send(self, reply: Reply, outcome: Outcome, kind: str) -> None:
         started = time.monotonic()
         sent = reply.send(outcome)
-        self._batch_seconds += time.monotonic() - started
         with self._lock:
             self._num_unsent -= 1
+        self._metrics.add(Metric.ANSWER_SECONDS, time.monotonic() - started)
         name = "ok" if isinstance(sent, Answer) else type(sent).__name__
         self._metrics.add(Metric.REQUESTS, kind=kind, outcome=name)
-
-    def _observe_batch(self) -> None:
-        self._metrics.observe(Metric.ANSWER_SECONDS, self._batch_seconds)
-        self._batch_seconds = 0.0
 
     def _run(self) -> None:
         while True:
             try:
                 self._loop()
                 return
-            except BaseException:
-                logger.exception("the thread that answers broke; every request gets an error, the server must restart")
-                self._on_lost()  # and go on: nobody else answers
-
-    def _loop(self) -> None:
-        publish_at, is_news = math.inf, False
-        while True:
-            now = time.monotonic()
-            if now >= publish_at and (self._events.empty() or now >= publish_at + _OVERDUE_SECONDS):
-                self._publish()
-                # Once more after the last event, for what other threads count just after they announced it.
-                publish_at, is_news = (now + _PUBLISH_SECONDS if is_news else math.inf), False
-            try:
-                event = self._events.get(timeout=max(publish_at - now, 0.0) if publish_at < math.inf else None)
-            except Empty:
-                continue
-            if event is None:
-                break
-            try:
-                event()
-            except Exception:  # this client can be told nothing any more but by the end of the server
+            except BaseException:  # nobody else answers, so this goes on
                 logger.exception("an answer is lost; every request gets an error and the server must restart")
                 self._on_lost()
-            publish_at, is_news = min(publish_at, time.monotonic() + _PUBLISH_SECONDS), True
-        self._publish()
+
+    def _loop(self) -> None:
+        updates: deque[Update] = deque()
+        collect_at, is_news = math.inf, False
+        while True:
+            now = time.monotonic()
+            if now >= collect_at and not updates:
+                updates.extend(self._collect())
+                # Once more after the last event, for what other threads count just after they announced it.
+                collect_at, is_news = (now + _PUBLISH_SECONDS if is_news else math.inf), False
+            wait = 0.0 if updates else collect_at - now
+            try:
+                event = self._events.get(timeout=max(wait, 0.0) if wait < math.inf else None)
+            except Empty:
+                pass
+            else:
+                if event is None:
+                    break
+                collect_at, is_news = min(collect_at, now + _PUBLISH_SECONDS), True
+                event()
+            # One at a time, for each costs as much as a short query: an answer waits for no more than that.
+            if updates:
+                self._publish_safely(updates.popleft())
+        for update in [*updates, *self._collect()]:
+            self._publish_safely(update)
+
+    def _publish_safely(self, update: Update) -> None:
+        try:
+            self._publish(update)
+        except Exception:  # no reason to leave a request without its answer
+            logger.exception("a metric is lost")
+
+
+def _nothing() -> None:
+    pass

@@ -1,7 +1,7 @@
 """Requests in, batches to the engines, one answer for each request; knows neither torch nor Triton.
 
 Threads, each with one duty: the caller's (`submit`), one that tokenizes queries and one that tokenizes documents,
-those that compute, and the one of `answers.py` that sends. A request's texts may be spread over many batches; it is
+those that compute, and the one of `answers.py`, which sends. A request's texts may be spread over many batches; it is
 answered when the last is computed, or as a whole by the first error. Waiting is bounded three times: in bytes until
 tokenized, in tokens from then on, and in time.
 """
@@ -35,7 +35,7 @@ from nv_embed.errors import (
     Unavailable,
 )
 from nv_embed.fair_queue import FairQueue, Flow
-from nv_embed.metrics import Metric, Recorder, Values
+from nv_embed.metrics import Metric, Recorder, Update
 from nv_embed.pace import MIN_BATCH_TOKENS, Pace
 from nv_embed.requests import EmbedRequest
 from nv_embed.tokenizer import TokenSequence
@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 # huge one.
 _SLICE_CHARACTERS = 64 * 1024
 _WORTH_ASKING_CHARACTERS = 4096
+_ADMITTED_TEXTS = 256  # of a request at a time, for neither its neighbours nor an engine should wait for all of it
 _LAST_BATCH_SECONDS = 3.0
 _STOP = "the time the server has to stop"
 _QUERY_RESERVE = 8  # what may wait is an eighth more for queries: bulk that fills the queue does not shut them out
@@ -112,10 +113,9 @@ class _Computation:
 
     sequence: TokenSequence
     key: bytes
-    tokenize_seconds: float  # its share of the time of its slice
     rows: list[tuple[_Job, int]] = field(default_factory=list)
+    has_room: bool = False  # its tokens were counted as waiting before it was queued
     is_waiting: bool = True
-    tag: float = math.inf  # its place in the queue
 
     @property
     def is_wanted(self) -> bool:
@@ -140,7 +140,7 @@ class Batcher:
         limits: BatchLimits,
         *,
         on_fatal: Callable[[], None],
-        publish: Callable[[Values], None],
+        publish: Callable[[Update], None],
     ) -> None:
         """
         Args:
@@ -148,15 +148,14 @@ class Batcher:
             engines: what computes, each entry for a thread of its own; one engine may have several.
             limits: how much is computed at once and how much may wait.
             on_fatal: called when a thread dies or an answer is lost, after every other request was given an error.
-            publish: takes the metrics, a few times a second while there is something new.
+            publish: takes an update of a metric, from the thread that answers.
         """
         self._encoder = encoder
         self._limits = limits
         self._on_fatal = on_fatal
-        self._publish = publish
         self._metrics = Recorder()
         self._query_flow = Flow(limits.query_weight, kind="queries")
-        self._lock = RLock()  # guards everything below
+        self._lock = RLock()  # guards everything below; a number alone may be read without it
         self._queued = Condition(self._lock)  # there is something to compute, or to stop for
         # Each with a thread of its own: neither waits for the other, a query least of all for a slice of bulk.
         self._queries, self._documents = (_Intake(Condition(self._lock)) for _ in range(2))
@@ -171,7 +170,7 @@ class Batcher:
         self._num_idle = 0  # engines that wait for work
         self._refuse_at = math.inf  # when what is unfinished is refused, once the server is about to stop
         self._is_stopping = False
-        self._outbox = Outbox(self._metrics, publish=self._publish_metrics, on_lost=self._give_up)
+        self._outbox = Outbox(self._metrics, collect=self._collect_metrics, publish=publish, on_lost=self._give_up)
         self._workers = [
             self._start("tokenize-queries", partial(self._tokenize_loop, self._queries)),
             self._start("tokenize-documents", partial(self._tokenize_loop, self._documents)),
@@ -187,7 +186,7 @@ class Batcher:
             self._jobs.add(job)
             limit = self._limit(self._limits.max_queue_bytes, request)
             if self._is_stopping:
-                self._finish(job, _stopping())
+                self._finish(job, _server_stops())
             elif self._num_queue_bytes + request.num_bytes > limit:
                 waiting = f"got {self._num_queue_bytes} waiting and {request.num_bytes} more"
                 self._finish(
@@ -227,10 +226,13 @@ class Batcher:
             return len(self._jobs) + self._outbox.num_unsent
 
     def stop(self) -> None:
-        """Answer whatever is unfinished as unavailable and end the threads; returns when they have ended."""
+        """Answer whatever is unfinished as unavailable, and return when that is sent.
+
+        A batch that is being computed, for nobody any more, is waited for at most 3 s.
+        """
         self._fail_all()
         until = time.monotonic() + _LAST_BATCH_SECONDS
-        for worker in self._workers:  # a device may be in the middle of a batch that nobody waits for
+        for worker in self._workers:
             worker.join(max(until - time.monotonic(), 0.0))
         self._outbox.close()
 
@@ -249,16 +251,18 @@ class Batcher:
             with self._lock:
                 if is_complete:
                     self._num_queue_bytes -= job.request.num_bytes
-                    self._admit(job)
                 else:
                     intake.jobs.append(job)
+            if is_complete:
+                self._admit(job)
 
     def _tokenize_slice(self, job: _Job) -> bool:
         """Returns whether nothing is left to tokenize."""
+        # Looked at before it is asked whether the job is finished: finishing it, at any moment, takes its texts away.
+        request, start = job.request, len(job.computations)
         if job.is_finished:
             return True
-        started, request, start = time.monotonic(), job.request, len(job.computations)
-        stop, num_characters = start, 0
+        started, stop, num_characters = time.monotonic(), start, 0
         while stop < len(request.texts) and num_characters < _SLICE_CHARACTERS:
             num_characters += len(request.instruction) + len(request.texts[stop])
             stop += 1
@@ -269,65 +273,76 @@ class Batcher:
             sequences = self._encoder.encode(
                 request.texts[start:stop], request.instruction, truncate=request.truncate, first_index=start
             )
-            seconds = (time.monotonic() - started) / len(sequences)
-            job.computations += [_Computation(sequence, sequence.digest(), seconds) for sequence in sequences]
-            job.num_tokens += sum(sequence.num_tokens for sequence in sequences)
+            self._add_slice(job, [_Computation(sequence, sequence.digest()) for sequence in sequences])
+        except RequestError as error:
+            self._finish(job, error)
+        except Exception:
+            logger.exception("tokenizing failed")
+            self._finish(job, ComputeFailed("tokenizing this request failed; the server's log says why"))
+        self._metrics.add(Metric.TOKENIZE_SECONDS, time.monotonic() - started)
+        return job.is_finished or stop == len(request.texts)
+
+    def _add_slice(self, job: _Job, computations: list[_Computation]) -> None:
+        """Take room for the next texts of a job to wait; raises InvalidRequest or Unavailable if they cannot."""
+        with self._lock:
+            if job.is_finished:
+                return
+            job.computations += computations
+            job.num_tokens += sum(own.sequence.num_tokens for own in computations)
             if job.num_tokens > self._limits.max_queue_tokens:
                 raise InvalidRequest.of(
                     expected=f"at most {self._limits.max_queue_tokens} tokens a request, for that is all that may wait",
                     got=f"{job.num_tokens} or more",
                     remedy="split the request",
                 )
-            if stop < len(request.texts):  # no use to tokenize the rest of what cannot wait
-                self._check_room(job, job.num_tokens)
-        except RequestError as error:
-            self._finish(job, error)
-        except Exception:
-            logger.exception("tokenizing failed")
-            self._finish(job, ComputeFailed("tokenizing this request failed; the server's log says why"))
-        return job.is_finished or stop == len(request.texts)
+            num_tokens = 0
+            for own in computations:
+                own.has_room = own.key not in self._cache
+                num_tokens += own.sequence.num_tokens if own.has_room else 0
+            limit = self._limit(self._limits.max_queue_tokens, job.request)
+            if num_tokens and self._num_queue_tokens + num_tokens > limit:
+                waiting = f"got {self._num_queue_tokens} waiting and {num_tokens} more"
+                raise Unavailable(f"expected at most {limit} tokens to wait; {waiting}; retry later")
+            self._count_waiting(job, num_tokens)
 
     def _admit(self, job: _Job) -> None:
-        """Queue a tokenized job, all of it or nothing. The lock is held."""
-        if job.is_finished:
-            return
-        vectors = [self._cache.get(own.key) for own in job.computations]
-        try:
-            self._check_room(
-                job,
-                sum(
-                    own.sequence.num_tokens
-                    for own, vector in zip(job.computations, vectors, strict=True)
-                    if vector is None
-                ),
-            )
-        except Unavailable as error:
-            self._finish(job, error)
-            return
-        job.num_missing = len(job.computations)
-        for index, (own, vector) in enumerate(zip(list(job.computations), vectors, strict=True)):
-            if vector is not None:
-                self._metrics.add(Metric.TEXTS, source="cached")
-                self._fill(job, index, vector)
-                continue
-            computation = self._in_flight.setdefault(own.key, own)
-            computation.rows.append((job, index))
-            job.computations[index] = computation
-            if computation is not own:
-                self._metrics.add(Metric.TEXTS, source="coalesced")
-            if computation.is_waiting:  # also for one that is queued: this job may be ahead of the others
-                num_tokens = computation.sequence.num_tokens
-                computation.tag = self._queue.push(computation, job.flow, num_tokens, before=computation.tag)
-                job.num_queue_tokens += num_tokens
-                self._num_queue_tokens += num_tokens
-        self._queued.notify()
+        """Queue a tokenized job, some texts at a time."""
+        job.num_missing = num_texts = len(job.computations)
+        for start in range(0, num_texts, _ADMITTED_TEXTS):
+            with self._lock:
+                for index in range(start, min(start + _ADMITTED_TEXTS, num_texts)):
+                    if job.is_finished:
+                        return
+                    self._admit_text(job, index)
+                self._queued.notify()
 
-    def _check_room(self, job: _Job, num_tokens: int) -> None:
-        """Raises Unavailable if so many tokens more may not wait."""
-        limit = self._limit(self._limits.max_queue_tokens, job.request)
-        if num_tokens and self._num_queue_tokens + num_tokens > limit:
-            waiting = f"got {self._num_queue_tokens} waiting and {num_tokens} more"
-            raise Unavailable(f"expected at most {limit} tokens to wait; {waiting}; retry later")
+    def _admit_text(self, job: _Job, index: int) -> None:
+        """The lock is held."""
+        own = job.computations[index]
+        num_tokens = own.sequence.num_tokens
+        vector = self._cache.get(own.key)
+        computation = own if vector is not None else self._in_flight.setdefault(own.key, own)
+        waits = vector is None and computation.is_waiting
+        if waits != own.has_room:  # since it was tokenized, its vector has come or gone, or it is being computed
+            self._count_waiting(job, num_tokens if waits else -num_tokens)
+        if vector is not None:
+            self._metrics.add(Metric.TEXTS, source="cached")
+            self._fill(job, index, vector)
+            return
+        is_queued = bool(computation.rows) and computation.rows[-1][0] is job
+        computation.rows.append((job, index))
+        job.computations[index] = computation
+        if computation is not own:
+            self._metrics.add(Metric.TEXTS, source="coalesced")
+        if not waits:
+            job.is_started = True
+        elif not is_queued:  # also what other jobs wait for: this one may be ahead of them, or outlive them
+            self._queue.push(computation, job.flow, num_tokens)
+
+    def _count_waiting(self, job: _Job, num_tokens: int) -> None:
+        """The lock is held."""
+        job.num_queue_tokens += num_tokens
+        self._num_queue_tokens += num_tokens
 
     @staticmethod
     def _limit(limit: int, request: EmbedRequest) -> int:
@@ -345,8 +360,7 @@ class Batcher:
                     return
                 if batch:
                     self._compute(engine, batch, pace, turn)
-            if batch:
-                self._outbox.end_batch()
+                    self._outbox.announce()
 
     def _choose(self, pace: Pace) -> list[_Computation] | None:
         """Wait for work and return a batch, empty if nobody wants it any more; None when the end has come."""
@@ -382,8 +396,7 @@ class Batcher:
             for job, _ in computation.rows:
                 job.is_started = True
                 if not job.is_finished:
-                    job.num_queue_tokens -= computation.sequence.num_tokens
-                    self._num_queue_tokens -= computation.sequence.num_tokens
+                    self._count_waiting(job, -computation.sequence.num_tokens)
         if batch:
             oldest = min(job.arrived for computation in batch for job, _ in computation.rows)
             self._metrics.observe(Metric.QUEUE_SECONDS, now - oldest)
@@ -407,7 +420,6 @@ class Batcher:
             return
         else:
             pace.record(num_tokens, seconds)
-            self._metrics.observe(Metric.TOKENIZE_SECONDS, sum(own.tokenize_seconds for own in batch))
             self._metrics.observe(Metric.COMPUTE_SECONDS, seconds)
             self._metrics.observe(Metric.BATCH_TOKENS, num_tokens)
             self._metrics.observe(Metric.BATCH_TEXTS, len(batch))
@@ -475,6 +487,8 @@ class Batcher:
             self._jobs.remove(job)
             self._num_queue_tokens -= job.num_queue_tokens
             if isinstance(outcome, RequestError):
+                if not job.request.is_query:
+                    self._queue.forget(job.flow)
                 for computation in dict.fromkeys(job.computations):  # distinct, for one text may come many times
                     if computation.is_waiting and computation.rows and not computation.is_wanted:
                         self._drop(computation)
@@ -505,20 +519,17 @@ class Batcher:
 
     # --- metrics and the end ----------------------------------------------------------------------------
 
-    def _publish_metrics(self) -> None:
+    def _collect_metrics(self) -> list[Update]:
         self._metrics.set(Metric.QUEUE_TOKENS, self._num_queue_tokens)
         self._metrics.set(Metric.QUEUE_BYTES, self._num_queue_bytes)
         self._metrics.set(Metric.CACHE_BYTES, self._cache.num_bytes)
-        try:
-            self._publish(self._metrics.take())
-        except Exception:  # no reason to leave a request without its answer
-            logger.exception("metrics are lost")
+        return self._metrics.take()
 
     def _fail_all(self) -> None:
         with self._lock:
             self._is_stopping = True
             for job in list(self._jobs):
-                self._finish(job, _stopping())
+                self._finish(job, _server_stops())
             for intake in (self._queries, self._documents):
                 intake.arrived.notify_all()
             self._queued.notify_all()
@@ -541,5 +552,5 @@ class Batcher:
             self._give_up()
 
 
-def _stopping() -> Unavailable:
+def _server_stops() -> Unavailable:
     return Unavailable("the server is stopping; retry with another one, or later")

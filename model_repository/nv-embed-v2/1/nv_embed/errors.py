@@ -1,6 +1,7 @@
 """Everything that can go wrong, as types; knows nothing of how an error reaches a client.
 
 NVEmbedError
+├── DeviceLost               the device is beyond use for this process, which must restart
 ├── StartupError             the server must not start
 │   ├── ConfigError          a parameter is unknown, malformed or contradicts another
 │   ├── CheckpointError      the checkpoint folder is missing, incomplete or of another model
@@ -10,8 +11,7 @@ NVEmbedError
     ├── Unavailable          too much waits, or the server stops; the same request may succeed later
     ├── Cancelled            nobody waits for the answer any more
     ├── OutOfDeviceMemory    this batch does not fit on the device beside the weights
-    ├── DeviceLost           the device is beyond use for this process, which must restart
-    └── ComputeFailed        the forward pass failed, through no fault of the caller
+    └── ComputeFailed        something failed on the way, through no fault of the caller
 """
 
 from __future__ import annotations
@@ -21,6 +21,10 @@ import textwrap
 
 class NVEmbedError(Exception):
     """Base of all errors raised on purpose. The message is fit for a client: no paths of code, no request text."""
+
+
+class DeviceLost(NVEmbedError):
+    """The device is beyond use for this process, which must restart."""
 
 
 class StartupError(NVEmbedError):
@@ -64,12 +68,8 @@ class OutOfDeviceMemory(RequestError):
     """This batch does not fit on the device beside the weights."""
 
 
-class DeviceLost(RequestError):
-    """The device is beyond use for this process, which must restart."""
-
-
 class ComputeFailed(RequestError):
-    """The forward pass failed, through no fault of the caller."""
+    """Reading, tokenizing, computing or answering failed, through no fault of the caller."""
 
 
 def in_short(error: BaseException) -> str:

@@ -1,55 +1,57 @@
 """Which sequence is computed next: self-clocked fair queueing; knows no threads and no requests.
 
-Each sequence gets a tag, the virtual time at which its flow would have finished it were all flows served at once in
-proportion to their weights; the lowest tag goes first and becomes the virtual time. So a new flow, a query or a small
-request, passes the backlog of a large one at once; the large one keeps moving; nothing starves.
+What waits first in a flow has a tag, the virtual time at which the flow would have finished it were all flows served at
+once in proportion to their weights; the lowest tag goes first and becomes the virtual time. So a new flow, a query or a
+small request, passes the backlog of a large one at once; the large one keeps moving; nothing starves. A long sequence
+waits for what is shorter, as its share of the device wants it.
 (Golestani, "A self-clocked fair queueing scheme for broadband applications", INFOCOM 1994.)
 """
 
 from __future__ import annotations
 
 import heapq
-import math
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 Item = TypeVar("Item")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Flow:
     """What shares one place in the queue: all queries together, or one request of documents."""
 
     weight: int
     kind: str = "documents"  # of one kind is what one batch holds
-    last_tag: float = 0.0
+    last_tag: float = 0.0  # of what was taken last; what nobody wanted any more costs nothing
+    waiting: deque[tuple[Any, int]] = field(default_factory=deque)  # items and what they cost
+    is_queued: bool = False
 
 
 class FairQueue(Generic[Item]):
     """Hashable items of known cost in tokens, in fair order. Not thread-safe: its owner holds a lock."""
 
     def __init__(self) -> None:
-        self._heaps: defaultdict[str, list[tuple[float, int, int, Item]]] = defaultdict(list)  # by kind of flow
+        self._heaps: defaultdict[str, list[tuple[float, int, Flow]]] = defaultdict(list)  # flows, by kind
         self._arrivals = count()  # among equal tags the first to come goes first
         self._virtual_time = 0.0
 
-    def __len__(self) -> int:
-        return sum(map(len, self._heaps.values()))
+    def __bool__(self) -> bool:
+        """Whether there may be something to take."""
+        return any(self._heaps.values())
 
-    def push(self, item: Item, flow: Flow, num_tokens: int, before: float = math.inf) -> float:
-        """Add an item that costs `num_tokens`, unless its tag would not be below `before`; returns the lower of both.
+    def push(self, item: Item, flow: Flow, num_tokens: int) -> None:
+        """Add an item that costs `num_tokens`; one that waits in several flows is taken once, with the first."""
+        flow.waiting.append((item, num_tokens))
+        if not flow.is_queued:
+            flow.last_tag = max(flow.last_tag, self._virtual_time)  # for the time in which it was idle it gets nothing
+            self._queue(flow)
 
-        An item may so be queued again, for another flow that is ahead of the first. It is taken once.
-        """
-        tag = max(self._virtual_time, flow.last_tag) + num_tokens / flow.weight
-        if tag >= before:
-            return before
-        flow.last_tag = tag
-        heapq.heappush(self._heaps[flow.kind], (tag, next(self._arrivals), num_tokens, item))
-        return tag
+    def forget(self, flow: Flow) -> None:
+        """Drop what waits in a flow to which nothing will be added any more."""
+        flow.waiting.clear()
 
     def take(self, max_tokens: int, is_wanted: Callable[[Item], bool]) -> list[Item]:
         """Remove the next items of at most `max_tokens` together; a single larger one comes alone.
@@ -57,20 +59,42 @@ class FairQueue(Generic[Item]):
         All are of the kind of the very next one: a query that shared a batch with documents would be ready only when
         they are. Items that are no longer wanted are dropped on the way.
         """
-        for heap in self._heaps.values():
-            while heap and not is_wanted(heap[0][-1]):
-                heapq.heappop(heap)
-        heap = min(filter(None, self._heaps.values()), default=[])
         taken: dict[Item, None] = {}
+
+        def is_next(item: Item) -> bool:
+            return item not in taken and is_wanted(item)
+
+        for heap in self._heaps.values():
+            self._find_next(heap, is_next)
+        heap = min(filter(None, self._heaps.values()), default=[])
         while heap:
-            tag, _, num_tokens, item = heap[0]
-            if item in taken or not is_wanted(item):
-                heapq.heappop(heap)
-                continue
+            tag, _, flow = heap[0]
+            item, num_tokens = flow.waiting[0]
             if taken and num_tokens > max_tokens:
                 break
-            heapq.heappop(heap)
-            self._virtual_time = max(self._virtual_time, tag)
             taken[item] = None
             max_tokens -= num_tokens
+            flow.last_tag = tag
+            self._virtual_time = max(self._virtual_time, tag)  # of the other kind something lower may still wait
+            self._find_next(heap, is_next)
         return list(taken)
+
+    def _find_next(self, heap: list[tuple[float, int, Flow]], is_next: Callable[[Item], bool]) -> None:
+        """Have a heap begin with a flow whose first item is to be taken next, unless there is none."""
+        while heap:
+            flow = heap[0][-1]
+            num_waiting = len(flow.waiting)
+            while flow.waiting and not is_next(flow.waiting[0][0]):
+                flow.waiting.popleft()
+            if flow.waiting and len(flow.waiting) == num_waiting:
+                return
+            heapq.heappop(heap)
+            flow.is_queued = False
+            if flow.waiting:
+                self._queue(flow)
+
+    def _queue(self, flow: Flow) -> None:
+        _, num_tokens = flow.waiting[0]
+        tag = flow.last_tag + num_tokens / flow.weight
+        heapq.heappush(self._heaps[flow.kind], (tag, next(self._arrivals), flow))
+        flow.is_queued = True

@@ -7,13 +7,12 @@ and published together, a few times a second, by whoever owns the way out.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, field
 from enum import Enum
 from itertools import product
 from threading import Lock
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
-_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _TOKENS = tuple(float(2**n) for n in range(4, 18))
 _TEXTS = tuple(float(2**n) for n in range(13))
 
@@ -28,9 +27,9 @@ class Metric(Enum):
     BATCH_TOKENS = "batch_tokens", "histogram", "Tokens in a batch", _TOKENS
     BATCH_TEXTS = "batch_texts", "histogram", "Texts in a batch", _TEXTS
     QUEUE_SECONDS = "batch_queue_seconds", "histogram", "Longest time that a text of a batch had waited", _SECONDS
-    TOKENIZE_SECONDS = "batch_tokenize_seconds", "histogram", "Time that tokenizing the texts of a batch took", _SECONDS
     COMPUTE_SECONDS = "batch_compute_seconds", "histogram", "Time of a batch on the device", _SECONDS
-    ANSWER_SECONDS = "batch_answer_seconds", "histogram", "Time spent sending answers, since the batch before", _SECONDS
+    TOKENIZE_SECONDS = "tokenize_seconds_total", "counter", "Time spent tokenizing", ()
+    ANSWER_SECONDS = "answer_seconds_total", "counter", "Time spent sending answers", ()
     QUEUE_TOKENS = "queue_tokens", "gauge", "Tokens that wait to be computed", ()
     QUEUE_BYTES = "queue_bytes", "gauge", "Bytes of text that wait to be tokenized", ()
     OUT_OF_MEMORY = "out_of_memory_total", "counter", "Batches halved because they did not fit on the device", ()
@@ -63,13 +62,12 @@ SERIES: tuple[tuple[Metric, Labels], ...] = tuple(
 )
 
 
-@dataclass(slots=True)
-class Values:
-    """What has come together since the last time: sums of counters, latest gauges, each observation."""
+class Update(NamedTuple):
+    """What a counter is raised by, a gauge set to, or a histogram has observed."""
 
-    counters: dict[tuple[Metric, Labels], float] = field(default_factory=lambda: defaultdict(float))
-    gauges: dict[Metric, float] = field(default_factory=dict)
-    observations: dict[Metric, list[float]] = field(default_factory=lambda: defaultdict(list))
+    metric: Metric
+    labels: Labels
+    value: float
 
 
 class Recorder:
@@ -77,25 +75,32 @@ class Recorder:
 
     def __init__(self) -> None:
         self._lock = Lock()
-        self._values = Values()
+        self._counters: defaultdict[tuple[Metric, Labels], float] = defaultdict(float)
+        self._gauges: dict[Metric, float] = {}
+        self._observations: list[Update] = []
 
     def add(self, metric: Metric, amount: float = 1.0, **labels: str) -> None:
         """Raise a counter."""
         with self._lock:
-            self._values.counters[metric, tuple(sorted(labels.items()))] += amount
+            self._counters[metric, tuple(sorted(labels.items()))] += amount
 
     def set(self, metric: Metric, value: float) -> None:
         """Set a gauge."""
         with self._lock:
-            self._values.gauges[metric] = value
+            self._gauges[metric] = value
 
     def observe(self, metric: Metric, value: float) -> None:
         """Add one observation to a histogram."""
         with self._lock:
-            self._values.observations[metric].append(value)
+            self._observations.append(Update(metric, (), value))
 
-    def take(self) -> Values:
-        """Everything since the last time."""
+    def take(self) -> list[Update]:
+        """What has come together since the last time: sums of counters, latest gauges, each observation."""
         with self._lock:
-            values, self._values = self._values, Values()
-            return values
+            updates = [Update(metric, labels, amount) for (metric, labels), amount in self._counters.items()]
+            updates += [Update(metric, (), value) for metric, value in self._gauges.items()]
+            updates += self._observations
+            self._counters.clear()
+            self._gauges.clear()
+            self._observations = []
+            return updates

@@ -1,6 +1,6 @@
-"""Vectors of texts computed before by one checkpoint, with which they go, within a limit of memory.
+"""Vectors of texts computed before, within a limit of memory: the least recently used go first.
 
-Least recently used go first.
+One checkpoint's: a cache lives and dies with the model.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ class VectorCache:
         self._max_bytes = max_bytes
         self._vectors: OrderedDict[bytes, npt.NDArray[np.float32]] = OrderedDict()
         self.num_bytes = 0
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._vectors
 
     def get(self, key: bytes) -> npt.NDArray[np.float32] | None:
         """The vector [dim] of a key, if it is still there."""

@@ -264,6 +264,16 @@ def test_a_model_reloaded_and_unloaded_in_explicit_mode_serves_again(toy, tmp_pa
     assert server.stop() == 0
 
 
+def test_an_answer_that_cannot_be_made_is_an_error_and_the_next_is_served(start):
+    server = start()
+    (region,) = shared_memory(model_pid(server))
+    region.unlink()  # what cleans up /dev/shm does as much; who has it open still has it
+    with pytest.raises(triton.InferenceServerException, match="making the answer to this request failed"):
+        server.embed_documents([str(i) for i in range(5000)])
+    assert server.embed_documents(["x"] * 1000).shape == (1000, 64)
+    assert server.stop() == 0
+
+
 def test_an_answer_that_shared_memory_cannot_hold_is_refused_and_the_next_is_served(toy, tmp_path):
     """In a mount namespace of its own, with a small /dev/shm."""
     probe = ["unshare", "--mount", "sh", "-c", "mount -t tmpfs -o size=8m tmpfs /dev/shm"]
@@ -274,6 +284,7 @@ import sys
 sys.path[:0] = [{str(ROOT / "test")!r}, {str(ROOT / "model_repository" / "nv-embed-v2" / "1")!r}]
 from pathlib import Path
 import tritonclient.grpc as triton
+from nv_embed.watchdog import shared_memory
 from serving import Server
 server = Server(Path({str(tmp_path / "log.txt")!r}), Path({str(toy)!r}), {{"SHM_BYTES": "2097152"}}).wait_until_ready()
 assert server.embed_documents(["x"] * 1000).shape == (1000, 64)

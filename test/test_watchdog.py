@@ -22,6 +22,13 @@ def test_listening_ports_are_those_of_the_process_and_of_no_connection():
     assert watchdog.listening_ports(os.getpid()) == before
 
 
+def test_doors_are_closing_when_a_port_is_missing_twice_for_it_may_be_missed_once(monkeypatch):
+    looks = iter([{1, 2}, {1, 2, 3}, {1, 3}, {1, 2, 3}, {1, 3}, {1}, set()])
+    monkeypatch.setattr(watchdog, "listening_ports", lambda pid: frozenset(next(looks)))
+    doors = watchdog.Doors(os.getpid())
+    assert [doors.are_closing() for _ in range(7)] == [False] * 5 + [True, False]
+
+
 @pytest.fixture
 def server():
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from threading import Event, Lock, Thread
+from threading import Lock, Thread
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
@@ -22,14 +22,13 @@ from nv_embed.answers import Answer, Outcome
 from nv_embed.batcher import Batcher, BatchLimits
 from nv_embed.config import CheckpointConfig, ServingConfig
 from nv_embed.errors import Cancelled, ComputeFailed, InvalidRequest, RequestError, StartupError, Unavailable
-from nv_embed.metrics import SERIES, Labels, Metric, Values
+from nv_embed.metrics import SERIES, Labels, Metric, Update
 from nv_embed.requests import EmbedRequest, RequestLimits
 from nv_embed.tokenizer import Tokenizer
-from nv_embed.watchdog import Watchdog, listening_ports, shared_memory
+from nv_embed.watchdog import Watchdog, shared_memory
 
 logger = logging.getLogger("nv_embed")
 
-_LOOK_SECONDS = 1.0
 _DRAIN_SECONDS = 20.0  # of Triton's exit timeout, 30 s by default
 _LARGE_ANSWER_BYTES = 2**20  # a smaller one need not be looked at before it is sent
 
@@ -50,23 +49,15 @@ class TritonPythonModel:
             self._watchdog.stop()
             raise
         self._watchdog.start_beating()
-        self._is_finalizing = Event()
-        self._drainer = Thread(target=self._drain_when_stopping, name="nv-embed-drain")
-        self._drainer.start()
+        Thread(target=self._drain_when_stopping, name="nv-embed-drain", daemon=True).start()
 
     def _drain_when_stopping(self) -> None:
         """Triton calls `finalize` only when all is answered, but stops the hard way after its exit timeout."""
-        ports = frozenset[int]()
-        # A server that stops closes its doors first. Nothing else shows it, and it may not be asked: a call into it
-        # (pb_utils.is_model_ready) while it tears down crashes this process.
-        while not self._is_finalizing.wait(_LOOK_SECONDS):
-            before, ports = ports, listening_ports(os.getppid())
-            if before - ports:
-                num_unanswered = self._batcher.drain(_DRAIN_SECONDS)
-                # Past Triton's log, which tears down too. A stop that takes long although nothing is unanswered here
-                # waits for something of Triton's own.
-                print(f"nv-embed: the server stops; requests not yet answered: {num_unanswered}", file=sys.stderr)
-                return
+        if self._watchdog.wait_for_stop():
+            num_unanswered = self._batcher.drain(_DRAIN_SECONDS)
+            # Past Triton's log, which tears down too. A stop that takes long although nothing is unanswered here
+            # waits for something of Triton's own.
+            print(f"nv-embed: the server stops; requests not yet answered: {num_unanswered}", file=sys.stderr)
 
     def _load(self, parameters: dict[str, dict[str, str]]) -> None:
         from nv_embed.engine import load_engines  # imports torch: Triton's own look at this file does not wait for it
@@ -135,8 +126,6 @@ class TritonPythonModel:
 
     def finalize(self) -> None:
         """Triton has drained its requests by now; end the threads."""
-        self._is_finalizing.set()
-        self._drainer.join()
         self._batcher.stop()
         self._watchdog.stop()
 
@@ -156,9 +145,14 @@ class TritonReply:
 
     def send(self, outcome: Outcome) -> Outcome:
         """Answer, once; returns what was sent."""
-        if isinstance(outcome, Answer) and outcome.embeddings.nbytes > _LARGE_ANSWER_BYTES:
-            outcome = _fitting(outcome)
-        response = self._response(outcome)
+        try:
+            if isinstance(outcome, Answer) and outcome.embeddings.nbytes > _LARGE_ANSWER_BYTES:
+                outcome = _fitting(outcome)
+            response = self._response(outcome)
+        except Exception:  # the way back is still there
+            logger.exception("an answer could not be made")
+            outcome = ComputeFailed("making the answer to this request failed; the server's log says why")
+            response = self._response(outcome)
         with self._lock:
             sender, self._sender = self._sender, None
             assert sender is not None, "a request was answered twice"
@@ -204,15 +198,11 @@ class TritonMetrics:
         for metric, labels in SERIES:
             self._one(metric, labels)
 
-    def publish(self, values: Values) -> None:
-        """Pass on what has come together since the last time."""
-        for (metric, labels), amount in values.counters.items():
-            self._one(metric, labels).increment(amount)
-        for metric, value in values.gauges.items():
-            self._one(metric).set(value)
-        for metric, observations in values.observations.items():
-            for observation in observations:
-                self._one(metric).observe(observation)
+    def publish(self, update: Update) -> None:
+        """Pass it on."""
+        series = self._one(update.metric, update.labels)
+        change = {"counter": series.increment, "gauge": series.set, "histogram": series.observe}
+        change[update.metric.kind](update.value)
 
     def _one(self, metric: Metric, labels: Labels = ()) -> Any:
         """The series of a metric with these labels, made when first asked for."""

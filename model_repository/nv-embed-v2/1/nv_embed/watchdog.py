@@ -5,6 +5,10 @@ the model starts a process that holds the other end of a pipe. The pipe closing 
 second a beat comes through it, and silence means a stopped or frozen process. Either way the server is ended: its
 clients see the connection break, and whatever supervises the server starts a new one. And a server that is killed
 leaves behind neither a model that still loads nor the memory that both shared.
+
+A server that stops closes its doors first, long before it tells the model. Nothing else shows it, and it may not be
+asked: a call into it (pb_utils.is_model_ready) while it tears down crashes the model's process. So its ports are
+looked at, here, where that delays no answer.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -28,6 +33,8 @@ _BEAT_SECONDS = 1.0
 _SILENT_STEPS, _STEP_SECONDS = 4, 2.0
 _GRACE_SECONDS = 4.0  # for the server to end by itself; it would wait 30 s for answers that nobody can give
 _BEAT, _HELP, _GOODBYE = b"-", b"!", b"."
+_STOPS = b"s"  # the other way: what the watchdog says of the server
+_LOOKS = 2  # a port that is missing in one look may have been missed: the kernel's table changes while it is read
 
 
 class Watchdog:
@@ -40,7 +47,7 @@ class Watchdog:
         # A session of its own: Ctrl-C in a terminal is for the server, not for who watches it.
         self._process = subprocess.Popen(
             [python, "-I", __file__, str(os.getpid()), str(os.getppid())],
-            stdin=subprocess.PIPE, bufsize=0, start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, start_new_session=True,
         )  # fmt: skip
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="nv-embed-watchdog", daemon=True)
@@ -48,6 +55,11 @@ class Watchdog:
     def start_beating(self) -> None:
         """From now on a silence counts as a frozen process."""
         self._thread.start()
+
+    def wait_for_stop(self) -> bool:
+        """Return when the server has begun to stop: True; or when the watch is over: False."""
+        assert self._process.stdout is not None
+        return self._process.stdout.read(1) == _STOPS
 
     def ask_for_restart(self) -> None:
         """Have the server ended although this process lives: it is beyond repair, or owes an answer it cannot give."""
@@ -75,12 +87,29 @@ class Watchdog:
             return False
 
 
-def watch(pipe: int, server: int) -> str | None:
+class Doors:
+    """The ports on which a server listens."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._open = frozenset[int]()
+        self._looks = 0  # in a row in which one was missing
+
+    def are_closing(self) -> bool:
+        """Look; whether one that was open is so no more, and was not the last time either."""
+        ports = listening_ports(self._pid)
+        self._looks = self._looks + 1 if self._open - ports else 0
+        self._open |= ports
+        return self._looks == _LOOKS
+
+
+def watch(pipe: int, server: int, on_step: Callable[[], None] = lambda: None) -> str | None:
     """Wait for what ends the watch: a goodbye, None; or what went wrong with the model or its server.
 
     Args:
         pipe: file descriptor of what the model says.
         server: pidfd of the server.
+        on_step: called about once a second from the model's first beat on.
     """
     has_beaten, silent_steps = False, 0
     while silent_steps < _SILENT_STEPS:
@@ -94,6 +123,7 @@ def watch(pipe: int, server: int) -> str | None:
             if not words:
                 return "the model's process has died"
             has_beaten, silent_steps = True, 0
+            on_step()
         elif server in ready:
             return "the server is gone"  # killed, or stopped on purpose while the model still loads
         elif has_beaten:
@@ -146,7 +176,14 @@ def main() -> None:
         regions = shared_memory(int(sys.argv[1]))
     except (ProcessLookupError, FileNotFoundError):
         return  # over before it began
-    trouble = watch(sys.stdin.fileno(), server)
+    doors = Doors(int(sys.argv[2]))
+
+    def look() -> None:
+        if doors.are_closing():
+            with suppress(BrokenPipeError):  # nobody waits to hear it
+                os.write(sys.stdout.fileno(), _STOPS)
+
+    trouble = watch(sys.stdin.fileno(), server, look)
     if trouble is not None:
         now = time.strftime("%Y-%m-%d %H:%M:%S")
         print(f"{now} nv-embed-v2 watchdog: {trouble}; ending what is left", file=sys.stderr, flush=True)

@@ -120,7 +120,7 @@ protocols=shared-memory,model-config,model-repository,statistics,trace,logging
 key="nv-embed-admin=${ADMIN_KEY:-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')}"
 settings+=("--grpc-restricted-protocol=$protocols:$key" "--http-restricted-api=$protocols:$key" ${tls[@]+"${tls[@]}"})
 # Without these the log warns of a missing GPU that nobody asked for.
-if [[ $DEVICE == cpu ]]; then settings+=(--allow-gpu-metrics=false --pinned-memory-pool-byte-size=0); fi
+if [[ $DEVICE != *cuda* ]]; then settings+=(--allow-gpu-metrics=false --pinned-memory-pool-byte-size=0); fi
 addresses=("--http-address=$HTTP_ADDRESS" "--grpc-address=$ADDRESS" "--metrics-address=$METRICS_ADDRESS"
   "--http-port=$HTTP_PORT" "--grpc-port=$GRPC_PORT" "--metrics-port=$METRICS_PORT")
 

@@ -205,6 +205,15 @@ def test_warm_up_finds_how_many_tokens_take_the_time_that_a_batch_may_take(toy, 
     assert engine.warm_up(1e6) == 1024
     assert engine.warm_up(0.06) == 1024  # in time there would be half as many more
 
+    def break_later(sequences):
+        if len(sequences) > 8:
+            raise DeviceLost("cpu failed")
+        return only_small(sequences)
+
+    monkeypatch.setattr(engine, "embed", break_later)
+    with pytest.raises(DeviceError, match="cpu failed"):
+        engine.warm_up(1e6)
+
 
 def test_progress_of_a_long_load_is_logged(toy, monkeypatch, caplog):
     monkeypatch.setattr("nv_embed.weights._PROGRESS_SECONDS", 0.0)

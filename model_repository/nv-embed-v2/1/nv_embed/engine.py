@@ -55,7 +55,6 @@ class Engine:
     ) -> None:  # fmt: skip
         self.network = network
         self.device = device
-        self.embedding_dim = network.config.hidden_size
         self.is_compiled = is_compiled
         self.recorded = recorded
         if device.type == "cuda":
@@ -143,7 +142,7 @@ class Engine:
         """Embed sequences in one forward pass, which on a GPU goes on after this has returned; `turn` must be held.
 
         Returns:
-            what waits for [len(sequences), embedding_dim], rows of length 1 in the same order. A row does not depend on
+            what waits for [len(sequences), hidden_size], rows of length 1 in the same order. A row does not depend on
             the others.
 
         Raises, as does what is returned:
@@ -197,8 +196,14 @@ class Engine:
         """Bring the first real request to full speed, and return how many tokens take about `target_seconds`.
 
         Raises:
-            DeviceError: the device computes nothing, or has no memory for it beside the weights.
+            DeviceError: the device computes nothing, breaks, or has no memory for it beside the weights.
         """
+        try:
+            return self._warm_up(target_seconds)
+        except (OutOfDeviceMemory, DeviceLost) as error:
+            raise DeviceError(f"expected {self.device} to compute {MIN_BATCH_TOKENS} tokens; got: {error}") from None
+
+    def _warm_up(self, target_seconds: float) -> int:
         sequence = TokenSequence(np.ones(_WARM_UP_SEQUENCE_TOKENS, dtype=np.int32), 0)
 
         def measure(num_tokens: int) -> float:
@@ -210,12 +215,9 @@ class Engine:
                 seconds.append(time.monotonic() - started)
             return min(seconds)
 
+        self.embed([sequence])
         num_tokens = MIN_BATCH_TOKENS
-        try:
-            self.embed([sequence])
-            seconds = measure(num_tokens)
-        except (OutOfDeviceMemory, DeviceLost) as error:
-            raise DeviceError(f"expected {self.device} to compute {num_tokens} tokens; got: {error}") from None
+        seconds = measure(num_tokens)
         largest = _MAX_BATCH_TOKENS
         while seconds < target_seconds / 2 and 2 * num_tokens <= largest:
             try:

@@ -47,7 +47,7 @@ from nv_embed.attention import Attend, choose_attention  # noqa: E402
 from nv_embed.config import CheckpointConfig  # noqa: E402
 from nv_embed.engine import Engine  # noqa: E402
 from nv_embed.network import Network  # noqa: E402
-from nv_embed.precision import LEAST_COSINE, Precision, Rounding  # noqa: E402
+from nv_embed.precision import Precision, Rounding  # noqa: E402
 from nv_embed.tokenizer import TokenSequence  # noqa: E402
 from nv_embed.weights import fill_network, published_shapes  # noqa: E402
 from padded import PaddedNetwork  # noqa: E402
@@ -139,7 +139,7 @@ def run(
     engine = Engine.of_network(network, device, compile_layers)
     baseline = PaddedNetwork(raw, weights) if has_baseline else None
     if baseline:
-        check_alike(engine, baseline, config, seed, LEAST_COSINE if precision.matrix else 0.999)
+        check_alike(engine, baseline, config, seed, precision.matrix.least_cosine if precision.matrix else 0.999)
     ceiling = measure_ceiling(size, device, dtype)
     progress(f"ceiling: {ceiling['flops'] / 1e12:.3g} TFLOP/s, {ceiling['bytes_per_s'] / 1e9:.3g} GB/s copied")
 

@@ -33,11 +33,16 @@ from nv_embed.attention import choose_attention
 from nv_embed.config import CheckpointConfig
 from nv_embed.engine import Engine
 from nv_embed.network import Layer
-from nv_embed.precision import LEAST_COSINE, Precision, round_matrices
+from nv_embed.precision import Float8Matrix, Int8Matrix, Precision, round_matrices
 from nv_embed.weights import fill_network
 from torch import Tensor, nn
 
-AIMS = {"float16": 0.9999, "bfloat16": 0.999, "int8": LEAST_COSINE, "float8": LEAST_COSINE}
+AIMS = {
+    "float16": 0.9999,
+    "bfloat16": 0.999,
+    "int8": Int8Matrix.least_cosine,
+    "float8": Float8Matrix.least_cosine,
+}
 
 
 class DrawnLayers(nn.Module):

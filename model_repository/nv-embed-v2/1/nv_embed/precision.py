@@ -35,7 +35,6 @@ SAMPLES = (
     "had already put a second cup on the table, so she took off her coat, sat down by the window and began, for want "
     "of anything better, to tell him why she had come.",
 )
-LEAST_COSINE = 0.99  # of a text's vector to the one before rounding
 _SAMPLE_TOKENS = 512  # more than any sample has
 _OLDEST_FLOAT8 = (8, 9)  # capability of the first GPUs that multiply it: Ada
 _FLOAT8 = torch.float8_e4m3fn
@@ -43,6 +42,10 @@ _FLOAT8 = torch.float8_e4m3fn
 
 class Int8Matrix(nn.Module):
     """Stored as int8, multiplied in the precision of its input: half the memory of half precision, on any device."""
+
+    # Of a text's vector to the one before rounding. The published width and depth with random weights come to 0.999, in
+    # float8 to 0.989: more than these would be refused for what rounding is, less is too coarse.
+    least_cosine = 0.99
 
     def __init__(self, weight: Tensor) -> None:
         """weight: [outputs, inputs] in the precision to compute in."""
@@ -58,6 +61,8 @@ class Int8Matrix(nn.Module):
 
 class Float8Matrix(nn.Module):
     """Stored and multiplied in float8 (e4m3); each row of the input is scaled and rounded as it comes."""
+
+    least_cosine = 0.98
 
     def __init__(self, weight: Tensor) -> None:
         """weight: [outputs, inputs]."""
@@ -80,7 +85,7 @@ class Float8Matrix(nn.Module):
 def least_cosine_of_repeats(network: Network) -> float:
     """Of a vector to the same one computed by other kernels, which round elsewhere."""
     # An input between two of the few numbers of float8 may go to either.
-    return 0.98 if any(isinstance(module, Float8Matrix) for module in network.modules()) else 0.999
+    return Float8Matrix.least_cosine if any(isinstance(module, Float8Matrix) for module in network.modules()) else 0.999
 
 
 def _scaled(rows: Tensor, largest: float) -> tuple[Tensor, Tensor]:
@@ -190,9 +195,11 @@ class Rounding:
         cosine = (before * after).sum(dim=1).min().item()
         name = self._precision.name
         usual = str(self._precision.dtype).removeprefix("torch.")
-        if not cosine >= LEAST_COSINE:  # NaN is not, either
+        assert self._precision.matrix
+        least = self._precision.matrix.least_cosine
+        if not cosine >= least:  # NaN is not, either
             raise DeviceError(
                 f"dtype: expected {name} to keep the vectors of {len(self._samples)} sample texts within a cosine of "
-                f"{LEAST_COSINE} of those in {usual}; got {cosine:.4f}; set dtype to 'auto'"
+                f"{least} of those in {usual}; got {cosine:.4f}; set dtype to 'auto'"
             )
         logger.info("%s: cosine of sample texts' vectors to those in %s at least %.5f", name, usual, cosine)

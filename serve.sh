@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Serves NV-Embed-v2 through NVIDIA Triton in the foreground; Ctrl-C or SIGTERM ends it with exit code 0.
+# Serves NV-Embed-v2 through NVIDIA Triton in the foreground; Ctrl-C or SIGTERM ends it, once it serves with exit code 0.
 # Arguments go to tritonserver after the ones given here, so they win:  ./serve.sh --log-verbose=1
 # Every parameter of config.pbtxt can be set as NV_EMBED_<PARAMETER>:  NV_EMBED_MAX_BATCH_TOKENS=8192 ./serve.sh
 set -euo pipefail
@@ -19,7 +19,8 @@ ADMIN_KEY=${ADMIN_KEY:-}                            # opens Triton's administrat
 TLS_CERT=${TLS_CERT:-}                              # gRPC over TLS: the server's certificate, ...
 TLS_KEY=${TLS_KEY:-}                                # ... its key, and ...
 TLS_CLIENT_CA=${TLS_CLIENT_CA:-}                    # ... who signs clients' certificates: then each must show one
-VENV=${VENV:-$repo/.venv}                           # of RUNTIME=pip; made on the first start
+VENV=${VENV:-$repo/.venv}                           # of RUNTIME=pip; made on the first start ...
+PYTHON=${PYTHON:-}                                  # ... with this Python; none: python3, else 3.12, 3.11 or 3.10
 IMAGE=${IMAGE:-}                                    # of RUNTIME=docker; none: built from the Dockerfile here
 MODEL_REPOSITORY=${MODEL_REPOSITORY:-$repo/model_repository}
 # Shared memory between Triton and the model grows as needed, up to what /dev/shm holds. A request of the largest

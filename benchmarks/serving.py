@@ -574,6 +574,7 @@ def report(
         "settings": settings,
         "cpu": cpu_name(),
         "num_cpus": len(os.sched_getaffinity(0)),
+        "date": time.strftime("%Y-%m-%d"),
         "max_batch_tokens": max_batch_tokens,
         "results": results,
         "ratios": ratios,

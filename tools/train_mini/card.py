@@ -20,7 +20,10 @@ ROWS = [
     ("longest_cosine_to_mean_of_parts", "very long texts: the same"),
     ("numbers_cosine_to_teacher", "mean cosine to the teacher, texts with numbers"),
     ("untidy_cosine", "cosine of a text and its upper-case form (the student's and the teacher's tokenizers lower it)"),
-    ("spaced_cosine", "cosine of a text and itself with a tab after every space"),
+    (
+        "spaced_cosine",
+        "cosine of a text and itself with a tab after every space, three spaces doubled, two newlines at the end",
+    ),
     ("instruction_cosine_mean", "question with and without the standard instruction, mean cosine"),
     ("instruction_cosine_min", "the same, lowest of 30"),
     ("other_instruction_cosine_mean", "question with an instruction never trained on and with none, mean cosine"),
@@ -39,7 +42,7 @@ def reached(figures: dict[str, dict[str, float]]) -> str:
     """Which aims were, in a sentence; figures count as the card shows them, to three digits."""
     aims = AIMS | {"definition_accuracy_at_1": DEFINITIONS_AIM * figures["teacher"]["definition_accuracy_at_1"]}
     missed = [key for key, aim in aims.items() if round(figures["student"][key], 3) < round(aim, 3)]
-    return f"Not reached: {', '.join(missed)}." if missed else "All were reached."
+    return f"Not reached: {', '.join(missed)}." if missed else "All four were reached."
 
 
 def write(out: Path, results: dict[str, Any]) -> None:

@@ -19,13 +19,14 @@ from text import Item
 from torch import Tensor
 from vocabulary import STANDARD, TEMPLATE, Vocabulary
 
-Floats = NDArray[np.float64]
 Embed = Callable[[list[str]], Tensor]  # texts -> unit vectors [N, 384]
 
 
 @torch.no_grad()
-def embed_student(model: Student, vocabulary: Vocabulary, texts: list[str], instruction: str = "") -> Tensor:
-    rows = vocabulary.encode([instruction + text for text in texts], 8192)
+def embed_student(
+    model: Student, vocabulary: Vocabulary, texts: list[str], instruction: str = "", max_length: int = 8192
+) -> Tensor:
+    rows = vocabulary.encode([instruction + text for text in texts], max_length)
     masked = vocabulary.num_masked(instruction)
     out = torch.empty(len(rows), model.c.hidden_size)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
@@ -39,12 +40,6 @@ def embed_student(model: Student, vocabulary: Vocabulary, texts: list[str], inst
     return out
 
 
-@torch.no_grad()
-def embed_bag(bag: Bag, vocabulary: Vocabulary, texts: list[str]) -> Tensor:
-    vectors: Tensor = bag(vocabulary.encode(texts, 8192))
-    return vectors.cpu()
-
-
 def spaced(text: str) -> str:
     """The text with other whitespace than one space between words."""
     return " \t".join(text.replace(" ", "  ", 3).split(" ")) + "\n\n"
@@ -55,15 +50,19 @@ def mean_length(vocabulary: Vocabulary, texts: list[str]) -> float:
     return float(np.mean([len(row) for row in vocabulary.encode(texts, 8192)]))
 
 
-def average_ranks(values: Floats) -> Floats:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+def average_ranks(values: Tensor) -> NDArray[np.float64]:
+    _, inverse, counts = np.unique(values.numpy(), return_inverse=True, return_counts=True)
     last = counts.cumsum()
-    ranks: Floats = ((last - counts + 1 + last) / 2)[inverse]  # ties share their mean rank
-    return ranks
+    return ((last - counts + 1 + last) / 2)[inverse]  # ties share their mean rank
 
 
-def spearman(a: Floats, b: Floats) -> float:
+def spearman(a: Tensor, b: Tensor) -> float:
     return float(np.corrcoef(average_ranks(a), average_ranks(b))[0, 1])
+
+
+def cosines(a: Tensor, b: Tensor) -> Tensor:
+    """Of unit vectors [N, C], row by row."""
+    return (a * b).sum(1)
 
 
 def nearest(vectors: Tensor, count: int) -> Tensor:
@@ -96,15 +95,14 @@ def definitions(test: list[Item], count: int) -> tuple[list[str], list[str]]:
     return [found[word] for word in words], words
 
 
+@torch.no_grad()
 def evaluate(
     folder: Path, vocabulary: Vocabulary, bag: Bag, bag_vocabulary: Vocabulary, teacher: Teacher, test: list[Item],
     test_targets: Tensor,
 ) -> dict[str, dict[str, float]]:  # fmt: skip
     """Figures by model name; `folder` is the exported checkpoint."""
     model = Student.load(folder)
-    known: dict[str, Tensor] = {item.text: vector for item, vector in zip(test, test_targets.float(), strict=True)}
-    texts = [item.text for item in test[:10_000]]
-    target = torch.stack([known[text] for text in texts])
+    texts, target = [item.text for item in test[:10_000]], test_targets[:10_000].float()
     wanted = nearest(target, 10)
     meanings, words = definitions(test, 1000)
     questions, answers = (list(column) for column in zip(*pairs.QUESTIONS, strict=True))
@@ -117,13 +115,14 @@ def evaluate(
     longest_texts = [" ".join(texts[i] for i in group) for group in longest_parts]
     longest_target = F.normalize(torch.stack([target[group].mean(0) for group in longest_parts]), dim=-1)
     numbers = torch.tensor([any(letter.isdigit() for letter in text) for text in texts])
-    left, right = torch.randint(len(texts), (2, 100_000), generator=torch.Generator().manual_seed(4))
-    neighbour = nearest(target, 50)[torch.arange(len(texts)), torch.randint(50, (len(texts),))]
+    draw = torch.Generator().manual_seed(4)
+    left, right = torch.randint(len(texts), (2, 100_000), generator=draw)
+    neighbour = nearest(target, 50)[torch.arange(len(texts)), torch.randint(50, (len(texts),), generator=draw)]
 
     embedders: dict[str, Embed] = {
         "student": lambda t: embed_student(model, vocabulary, t),
         "teacher": teacher.embed,
-        "static baseline": lambda t: embed_bag(bag, bag_vocabulary, t),
+        "static baseline": lambda t: bag(bag_vocabulary.encode(t, 8192)).cpu(),
     }
     results: dict[str, dict[str, float]] = {}
     for name, embed in embedders.items():
@@ -131,37 +130,30 @@ def evaluate(
         vectors = {"meaning": embed(meanings), "word": embed(words), "answer": embed(answers)}
         ask = (lambda t: embed_student(model, vocabulary, t, STANDARD)) if name == "student" else embed
         query, bare = ask(questions), embed(questions)
-        one, other = embed(first), embed(second)
         neural = ask([pairs.NEURAL_QUERY]) @ embed(pairs.NEURAL_RELEVANT + pairs.NEURAL_IRRELEVANT).T
         count = len(pairs.NEURAL_RELEVANT)
-        # The teacher reads 128 tokens: what it makes of a long text is not what the others are asked for.
-        long, longest = embed(long_texts), embed(longest_texts)
         figures = {
-            "cosine_to_teacher": float((out * target).sum(1).mean()),
-            "numbers_cosine_to_teacher": float((out * target).sum(1)[numbers].mean()),
+            "cosine_to_teacher": float(cosines(out, target).mean()),
+            "numbers_cosine_to_teacher": float(cosines(out, target)[numbers].mean()),
             "recall_at_10": recall(nearest(out, 10), wanted),
             "definition_accuracy_at_1": accuracy(vectors["meaning"], vectors["word"], 1),
             "definition_accuracy_at_10": accuracy(vectors["meaning"], vectors["word"], 10),
             "question_answer_accuracy_at_1": accuracy(query, vectors["answer"], 1),
-            "spearman_judged_pairs": spearman((one * other).sum(1).numpy(), np.array(judged)),
-            "spearman_random_pairs": spearman(
-                (out[left] * out[right]).sum(1).numpy(), (target[left] * target[right]).sum(1).numpy()
-            ),
-            "spearman_near_pairs": spearman(
-                (out * out[neighbour]).sum(1).numpy(), (target * target[neighbour]).sum(1).numpy()
-            ),
+            "spearman_judged_pairs": spearman(cosines(embed(first), embed(second)), torch.tensor(judged)),
+            "spearman_random_pairs": spearman(cosines(out[left], out[right]), cosines(target[left], target[right])),
+            "spearman_near_pairs": spearman(cosines(out, out[neighbour]), cosines(target, target[neighbour])),
             "neural_networks_margin": float(neural[0, :count].min() - neural[0, count:].max()),
-            "long_cosine_to_mean_of_parts": float((long * long_target).sum(1).mean()),
-            "longest_cosine_to_mean_of_parts": float((longest * longest_target).sum(1).mean()),
-            "untidy_cosine": float((embed([t.upper() for t in texts[:1000]]) * out[:1000]).sum(1).mean()),
-            "spaced_cosine": float((embed([spaced(t) for t in texts[:1000]]) * out[:1000]).sum(1).mean()),
+            "long_cosine_to_mean_of_parts": float(cosines(embed(long_texts), long_target).mean()),
+            "longest_cosine_to_mean_of_parts": float(cosines(embed(longest_texts), longest_target).mean()),
+            "untidy_cosine": float(cosines(embed([t.upper() for t in texts[:1000]]), out[:1000]).mean()),
+            "spaced_cosine": float(cosines(embed([spaced(t) for t in texts[:1000]]), out[:1000]).mean()),
         }
         if name == "student":
             other_task = embed_student(model, vocabulary, questions, TEMPLATE.format(pairs.OTHER_TASK))
             figures |= {
-                "instruction_cosine_mean": float((query * bare).sum(1).mean()),
-                "instruction_cosine_min": float((query * bare).sum(1).min()),
-                "other_instruction_cosine_mean": float((other_task * bare).sum(1).mean()),
+                "instruction_cosine_mean": float(cosines(query, bare).mean()),
+                "instruction_cosine_min": float(cosines(query, bare).min()),
+                "other_instruction_cosine_mean": float(cosines(other_task, bare).mean()),
                 "long_tokens_mean": mean_length(vocabulary, long_texts),
                 "longest_tokens_mean": mean_length(vocabulary, longest_texts),
             }

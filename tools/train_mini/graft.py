@@ -65,7 +65,6 @@ def graft(c: Config, teacher: Teacher, vocabulary: Vocabulary, texts: list[str])
     bert = deepcopy(teacher.model).cpu().double()
     sizes = (bert.config.hidden_size, bert.config.num_attention_heads, bert.config.intermediate_size, len(LAYERS))
     assert sizes == (c.hidden_size, c.num_heads, 4 * c.hidden_size, c.num_layers)
-    assert c.num_heads == c.num_kv_heads
     bert.encoder.layer = nn.ModuleList(bert.encoder.layer[i] for i in LAYERS)
     begins = token_states(bert)
     seen, values, last = follow(bert, begins, [e.ids for e in teacher.tokenizer.encode_batch(texts)])
@@ -120,7 +119,8 @@ def graft_mlp(old: nn.Module, new: Layer, stream: Stream, seen: Seen) -> None:
 
 def graft_head(old: nn.Module, student: Student, stream: Stream, seen: Seen, last: Tensor) -> None:
     """The teacher's last MLP and norm as the pooling head; attention to the latents starts silent."""
-    attend, feed = student.latent_attention_model.blocks
+    attend, feed = student.latent_attention_model.cross_attend_blocks
+    expand, _, contract = feed.fn.net
     attend.fn.to_out.weight.zero_()
     before = old.intermediate.dense(seen[old.intermediate])
     scale = usual_scale(old.output.LayerNorm, seen[old.output.LayerNorm])
@@ -135,12 +135,12 @@ def graft_head(old: nn.Module, student: Student, stream: Stream, seen: Seen, las
     inputs = nn.functional.layer_norm(pooled, pooled.shape[1:])
     gates = fit(torch.cat([inputs, torch.ones_like(inputs[:, :1])], 1), before)  # the last column: biases
     width = len(gates)
-    feed.fn.expand.weight.zero_()
-    feed.fn.expand.bias[:width] = 1.0
-    feed.fn.expand.weight[width:], feed.fn.expand.bias[width:] = gates[:, :-1].float(), gates[:, -1].float()
-    feed.fn.contract.weight.copy_(old.output.dense.weight * scale[:, None])
-    said = pooled + nn.functional.gelu(gates[:, :-1] @ inputs.T + gates[:, -1:]).T @ feed.fn.contract.weight.double().T
-    feed.fn.contract.bias.copy_((last - said).mean(0))
+    expand.weight.zero_()
+    expand.bias[:width] = 1.0
+    expand.weight[width:], expand.bias[width:] = gates[:, :-1].float(), gates[:, -1].float()
+    contract.weight.copy_(old.output.dense.weight * scale[:, None])
+    said = pooled + nn.functional.gelu(gates[:, :-1] @ inputs.T + gates[:, -1:]).T @ contract.weight.double().T
+    contract.bias.copy_((last - said).mean(0))
 
 
 def fit(inputs: Tensor, outputs: Tensor) -> Tensor:
@@ -163,8 +163,7 @@ def token_states(bert: nn.Module) -> Tensor:
     """[teacher's vocabulary, C]: what each of its tokens begins as, at no place in particular."""
     table = bert.embeddings
     place = table.position_embeddings.weight[1:24].mean(0)
-    states: Tensor = table.LayerNorm(table.word_embeddings.weight + place + table.token_type_embeddings.weight[0])
-    return states
+    return table.LayerNorm(table.word_embeddings.weight + place + table.token_type_embeddings.weight[0])
 
 
 def token_vectors(begins: Tensor, teacher: Teacher, vocabulary: Vocabulary) -> Tensor:

@@ -1,127 +1,67 @@
 """Written by hand for the evaluation and never trained on: questions with answers, sentence pairs with a score."""
 
 QUESTIONS = [
-    (
-        "Why does bread rise in the oven?",
-        "Yeast eats sugar and gives off carbon dioxide, which inflates the dough before the crust sets.",
-    ),
-    (
-        "How long should I boil an egg so the yolk stays soft?",
-        "About six minutes in simmering water leaves the white firm and the center runny.",
-    ),
-    (
-        "What can I do about mosquitoes in the garden?",
-        "Empty any standing water, because the insects lay their larvae in it, and plant citronella.",
-    ),
-    (
-        "Why is the sky blue during the day?",
-        "Air molecules scatter short wavelengths of sunlight more strongly than long ones.",
-    ),
-    (
-        "Who wrote Romeo and Juliet?",
-        "The tragedy of the two young lovers from Verona is one of William Shakespeare's early plays.",
-    ),
-    (
-        "How do vaccines protect people?",
-        "They show the immune system a harmless piece of a germ, so that it can recognise the real infection later.",
-    ),
-    (
-        "What should I wear to a job interview?",
-        "Choose clean, formal clothes that match what employees at the company usually wear, such as a plain suit.",
-    ),
-    (
-        "How often should I water a cactus?",
-        "Succulent desert plants need very little: let the soil dry out completely, about every two or three weeks.",
-    ),
-    (
-        "What makes a volcano erupt?",
-        "Molten rock and gas under pressure force their way through cracks in the crust to the surface.",
-    ),
-    (
-        "How can I lower my electricity bill?",
-        "Switch off appliances you don't use, replace old bulbs with LEDs and turn the heating down a little.",
-    ),
-    (
-        "Why do cats purr?",
-        "The sound comes from muscles in the throat, and felines make it when content but also to calm themselves.",
-    ),
-    (
-        "How does a refrigerator keep food cold?",
-        "A compressor pumps a fluid that evaporates inside, absorbs heat there, and releases it at the back.",
-    ),
-    (
-        "What is the capital of Australia?",
-        "Canberra was chosen as the seat of government as a compromise between Sydney and Melbourne.",
-    ),
-    (
-        "How do I get red wine out of a carpet?",
-        "Blot the stain with a cloth, sprinkle salt or baking soda on it, then rinse with cold water.",
-    ),
-    (
-        "Why do leaves change color in autumn?",
-        "Trees stop making chlorophyll as days get shorter, and yellow and orange pigments become visible.",
-    ),
-    (
-        "What is the fastest animal on land?",
-        "A cheetah can sprint at over one hundred kilometres per hour for a short distance.",
-    ),
-    (
-        "How do I reset my email password?",
-        "Click 'forgot password' on the login page and follow the link sent to your recovery address.",
-    ),
-    (
-        "Should I pay off debt or save first?",
-        "Loans with high interest usually cost more than a savings account earns, so repay those before anything.",
-    ),
-    (
-        "How do bees make honey?",
-        "Workers collect nectar from flowers, pass it from mouth to mouth in the hive and fan it until it thickens.",
-    ),
-    (
-        "Why do we have leap years?",
-        "The Earth needs about a quarter of a day more than 365 to circle the sun, so a day is added to February.",
-    ),
-    (
-        "What is a good exercise for lower back pain?",
-        "Gentle stretching and strengthening of the core muscles, such as bridges, often relieves an aching spine.",
-    ),
-    (
-        "How does GPS know where I am?",
-        "The receiver times radio signals from several satellites and computes its position from the distances.",
-    ),
-    (
-        "Why did the Roman Empire fall?",
-        "Historians blame invasions, economic trouble, overexpansion and corrupt rulers for the collapse of Rome.",
-    ),
-    (
-        "What kind of food do whales live on?",
-        "Many of these huge marine mammals filter tiny krill from seawater; others hunt fish and squid.",
-    ),
-    (
-        "How can I fall asleep faster?",
-        "Keep the bedroom dark and cool, go to bed at a regular hour and avoid screens and caffeine at night.",
-    ),
-    (
-        "How does a rainbow form after the rain?",
-        "Sunlight is bent and reflected inside raindrops, which spreads it into its colors.",
-    ),
-    (
-        "How do I train a dog to sit?",
-        "Hold a treat over your puppy's nose, move it back, and reward him as soon as his bottom touches the floor.",
-    ),
-    (
-        "Why is the ocean salty?",
-        "Rivers wash minerals out of rocks and carry them to the sea, where water evaporates but the salt remains.",
-    ),
-    (
-        "What is the difference between a virus and a bacterium?",
-        "One is a living cell that antibiotics can kill; the other must hijack a host cell to copy itself.",
-    ),
-    (
-        "How do airplanes stay in the air?",
-        "Wings are shaped to push air downward, and the resulting lift balances the weight of the jet.",
-    ),
-]
+    ("Why does bread rise in the oven?",
+     "Yeast eats sugar and gives off carbon dioxide, which inflates the dough before the crust sets."),
+    ("How long should I boil an egg so the yolk stays soft?",
+     "About six minutes in simmering water leaves the white firm and the center runny."),
+    ("What can I do about mosquitoes in the garden?",
+     "Empty any standing water, because the insects lay their larvae in it, and plant citronella."),
+    ("Why is the sky blue during the day?",
+     "Air molecules scatter short wavelengths of sunlight more strongly than long ones."),
+    ("Who wrote Romeo and Juliet?",
+     "The tragedy of the two young lovers from Verona is one of William Shakespeare's early plays."),
+    ("How do vaccines protect people?",
+     "They show the immune system a harmless piece of a germ, so that it can recognise the real infection later."),
+    ("What should I wear to a job interview?",
+     "Choose clean, formal clothes that match what employees at the company usually wear, such as a plain suit."),
+    ("How often should I water a cactus?",
+     "Succulent desert plants need very little: let the soil dry out completely, about every two or three weeks."),
+    ("What makes a volcano erupt?",
+     "Molten rock and gas under pressure force their way through cracks in the crust to the surface."),
+    ("How can I lower my electricity bill?",
+     "Switch off appliances you don't use, replace old bulbs with LEDs and turn the heating down a little."),
+    ("Why do cats purr?",
+     "The sound comes from muscles in the throat, and felines make it when content but also to calm themselves."),
+    ("How does a refrigerator keep food cold?",
+     "A compressor pumps a fluid that evaporates inside, absorbs heat there, and releases it at the back."),
+    ("What is the capital of Australia?",
+     "Canberra was chosen as the seat of government as a compromise between Sydney and Melbourne."),
+    ("How do I get red wine out of a carpet?",
+     "Blot the stain with a cloth, sprinkle salt or baking soda on it, then rinse with cold water."),
+    ("Why do leaves change color in autumn?",
+     "Trees stop making chlorophyll as days get shorter, and yellow and orange pigments become visible."),
+    ("What is the fastest animal on land?",
+     "A cheetah can sprint at over one hundred kilometres per hour for a short distance."),
+    ("How do I reset my email password?",
+     "Click 'forgot password' on the login page and follow the link sent to your recovery address."),
+    ("Should I pay off debt or save first?",
+     "Loans with high interest usually cost more than a savings account earns, so repay those before anything."),
+    ("How do bees make honey?",
+     "Workers collect nectar from flowers, pass it from mouth to mouth in the hive and fan it until it thickens."),
+    ("Why do we have leap years?",
+     "The Earth needs about a quarter of a day more than 365 to circle the sun, so a day is added to February."),
+    ("What is a good exercise for lower back pain?",
+     "Gentle stretching and strengthening of the core muscles, such as bridges, often relieves an aching spine."),
+    ("How does GPS know where I am?",
+     "The receiver times radio signals from several satellites and computes its position from the distances."),
+    ("Why did the Roman Empire fall?",
+     "Historians blame invasions, economic trouble, overexpansion and corrupt rulers for the collapse of Rome."),
+    ("What kind of food do whales live on?",
+     "Many of these huge marine mammals filter tiny krill from seawater; others hunt fish and squid."),
+    ("How can I fall asleep faster?",
+     "Keep the bedroom dark and cool, go to bed at a regular hour and avoid screens and caffeine at night."),
+    ("How does a rainbow form after the rain?",
+     "Sunlight is bent and reflected inside raindrops, which spreads it into its colors."),
+    ("How do I train a dog to sit?",
+     "Hold a treat over your puppy's nose, move it back, and reward him as soon as his bottom touches the floor."),
+    ("Why is the ocean salty?",
+     "Rivers wash minerals out of rocks and carry them to the sea, where water evaporates but the salt remains."),
+    ("What is the difference between a virus and a bacterium?",
+     "One is a living cell that antibiotics can kill; the other must hijack a host cell to copy itself."),
+    ("How do airplanes stay in the air?",
+     "Wings are shaped to push air downward, and the resulting lift balances the weight of the jet."),
+]  # fmt: skip
 
 # (first, second, similarity from 0, unrelated, to 5, the same): one person's judgement
 SIMILAR = [

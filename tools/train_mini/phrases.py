@@ -152,13 +152,12 @@ def generate(count: int, seed: int = 7) -> list[str]:
                 verb += " not"
             words = [person, pick.choice(look), verb, pick.choice(doing), pick.choice(where)]
             sentence = " ".join(word.strip() for word in words if word)
-            sentence = sentence[0].upper() + sentence[1:] + pick.choice([".", ".", ""])
+            sentence += pick.choice([".", ".", ""])
         elif kind < 0.55:
             place = pick.choice(country)
             sentence = pick.choice([f"{place} {pick.choice(who)} {pick.choice(news)}",
                                     f"{pick.choice(who)} in {place} {pick.choice(news)}",
                                     f"{place} {pick.choice(news)}", f"{pick.choice(news)}: {place}"])  # fmt: skip
-            sentence = sentence[0].upper() + sentence[1:]
         elif kind < 0.75:
             sentence = pick.choice(how).format(t=pick.choice(task))
         elif kind < 0.93:

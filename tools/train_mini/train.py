@@ -13,9 +13,10 @@ import platform
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 
 import card
@@ -24,7 +25,7 @@ import text
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from evaluate import definitions, evaluate
+from evaluate import definitions, embed_student, evaluate
 from graft import graft
 from static import Bag, loss_to, train_bag
 from student import Config, Student, padded
@@ -85,37 +86,6 @@ def batches(chunk: list[Example], world: int, seed: int) -> list[list[Example]]:
     return [batch for batch in made if len(batch) >= world]
 
 
-class Optimizer:
-    """Adam. Only the token vectors of a batch are touched: updating all would be most of the work of a small step."""
-
-    def __init__(self, model: Student) -> None:
-        embedding = model.embedding_model.embed_tokens
-        embedding.sparse = True  # gradients
-        self.rest = [p for p in model.parameters() if p is not embedding.weight]
-        self.parts = [
-            torch.optim.SparseAdam([embedding.weight], lr=EMBED_LR, betas=BETAS),
-            torch.optim.Adam(self.rest, lr=OTHER_LR, betas=BETAS, fused=True),
-        ]
-
-    def zero_grad(self) -> None:
-        for part in self.parts:
-            part.zero_grad()
-
-    def step(self, share: float) -> None:
-        """`share`: of the peak rates."""
-        torch.nn.utils.clip_grad_norm_(self.rest, 1.0)
-        for part, peak in zip(self.parts, (EMBED_LR, OTHER_LR), strict=True):
-            part.param_groups[0]["lr"] = peak * share
-            part.step()
-
-    def state_dict(self) -> list[dict[str, object]]:
-        return [part.state_dict() for part in self.parts]
-
-    def load_state_dict(self, state: list[dict[str, object]]) -> None:
-        for part, saved in zip(self.parts, state, strict=True):
-            part.load_state_dict(saved)
-
-
 def rate(seen: int, samples: int) -> float:
     """Share of the peak rate: a warm-up of 4,000 texts, flat for three tenths of `samples`, then a line to zero."""
     return min(1.0, 0.05 + seen / 4000, (samples - seen) / (0.7 * samples) + 1e-3)
@@ -124,31 +94,15 @@ def rate(seen: int, samples: int) -> float:
 def chunks(num_texts: int, samples: int, seed: int) -> Iterator[list[int]]:
     """Every text once per pass, in a new order each pass."""
     drawn = 0
-    passes = 0
-    while drawn < samples:
+    for passes in count():
         order = list(range(num_texts))
         random.Random(seed + passes).shuffle(order)
         for start in range(0, num_texts, CHUNK):
-            if drawn < samples:
-                part = order[start : start + min(CHUNK, samples - drawn)]
-                drawn += len(part)
-                yield part
-        passes += 1
-
-
-@torch.no_grad()
-def held_out(model: Student, vocabulary: Vocabulary, items: list[Item], targets: Tensor) -> dict[str, float]:
-    """A quick look while training: mean cosine to the teacher and agreement of pairwise similarities."""
-    rows = vocabulary.encode([item.text for item in items], 128)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    out = torch.empty(len(rows), targets.shape[1])
-    for start in range(0, len(order), 128):
-        picked = order[start : start + 128]
-        out[picked] = model([rows[i] for i in picked], [0] * len(picked)).cpu()
-    targets = targets.float()
-    pairs = torch.triu_indices(len(rows), len(rows), 1)
-    both = torch.stack([(out @ out.T)[pairs[0], pairs[1]], (targets @ targets.T)[pairs[0], pairs[1]]])
-    return {"cosine": (out * targets).sum(1).mean().item(), "similarity_r": torch.corrcoef(both)[0, 1].item()}
+            part = order[start : start + CHUNK][: samples - drawn]
+            if not part:
+                return
+            drawn += len(part)
+            yield part
 
 
 def average_gradients(model: Student, world: int) -> None:
@@ -204,7 +158,14 @@ def train_student(rank: int, job: Job) -> None:
     # What is between the matrix products is a third of a step as it stands, and little when compiled.
     for part in (*model.embedding_model.layers, model.latent_attention_model):
         part.compile(dynamic=True)
-    optimizer = Optimizer(model)
+    # Only the token vectors of a batch are touched: updating all would be most of the work of a small step.
+    embedding = model.embedding_model.embed_tokens
+    embedding.sparse = True  # gradients
+    rest = [p for p in model.parameters() if p is not embedding.weight]
+    optimizers = [
+        torch.optim.SparseAdam([embedding.weight], lr=EMBED_LR, betas=BETAS),
+        torch.optim.Adam(rest, lr=OTHER_LR, betas=BETAS, fused=True),
+    ]
     state_path, curve_path = job.work / "training.pt", job.work / "curve.jsonl"
     first, seen, seconds, tokens = 0, 0, 0.0, 0
     if state_path.exists():
@@ -212,7 +173,8 @@ def train_student(rank: int, job: Job) -> None:
         if state["settings"] != job.settings:
             raise SystemExit(f"{state_path}: expected a run of {job.settings}; got {state['settings']}; remove it")
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         first, seen, seconds, tokens = state["chunk"], state["seen"], state["seconds"], state["tokens"]
     elif rank == 0:
         record(curve_path, {"texts": 0, "tokens": 0, "seconds": 0}, model, vocabulary, job)
@@ -229,10 +191,13 @@ def train_student(rank: int, job: Job) -> None:
             with torch.autocast(job.device.split(":")[0], torch.bfloat16):
                 out = model(rows, masked)
             loss = loss_to(out.float(), torch.stack(vectors).to(job.device))
-            optimizer.zero_grad()
+            model.zero_grad()
             loss.backward()
             average_gradients(model, job.world)
-            optimizer.step(rate(seen, job.samples))
+            torch.nn.utils.clip_grad_norm_(rest, 1.0)
+            for optimizer, peak in zip(optimizers, (EMBED_LR, OTHER_LR), strict=True):
+                optimizer.param_groups[0]["lr"] = peak * rate(seen, job.samples)
+                optimizer.step()
             seen += len(batch)
             tokens += sum(len(row) for row, _, _ in batch)
             bar.update(len(batch))
@@ -242,16 +207,22 @@ def train_student(rank: int, job: Job) -> None:
             point = {"texts": seen, "tokens": tokens, "seconds": round(seconds)}
             record(curve_path, point, model, vocabulary, job)
             state = {
-                "settings": job.settings, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                "settings": job.settings, "model": model.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                 "chunk": number + 1, "seen": seen, "seconds": seconds, "tokens": tokens,
             }  # fmt: skip
             torch.save(state, state_path.with_suffix(".new"))
             state_path.with_suffix(".new").rename(state_path)
 
 
-def record(path: Path, point: Mapping[str, float], model: Student, vocabulary: Vocabulary, job: Job) -> None:
-    """Append one point of the learning curve."""
-    point = {**point, **held_out(model, vocabulary, job.test[:1000], job.test_targets[:1000])}
+@torch.no_grad()
+def record(path: Path, point: dict[str, float], model: Student, vocabulary: Vocabulary, job: Job) -> None:
+    """Append a point to the learning curve: 1,000 held-out texts' cosine to the teacher, and how similarities agree."""
+    texts, targets = [item.text for item in job.test[:1000]], job.test_targets[:1000].float()
+    out = embed_student(model, vocabulary, texts, max_length=128)
+    pairs = torch.triu_indices(len(texts), len(texts), 1)
+    both = torch.stack([(out @ out.T)[pairs[0], pairs[1]], (targets @ targets.T)[pairs[0], pairs[1]]])
+    point |= {"cosine": (out * targets).sum(1).mean().item(), "similarity_r": torch.corrcoef(both)[0, 1].item()}
     with path.open("a" if point["texts"] else "w") as file:
         file.write(json.dumps(point) + "\n")
     tqdm.write(json.dumps(point))
@@ -263,19 +234,13 @@ def tokenizer(texts: list[str], teacher: Teacher, size: int, path: Path) -> Voca
     return Vocabulary(path)
 
 
-def static(
-    vocabulary: Vocabulary, teacher: Teacher, texts: list[str], targets: Tensor, epochs: float, path: Path
-) -> Bag:
+def static(vocabulary: Vocabulary, teacher: Teacher, texts: list[str], targets: Tensor, epochs: float) -> Bag:
     """The trained baseline, its token vectors started from what the teacher says of each token alone."""
-    if path.exists():
-        return torch.load(path, weights_only=False)  # type: ignore[no-any-return]
     words = [word for word, _ in vocabulary.words()]
     initial = teacher.embed([word or "." for word in words])
     initial[[i for i, word in enumerate(words) if not word]] *= 0.02
     initial += 0.001 * torch.randn(initial.shape, generator=torch.Generator().manual_seed(0))
-    bag = train_bag(vocabulary, initial, texts, targets, epochs, teacher.device)
-    torch.save(bag, path)
-    return bag
+    return train_bag(vocabulary, initial, texts, targets, epochs, teacher.device)
 
 
 def machine() -> str:
@@ -324,7 +289,7 @@ def main() -> None:
     model.save(args.out)
     (args.out / "tokenizer.json").write_bytes((stages / "tokenizer.json").read_bytes())
 
-    baseline = static(wide, teacher, texts, targets, args.static_epochs, stages / "static-baseline.pt")
+    baseline = static(wide, teacher, texts, targets, args.static_epochs)
     figures = evaluate(args.out, vocabulary, baseline, wide, teacher, test, test_targets)
     run = asdict(model.c) | {
         "parameters": sum(p.numel() for p in model.parameters()),

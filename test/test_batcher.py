@@ -172,13 +172,6 @@ def wait_until(condition):
         time.sleep(0.001)
 
 
-def queued_tokens(batcher):
-    """What waits to be computed; room for it is taken before."""
-    with batcher._lock:
-        waiting = [computation for computation in batcher._in_flight.values() if computation.is_waiting]
-        return sum(own.sequence.num_tokens for own in waiting for job, _ in own.rows if not job.is_finished)
-
-
 @contextmanager
 def held(engine, batcher, num_tokens):
     """Holds the engine inside a batch of its own until `num_tokens` more wait."""
@@ -186,8 +179,7 @@ def held(engine, batcher, num_tokens):
     first = submit(batcher, 1)
     assert engine.started.acquire(timeout=WAIT_SECONDS)
     yield
-    wait_until(lambda: queued_tokens(batcher) >= num_tokens)
-    assert batcher._num_queue_tokens == queued_tokens(batcher)
+    wait_until(lambda: batcher._num_queue_tokens >= num_tokens)
     engine.gate.set()
     assert first.lengths() == [1]
 
@@ -272,7 +264,7 @@ def test_cancelled_requests_are_dropped_before_they_are_computed():
     with running(engine) as batcher:
         with held(engine, batcher, 220):
             gone, stays = submit(batcher, *distinct(50, 4)), submit(batcher, 20)
-            wait_until(lambda: queued_tokens(batcher) >= 220)  # cancelled while waiting for the device
+            wait_until(lambda: batcher._num_queue_tokens >= 220)  # cancelled while waiting for the device
             gone.cancelled = True
         assert stays.lengths() == [20]
         assert isinstance(gone.outcome(), Cancelled)
@@ -341,7 +333,7 @@ def test_a_large_request_for_which_there_is_no_room_is_refused_before_all_of_it_
     with running(engine, encoder=encoder, max_queue_tokens=100) as batcher:
         with held(engine, batcher, 90):
             waits = submit(batcher, 90)
-            wait_until(lambda: queued_tokens(batcher) == 90)
+            wait_until(lambda: batcher._num_queue_tokens == 90)
             refused = submit(batcher, *large(5, 9)).outcome()
         assert isinstance(refused, Unavailable)
         assert "got 90 waiting and 15 more" in str(refused)
@@ -356,11 +348,11 @@ def test_bulk_that_fills_the_queue_shuts_out_neither_queries_nor_what_is_known()
         assert engine.started.acquire(timeout=WAIT_SECONDS)
         with held(engine, batcher, 895):
             bulk = submit(batcher, *distinct(80, 10))
-            wait_until(lambda: queued_tokens(batcher) == 800)
+            wait_until(lambda: batcher._num_queue_tokens == 800)
             assert isinstance(submit(batcher, 5).outcome(), Unavailable)
             assert submit(batcher, 70).lengths() == [70]  # from the cache
             queries = [submit(batcher, n, is_query=True) for n in (40, 55)]
-            wait_until(lambda: queued_tokens(batcher) == 895)
+            wait_until(lambda: batcher._num_queue_tokens == 895)
             assert "at most 900 tokens to wait" in str(submit(batcher, 6, is_query=True).outcome())
         assert [query.lengths() for query in queries] == [[40], [55]]
         assert bulk.lengths() == [80] * 10
@@ -375,7 +367,7 @@ def test_a_large_request_whose_vectors_are_known_needs_no_room():
             pass
         with held(engine, batcher, 2000):
             bulk = submit(batcher, *distinct(80, 25))
-            wait_until(lambda: queued_tokens(batcher) == 2000)
+            wait_until(lambda: batcher._num_queue_tokens == 2000)
             assert submit(batcher, *known).lengths() == [20] * 10
         assert bulk.lengths() == [80] * 25
 
@@ -519,7 +511,7 @@ def test_the_next_batch_is_chosen_and_started_when_the_one_before_is_nearly_comp
         assert gpu.begun.acquire(timeout=WAIT_SECONDS)
         assert not gpu.begun.acquire(timeout=0.2)  # the device has much left to compute
         query = submit(batcher, 20, is_query=True)  # comes in time to be chosen
-        wait_until(lambda: queued_tokens(batcher) == 140)
+        wait_until(lambda: batcher._num_queue_tokens == 140)
         gpu.nearly.release()
         assert gpu.begun.acquire(timeout=WAIT_SECONDS)
         assert not bulk.answered.is_set()  # neither batch is computed
@@ -585,7 +577,7 @@ def test_a_shared_text_is_computed_for_those_who_stay_when_the_first_leaves():
         with held(engine, batcher, 100):
             first = submit(batcher, 50)
             second = submit(batcher, 50, is_query=True)
-            wait_until(lambda: queued_tokens(batcher) >= 100)
+            wait_until(lambda: batcher._num_queue_tokens >= 100)
             first.cancelled = True
         assert second.lengths() == [50]
         assert isinstance(first.outcome(), Cancelled)
@@ -609,7 +601,7 @@ def test_a_query_does_not_wait_for_the_place_of_the_bulk_text_it_shares():
     with running(engine) as batcher:
         with held(engine, batcher, 4001 + 41):
             bulk = submit(batcher, *distinct(40, 99), 41)
-            wait_until(lambda: queued_tokens(batcher) == 4001)
+            wait_until(lambda: batcher._num_queue_tokens == 4001)
             query = submit(batcher, 41, is_query=True)
         assert query.lengths() == [41]
         assert bulk.lengths() == [40] * 99 + [41]
@@ -786,11 +778,12 @@ def test_an_answered_request_leaves_nothing_large_behind_although_its_deadline_i
 
 def test_what_nobody_wants_any_more_does_not_wait_in_the_queue():
     engine = FakeEngine()
-    with running(engine) as batcher:
+    with running(engine, max_queue_tokens=10_000) as batcher:
         with held(engine, batcher, 4000):
             bulk = submit(batcher, *distinct(40, 100))
-            wait_until(lambda: queued_tokens(batcher) == 4000)
-            given_up = [submit(batcher, *distinct(50, 20), timeout_seconds=0.2) for _ in range(3)]
+            wait_until(lambda: batcher._num_queue_tokens == 4000)
+            given_up = [submit(batcher, *distinct(50, 20), timeout_seconds=1.0) for _ in range(3)]
+            wait_until(lambda: batcher._num_queue_tokens == 7000)
             flows = {job.flow for job in batcher._jobs}
             assert all(isinstance(reply.outcome(), Unavailable) for reply in given_up)
             assert sorted(len(flow.waiting) for flow in flows) == [0, 0, 0, 0, 100]
@@ -810,7 +803,7 @@ def test_the_same_text_many_times_over_costs_no_more_than_its_rows():
         with held(engine, batcher, 2 * 10 * 20_000):
             first = submit(batcher, *["10"] * 20_000)
             second = submit(batcher, *["10"] * 20_000)
-            wait_until(lambda: queued_tokens(batcher) >= 2 * 10 * 20_000)
+            wait_until(lambda: batcher._num_queue_tokens >= 2 * 10 * 20_000)
             flows = {job.flow for same in batcher._in_flight.values() for job, _ in same.rows}
             assert sorted(len(flow.waiting) for flow in flows) == [0, 1, 1]  # of the batch that is held, and of both
             first.cancelled = True

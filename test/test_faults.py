@@ -264,13 +264,11 @@ def test_a_model_reloaded_and_unloaded_in_explicit_mode_serves_again(toy, tmp_pa
     assert server.stop() == 0
 
 
-def test_an_answer_that_cannot_be_made_is_an_error_and_the_next_is_served(start):
+def test_shared_memory_that_was_cleaned_up_still_serves_those_who_have_it_open(start):
     server = start()
     (region,) = shared_memory(model_pid(server))
-    region.unlink()  # what cleans up /dev/shm does as much; who has it open still has it
-    with pytest.raises(triton.InferenceServerException, match="making the answer to this request failed"):
-        server.embed_documents([str(i) for i in range(5000)])
-    assert server.embed_documents(["x"] * 1000).shape == (1000, 64)
+    region.unlink()
+    assert server.embed_documents([str(i) for i in range(5000)]).shape == (5000, 64)
     assert server.stop() == 0
 
 

@@ -145,14 +145,9 @@ class TritonReply:
 
     def send(self, outcome: Outcome) -> Outcome:
         """Answer, once; returns what was sent."""
-        try:
-            if isinstance(outcome, Answer) and outcome.embeddings.nbytes > _LARGE_ANSWER_BYTES:
-                outcome = _fitting(outcome)
-            response = self._response(outcome)
-        except Exception:  # the way back is still there
-            logger.exception("an answer could not be made")
-            outcome = ComputeFailed("making the answer to this request failed; the server's log says why")
-            response = self._response(outcome)
+        if isinstance(outcome, Answer) and outcome.embeddings.nbytes > _LARGE_ANSWER_BYTES:
+            outcome = _fitting(outcome)
+        response = self._response(outcome)
         with self._lock:
             sender, self._sender = self._sender, None
             assert sender is not None, "a request was answered twice"
@@ -171,7 +166,10 @@ class TritonReply:
 def _fitting(answer: Answer) -> Answer | InvalidRequest:
     """An answer that fits nowhere in the memory shared with Triton is refused: sending it would fail without a word."""
     free = os.statvfs("/dev/shm")
-    room = max([free.f_bavail * free.f_frsize, *(path.stat().st_size for path in shared_memory(os.getpid()))])
+    regions = [
+        path.stat().st_size for path in shared_memory(os.getpid()) if path.exists()
+    ]  # /dev/shm may be cleaned up
+    room = max([free.f_bavail * free.f_frsize, *regions])
     if answer.embeddings.nbytes <= room:
         return answer
     return InvalidRequest.of(

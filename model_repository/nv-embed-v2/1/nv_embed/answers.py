@@ -128,7 +128,7 @@ class Outbox:
             else:
                 if event is None:
                     break
-                collect_at, is_news = min(collect_at, now + _PUBLISH_SECONDS), True
+                collect_at, is_news = min(collect_at, time.monotonic() + _PUBLISH_SECONDS), True
                 event()
             # One at a time, for each costs as much as a short query: an answer waits for no more than that.
             if updates:

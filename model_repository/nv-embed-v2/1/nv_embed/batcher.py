@@ -47,7 +47,6 @@ logger = logging.getLogger(__name__)
 # huge one.
 _SLICE_CHARACTERS = 64 * 1024
 _WORTH_ASKING_CHARACTERS = 4096
-_ADMITTED_TEXTS = 256  # of a request at a time, for neither its neighbours nor an engine should wait for all of it
 _LAST_BATCH_SECONDS = 3.0
 _STOP = "the time the server has to stop"
 _QUERY_RESERVE = 8  # what may wait is an eighth more for queries: bulk that fills the queue does not shut them out
@@ -100,6 +99,7 @@ class _Job:
     arrived: float
     computations: list[_Computation] = field(default_factory=list)  # one for each text
     num_tokens: int = 0
+    num_new_tokens: int = 0  # of texts that the cache did not hold when they were tokenized
     embeddings: npt.NDArray[np.float32] | None = None  # allocated with the first row, which knows the dimension
     num_missing: int = 0  # rows not there yet
     num_queue_tokens: int = 0  # its share of what waits to be computed
@@ -114,7 +114,6 @@ class _Computation:
     sequence: TokenSequence
     key: bytes
     rows: list[tuple[_Job, int]] = field(default_factory=list)
-    has_room: bool = False  # its tokens were counted as waiting before it was queued
     is_waiting: bool = True
 
     @property
@@ -251,10 +250,9 @@ class Batcher:
             with self._lock:
                 if is_complete:
                     self._num_queue_bytes -= job.request.num_bytes
+                    self._admit(job)
                 else:
                     intake.jobs.append(job)
-            if is_complete:
-                self._admit(job)
 
     def _tokenize_slice(self, job: _Job) -> bool:
         """Returns whether nothing is left to tokenize."""
@@ -283,66 +281,67 @@ class Batcher:
         return job.is_finished or stop == len(request.texts)
 
     def _add_slice(self, job: _Job, computations: list[_Computation]) -> None:
-        """Take room for the next texts of a job to wait; raises InvalidRequest or Unavailable if they cannot."""
+        """Raises InvalidRequest or Unavailable for what cannot wait: it is no use to tokenize the rest of it."""
         with self._lock:
             if job.is_finished:
                 return
             job.computations += computations
             job.num_tokens += sum(own.sequence.num_tokens for own in computations)
+            job.num_new_tokens += sum(own.sequence.num_tokens for own in computations if own.key not in self._cache)
             if job.num_tokens > self._limits.max_queue_tokens:
                 raise InvalidRequest.of(
                     expected=f"at most {self._limits.max_queue_tokens} tokens a request, for that is all that may wait",
                     got=f"{job.num_tokens} or more",
                     remedy="split the request",
                 )
-            num_tokens = 0
-            for own in computations:
-                own.has_room = own.key not in self._cache
-                num_tokens += own.sequence.num_tokens if own.has_room else 0
-            limit = self._limit(self._limits.max_queue_tokens, job.request)
-            if num_tokens and self._num_queue_tokens + num_tokens > limit:
-                waiting = f"got {self._num_queue_tokens} waiting and {num_tokens} more"
-                raise Unavailable(f"expected at most {limit} tokens to wait; {waiting}; retry later")
-            self._count_waiting(job, num_tokens)
+            self._check_room(job, job.num_new_tokens)
 
     def _admit(self, job: _Job) -> None:
-        """Queue a tokenized job, some texts at a time."""
-        job.num_missing = num_texts = len(job.computations)
-        for start in range(0, num_texts, _ADMITTED_TEXTS):
-            with self._lock:
-                for index in range(start, min(start + _ADMITTED_TEXTS, num_texts)):
-                    if job.is_finished:
-                        return
-                    self._admit_text(job, index)
-                self._queued.notify()
-
-    def _admit_text(self, job: _Job, index: int) -> None:
-        """The lock is held."""
-        own = job.computations[index]
-        num_tokens = own.sequence.num_tokens
-        vector = self._cache.get(own.key)
-        computation = own if vector is not None else self._in_flight.setdefault(own.key, own)
-        waits = vector is None and computation.is_waiting
-        if waits != own.has_room:  # since it was tokenized, its vector has come or gone, or it is being computed
-            self._count_waiting(job, num_tokens if waits else -num_tokens)
-        if vector is not None:
-            self._metrics.add(Metric.TEXTS, source="cached")
-            self._fill(job, index, vector)
+        """Queue a tokenized job, all of it or nothing. The lock is held."""
+        if job.is_finished:
             return
-        is_queued = bool(computation.rows) and computation.rows[-1][0] is job
+        vectors = [self._cache.get(own.key) for own in job.computations]
+        missing = [own for own, vector in zip(job.computations, vectors, strict=True) if vector is None]
+        try:
+            self._check_room(job, sum(own.sequence.num_tokens for own in missing))
+        except Unavailable as error:
+            self._finish(job, error)
+            return
+        job.num_missing = len(job.computations)
+        for index, (own, vector) in enumerate(zip(list(job.computations), vectors, strict=True)):
+            if vector is None:
+                self._admit_text(job, index, own)
+            else:
+                self._metrics.add(Metric.TEXTS, source="cached")
+                self._fill(job, index, vector)
+        self._queued.notify()
+
+    def _admit_text(self, job: _Job, index: int, own: _Computation) -> None:
+        """Have a text computed, unless another job's computation of the same does. The lock is held."""
+        computation = self._in_flight.setdefault(own.key, own)
+        comes_again = bool(computation.rows) and computation.rows[-1][0] is job
         computation.rows.append((job, index))
         job.computations[index] = computation
         if computation is not own:
             self._metrics.add(Metric.TEXTS, source="coalesced")
-        if not waits:
+        if not computation.is_waiting:
             job.is_started = True
-        elif not is_queued:  # also what other jobs wait for: this one may be ahead of them, or outlive them
-            self._queue.push(computation, job.flow, num_tokens)
+            return
+        self._count_waiting(job, computation.sequence.num_tokens)
+        if not comes_again:  # queued also if others wait for it: this job may be ahead of them, or outlive them
+            self._queue.push(computation, job.flow, computation.sequence.num_tokens)
 
     def _count_waiting(self, job: _Job, num_tokens: int) -> None:
         """The lock is held."""
         job.num_queue_tokens += num_tokens
         self._num_queue_tokens += num_tokens
+
+    def _check_room(self, job: _Job, num_tokens: int) -> None:
+        """Raises Unavailable if so many tokens more may not wait. The lock is held."""
+        limit = self._limit(self._limits.max_queue_tokens, job.request)
+        if num_tokens and self._num_queue_tokens + num_tokens > limit:
+            waiting = f"got {self._num_queue_tokens} waiting and {num_tokens} more"
+            raise Unavailable(f"expected at most {limit} tokens to wait; {waiting}; retry later")
 
     @staticmethod
     def _limit(limit: int, request: EmbedRequest) -> int:

@@ -69,7 +69,7 @@ class OutOfDeviceMemory(RequestError):
 
 
 class ComputeFailed(RequestError):
-    """Reading, tokenizing, computing or answering failed, through no fault of the caller."""
+    """Reading, tokenizing or computing failed, through no fault of the caller."""
 
 
 def in_short(error: BaseException) -> str:

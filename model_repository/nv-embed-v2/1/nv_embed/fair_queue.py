@@ -25,7 +25,7 @@ class Flow:
 
     weight: int
     kind: str = "documents"  # of one kind is what one batch holds
-    last_tag: float = 0.0  # of what was taken last; what nobody wanted any more costs nothing
+    last_tag: float = 0.0  # of what was taken last, or the virtual time when its idle time ended
     waiting: deque[tuple[Any, int]] = field(default_factory=deque)  # items and what they cost
     is_queued: bool = False
 
@@ -65,36 +65,31 @@ class FairQueue(Generic[Item]):
             return item not in taken and is_wanted(item)
 
         for heap in self._heaps.values():
-            self._find_next(heap, is_next)
-        heap = min(filter(None, self._heaps.values()), default=[])
-        while heap:
-            tag, _, flow = heap[0]
-            item, num_tokens = flow.waiting[0]
-            if taken and num_tokens > max_tokens:
-                break
+            self._drop_heads(heap, is_next)
+        heap = min(filter(None, self._heaps.values()), key=lambda heap: heap[0][:2], default=[])
+        while heap and (not taken or heap[0][-1].waiting[0][1] <= max_tokens):
+            tag, _, flow = heapq.heappop(heap)
+            item, num_tokens = flow.waiting.popleft()
             taken[item] = None
             max_tokens -= num_tokens
             flow.last_tag = tag
             self._virtual_time = max(self._virtual_time, tag)  # of the other kind something lower may still wait
-            self._find_next(heap, is_next)
+            self._queue(flow)
+            self._drop_heads(heap, is_next)
         return list(taken)
 
-    def _find_next(self, heap: list[tuple[float, int, Flow]], is_next: Callable[[Item], bool]) -> None:
+    def _drop_heads(self, heap: list[tuple[float, int, Flow]], is_next: Callable[[Item], bool]) -> None:
         """Have a heap begin with a flow whose first item is to be taken next, unless there is none."""
-        while heap:
-            flow = heap[0][-1]
-            num_waiting = len(flow.waiting)
+        while heap and not (heap[0][-1].waiting and is_next(heap[0][-1].waiting[0][0])):
+            _, _, flow = heapq.heappop(heap)
             while flow.waiting and not is_next(flow.waiting[0][0]):
                 flow.waiting.popleft()
-            if flow.waiting and len(flow.waiting) == num_waiting:
-                return
-            heapq.heappop(heap)
-            flow.is_queued = False
-            if flow.waiting:
-                self._queue(flow)
+            self._queue(flow)
 
     def _queue(self, flow: Flow) -> None:
-        _, num_tokens = flow.waiting[0]
-        tag = flow.last_tag + num_tokens / flow.weight
-        heapq.heappush(self._heaps[flow.kind], (tag, next(self._arrivals), flow))
-        flow.is_queued = True
+        """Give a flow that is in no heap its place, if anything waits in it."""
+        flow.is_queued = bool(flow.waiting)
+        if flow.waiting:
+            _, num_tokens = flow.waiting[0]
+            tag = flow.last_tag + num_tokens / flow.weight
+            heapq.heappush(self._heaps[flow.kind], (tag, next(self._arrivals), flow))

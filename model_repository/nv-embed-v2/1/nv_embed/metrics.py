@@ -1,7 +1,7 @@
 """What the server counts: a table of metrics, and their values until they are published; knows no Triton.
 
 Publishing one value can cost as much as a short forward pass on a GPU. So values are added up here, in plain Python,
-and published together, a few times a second, by whoever owns the way out.
+and taken, a few times a second, by whoever owns the way out.
 """
 
 from __future__ import annotations

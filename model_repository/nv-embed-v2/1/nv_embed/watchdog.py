@@ -34,7 +34,7 @@ _SILENT_STEPS, _STEP_SECONDS = 4, 2.0
 _GRACE_SECONDS = 4.0  # for the server to end by itself; it would wait 30 s for answers that nobody can give
 _BEAT, _HELP, _GOODBYE = b"-", b"!", b"."
 _STOPS = b"s"  # the other way: what the watchdog says of the server
-_LOOKS = 2  # a port that is missing in one look may have been missed: the kernel's table changes while it is read
+_MISSES = 2  # in a row, for a look may miss a port: the kernel's table changes while it is read
 
 
 class Watchdog:
@@ -93,14 +93,14 @@ class Doors:
     def __init__(self, pid: int) -> None:
         self._pid = pid
         self._open = frozenset[int]()
-        self._looks = 0  # in a row in which one was missing
+        self._num_misses = 0
 
     def are_closing(self) -> bool:
-        """Look; whether one that was open is so no more, and was not the last time either."""
+        """Look; True once, when one that was open is so no more, and was not the last time either."""
         ports = listening_ports(self._pid)
-        self._looks = self._looks + 1 if self._open - ports else 0
+        self._num_misses = self._num_misses + 1 if self._open - ports else 0
         self._open |= ports
-        return self._looks == _LOOKS
+        return self._num_misses == _MISSES
 
 
 def watch(pipe: int, server: int, on_step: Callable[[], None] = lambda: None) -> str | None:
@@ -138,7 +138,7 @@ def shared_memory(pid: int) -> set[Path]:
 
 
 def listening_ports(pid: int) -> frozenset[int]:
-    """TCP ports on which a process waits for connections, from proc(5); none if it has ended."""
+    """TCP ports on which a process waits for connections, from proc(5); none if it ends or must not be looked at."""
     inodes = set()
     ports = set()
     try:
@@ -148,7 +148,7 @@ def listening_ports(pid: int) -> frozenset[int]:
         tables = [Path(f"/proc/{pid}/net/tcp").read_text(encoding="ascii")]
         with suppress(FileNotFoundError):  # a machine without IPv6
             tables.append(Path(f"/proc/{pid}/net/tcp6").read_text(encoding="ascii"))
-    except (FileNotFoundError, ProcessLookupError):
+    except OSError:  # of a process that is being killed everything is root's, before it is gone
         return frozenset()
     for table in tables:
         for line in table.splitlines()[1:]:

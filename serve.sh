@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Serves NV-Embed-v2 through NVIDIA Triton in the foreground; Ctrl-C or SIGTERM ends it, once it serves with exit code 0.
+# Serves NV-Embed-v2 through NVIDIA Triton in the foreground; Ctrl-C or SIGTERM ends it, with exit code 0 once it serves.
 # Arguments go to tritonserver after the ones given here, so they win:  ./serve.sh --log-verbose=1
 # Every parameter of config.pbtxt can be set as NV_EMBED_<PARAMETER>:  NV_EMBED_MAX_BATCH_TOKENS=8192 ./serve.sh
 set -euo pipefail

@@ -282,7 +282,6 @@ import sys
 sys.path[:0] = [{str(ROOT / "test")!r}, {str(ROOT / "model_repository" / "nv-embed-v2" / "1")!r}]
 from pathlib import Path
 import tritonclient.grpc as triton
-from nv_embed.watchdog import shared_memory
 from serving import Server
 server = Server(Path({str(tmp_path / "log.txt")!r}), Path({str(toy)!r}), {{"SHM_BYTES": "2097152"}}).wait_until_ready()
 assert server.embed_documents(["x"] * 1000).shape == (1000, 64)

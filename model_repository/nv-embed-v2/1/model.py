@@ -166,10 +166,8 @@ class TritonReply:
 def _fitting(answer: Answer) -> Answer | InvalidRequest:
     """An answer that fits nowhere in the memory shared with Triton is refused: sending it would fail without a word."""
     free = os.statvfs("/dev/shm")
-    regions = [
-        path.stat().st_size for path in shared_memory(os.getpid()) if path.exists()
-    ]  # /dev/shm may be cleaned up
-    room = max([free.f_bavail * free.f_frsize, *regions])
+    regions = (path for path in shared_memory(os.getpid()) if path.exists())  # somebody may have cleaned /dev/shm up
+    room = max([free.f_bavail * free.f_frsize, *(path.stat().st_size for path in regions)])
     if answer.embeddings.nbytes <= room:
         return answer
     return InvalidRequest.of(

@@ -3,12 +3,15 @@
 The student is read back from the exported fp16 file. Every figure of the model card comes from `evaluate`.
 """
 
+import json
 import random
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
-import pairs
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
@@ -17,9 +20,60 @@ from student import Student
 from teacher import Teacher
 from text import Item
 from torch import Tensor
-from vocabulary import STANDARD, TEMPLATE, Vocabulary
+from vocabulary import STANDARD, TASKS, TEMPLATE, Vocabulary
 
 Embed = Callable[[list[str]], Tensor]  # texts -> unit vectors [N, 384]
+
+
+@cache
+def own_pairs() -> dict[str, Any]:
+    """Written by hand, never trained on: sets of questions with answers, sentence pairs scored from 0 to 5, a task."""
+    pairs = json.loads((Path(__file__).parent / "pairs.json").read_text(encoding="utf-8"))
+    assert pairs["other_task"] not in TASKS
+    return pairs
+
+
+def own_texts() -> set[str]:
+    """The texts of `own_pairs`, as `plain` has them."""
+    pairs = own_pairs()
+    asked = [text for rows in pairs["questions"] for row in rows for text in row]
+    alike = [text for first, second, _ in pairs["similar"] for text in (first, second)]
+    listed = [pairs["neural_query"], *pairs["neural_relevant"], *pairs["neural_irrelevant"]]
+    return {plain(text) for text in asked + alike + listed}
+
+
+def plain(text: str) -> str:
+    """The text's words alone: to know it again in another case or with other punctuation."""
+    return " ".join(re.findall(r"\w+", text.lower()))
+
+
+class Judged(NamedTuple):
+    """Pairs of sentences and how alike people find them, in any unit."""
+
+    first: list[str]
+    second: list[str]
+    scores: Tensor
+
+    @classmethod
+    def of(cls, rows: Iterable[tuple[str, str, float]]) -> "Judged":
+        first, second, scores = zip(*rows, strict=True)
+        return cls(list(first), list(second), torch.tensor(scores))
+
+    @classmethod
+    def read(cls, path: Path, trained: set[str]) -> "Judged":
+        """A file of lines `score <tab> sentence <tab> sentence`, without pairs that have a text of `trained`."""
+        rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()]
+        if wrong := [number for number, row in enumerate(rows, 1) if len(row) != 3]:
+            raise SystemExit(
+                f"{path}: expected lines of score, sentence, sentence with tabs between; see line {wrong[0]}"
+            )
+        kept = [(a, b, float(score)) for score, a, b in rows if not trained & {plain(a), plain(b)}]
+        if len(kept) < 10:
+            raise SystemExit(f"{path}: expected pairs never trained on; got {len(kept)} of {len(rows)}; leave it out")
+        return cls.of(kept)
+
+    def spearman(self, embed: Embed) -> float:
+        return spearman(cosines(embed(self.first), embed(self.second)), self.scores)
 
 
 @torch.no_grad()
@@ -98,15 +152,16 @@ def definitions(test: list[Item], count: int) -> tuple[list[str], list[str]]:
 @torch.no_grad()
 def evaluate(
     folder: Path, vocabulary: Vocabulary, bag: Bag, bag_vocabulary: Vocabulary, teacher: Teacher, test: list[Item],
-    test_targets: Tensor,
+    test_targets: Tensor, public: dict[str, Judged],
 ) -> dict[str, dict[str, float]]:  # fmt: skip
-    """Figures by model name; `folder` is the exported checkpoint."""
+    """Figures by model name; `folder` is the exported checkpoint, `public` are sets of sentence pairs by name."""
     model = Student.load(folder)
     texts, target = [item.text for item in test[:10_000]], test_targets[:10_000].float()
     wanted = nearest(target, 10)
     meanings, words = definitions(test, 1000)
-    questions, answers = (list(column) for column in zip(*pairs.QUESTIONS, strict=True))
-    first, second, judged = (list(column) for column in zip(*pairs.SIMILAR, strict=True))
+    own = own_pairs()
+    questions = [question for rows in own["questions"] for question, _ in rows]
+    judged = Judged.of(own["similar"])
     pick = random.Random(3)
     parts = [[pick.randrange(len(texts)) for _ in range(60)] for _ in range(60)]
     long_texts = [" ".join(texts[i] for i in group) for group in parts]
@@ -127,19 +182,21 @@ def evaluate(
     results: dict[str, dict[str, float]] = {}
     for name, embed in embedders.items():
         out = target if name == "teacher" else embed(texts)
-        vectors = {"meaning": embed(meanings), "word": embed(words), "answer": embed(answers)}
+        meaning, word = embed(meanings), embed(words)
         ask = (lambda t: embed_student(model, vocabulary, t, STANDARD)) if name == "student" else embed
-        query, bare = ask(questions), embed(questions)
-        neural = ask([pairs.NEURAL_QUERY]) @ embed(pairs.NEURAL_RELEVANT + pairs.NEURAL_IRRELEVANT).T
-        count = len(pairs.NEURAL_RELEVANT)
+        answered = [accuracy(ask([q for q, _ in rows]), embed([a for _, a in rows]), 1) for rows in own["questions"]]
+        neural = ask([own["neural_query"]]) @ embed(own["neural_relevant"] + own["neural_irrelevant"]).T
+        count = len(own["neural_relevant"])
+        agreed = {f"spearman {name}": pairs.spearman(embed) for name, pairs in public.items()}
         figures = {
             "cosine_to_teacher": float(cosines(out, target).mean()),
             "numbers_cosine_to_teacher": float(cosines(out, target)[numbers].mean()),
             "recall_at_10": recall(nearest(out, 10), wanted),
-            "definition_accuracy_at_1": accuracy(vectors["meaning"], vectors["word"], 1),
-            "definition_accuracy_at_10": accuracy(vectors["meaning"], vectors["word"], 10),
-            "question_answer_accuracy_at_1": accuracy(query, vectors["answer"], 1),
-            "spearman_judged_pairs": spearman(cosines(embed(first), embed(second)), torch.tensor(judged)),
+            "definition_accuracy_at_1": accuracy(meaning, word, 1),
+            "definition_accuracy_at_10": accuracy(meaning, word, 10),
+            "question_answer_accuracy_at_1": answered[0],
+            "question_answer_accuracy_at_1_all": float(np.mean(answered)),
+            "spearman_own_pairs": judged.spearman(embed),
             "spearman_random_pairs": spearman(cosines(out[left], out[right]), cosines(target[left], target[right])),
             "spearman_near_pairs": spearman(cosines(out, out[neighbour]), cosines(target, target[neighbour])),
             "neural_networks_margin": float(neural[0, :count].min() - neural[0, count:].max()),
@@ -148,14 +205,20 @@ def evaluate(
             "untidy_cosine": float(cosines(embed([t.upper() for t in texts[:1000]]), out[:1000]).mean()),
             "spaced_cosine": float(cosines(embed([spaced(t) for t in texts[:1000]]), out[:1000]).mean()),
         }
+        if agreed:
+            figures |= agreed | {"spearman_public_sets": float(np.mean(list(agreed.values())))}
         if name == "student":
-            other_task = embed_student(model, vocabulary, questions, TEMPLATE.format(pairs.OTHER_TASK))
+            query, bare = ask(questions), embed(questions)
+            other_task = embed_student(model, vocabulary, questions, TEMPLATE.format(own["other_task"]))
             figures |= {
                 "instruction_cosine_mean": float(cosines(query, bare).mean()),
                 "instruction_cosine_min": float(cosines(query, bare).min()),
                 "other_instruction_cosine_mean": float(cosines(other_task, bare).mean()),
+                "other_instruction_cosine_min": float(cosines(other_task, bare).min()),
                 "long_tokens_mean": mean_length(vocabulary, long_texts),
                 "longest_tokens_mean": mean_length(vocabulary, longest_texts),
             }
         results[name] = {key: round(value, 4) for key, value in figures.items()}
+    accuracies = [results[name]["definition_accuracy_at_1"] for name in ("student", "teacher")]
+    results["student"]["definition_share"] = round(accuracies[0] / accuracies[1], 4)
     return results

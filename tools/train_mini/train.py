@@ -2,8 +2,8 @@
 
 Stages, each kept in the work folder under the hash of its text, and skipped when it is there: fetch text, make the
 tokenizers, embed the text with the teacher, train the student, export, train the static baseline, evaluate, write the
-model card. Stop it at any time and run the same command again. Needs Debian's tools for packages and, to compile the
-layers, a C++ compiler and Python's headers.
+model card. Stop it at any time and run the same command again; after a change to this code, remove that folder. Needs
+Debian's tools for packages and, to compile the layers, a C++ compiler and Python's headers.
 """
 
 import argparse
@@ -20,12 +20,11 @@ from itertools import count
 from pathlib import Path
 
 import card
-import pairs
 import text
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from evaluate import definitions, embed_student, evaluate
+from evaluate import Judged, definitions, embed_student, evaluate, own_pairs, own_texts, plain
 from graft import graft
 from static import Bag, loss_to, train_bag
 from student import Config, Student, padded
@@ -62,9 +61,9 @@ def examples(texts: list[str], targets: Tensor, picked: list[int], vocabulary: V
             vector = F.normalize(targets[parts].float().mean(0), dim=0)
         elif fate < 0.08:
             # The teacher reads neither runs of whitespace nor accents: its vector stays.
-            letter = pick.choice(list(ACCENTS))
-            untidy = [string.replace(" ", "  "), f"  {string}\n", string.replace(" ", "\n", 2),
-                      string.replace(" ", "\t", 1), string.replace(letter, ACCENTS[letter], 1)]  # fmt: skip
+            letter, space = pick.choice(list(ACCENTS)), pick.choice(["\n", "\t", " \t"])
+            untidy = [string.replace(" ", "  "), f"  {string}\n", string.replace(letter, ACCENTS[letter], 1),
+                      string.replace(" ", space, pick.choice([1, 2, 4, -1]))]  # fmt: skip
             string = pick.choice(untidy)
         instruction = ""
         if pick.random() < 0.1:
@@ -230,7 +229,7 @@ def record(path: Path, point: dict[str, float], model: Student, vocabulary: Voca
 
 def tokenizer(texts: list[str], teacher: Teacher, size: int, path: Path) -> Vocabulary:
     if not path.exists():
-        train_tokenizer(texts[:300_000], teacher, size, path)
+        train_tokenizer(texts, teacher, size, path)
     return Vocabulary(path)
 
 
@@ -254,8 +253,10 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / ".cache/nv-embed-mini", help="downloads and stages")
     parser.add_argument("--out", type=Path, default=ROOT / "checkpoints/nv-embed-mini", help="the checkpoint's folder")
     parser.add_argument("--share", type=float, default=1.0, help="part of the text to use; below 1 for trials")
-    parser.add_argument("--samples", type=int, default=4_000_000, help="texts to train the student on")
+    parser.add_argument("--samples", type=int, default=5_000_000, help="texts to train the student on")
     parser.add_argument("--static-epochs", type=float, default=2.0)
+    parser.add_argument("--judged", type=Path, nargs="*", default=[], metavar="TSV",
+                        help="sets of sentence pairs to measure with: lines of score, sentence, sentence")  # fmt: skip
     parser.add_argument("--seed", type=int, default=2026)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
@@ -265,8 +266,10 @@ def main() -> None:
 
     train, test = text.collect(work / "text", args.share)
     texts = [item.text for item in train]
-    if leaked := set(texts) & pairs.TEXTS:
-        raise SystemExit(f"expected no text of pairs.py in the training text; got {sorted(leaked)}; reword those")
+    trained = {plain(string) for string in texts}
+    if leaked := own_texts() & trained:
+        raise SystemExit(f"expected no text of pairs.json in the training text; got {sorted(leaked)}; replace those")
+    public = {path.stem: Judged.read(path, trained) for path in args.judged}
     data_hash = text.data_hash(train, test)
     print(f"{len(train)} training texts, {len(test)} held out, data hash {data_hash}", flush=True)
     stages = work / data_hash[:8]
@@ -290,7 +293,7 @@ def main() -> None:
     (args.out / "tokenizer.json").write_bytes((stages / "tokenizer.json").read_bytes())
 
     baseline = static(wide, teacher, texts, targets, args.static_epochs)
-    figures = evaluate(args.out, vocabulary, baseline, wide, teacher, test, test_targets)
+    figures = evaluate(args.out, vocabulary, baseline, wide, teacher, test, test_targets, public)
     run = asdict(model.c) | {
         "parameters": sum(p.numel() for p in model.parameters()),
         "texts": len(train),
@@ -302,6 +305,10 @@ def main() -> None:
             for s in text.SOURCES
             if s.name != "templates"
         },
+        "public_sets": {name: len(pairs.first) for name, pairs in public.items()},
+        "question_sets": len(own_pairs()["questions"]),
+        "set_size": len(own_pairs()["questions"][0]),
+        "own_pairs": len(own_pairs()["similar"]),
         "num_nearest": min(10_000, len(test)),
         "num_words": len(definitions(test, 1000)[0]),
         "samples": args.samples,

@@ -68,7 +68,7 @@ def train_tokenizer(texts: Sequence[str], teacher: Teacher, vocab_size: int, pat
     pieces = list(dict.fromkeys(alphabet + spelled))[: vocab_size - len(fixed)]
     if len(fixed) + len(pieces) < vocab_size:
         raise SystemExit(
-            f"expected {vocab_size - len(fixed)} different pieces in the text; got {len(pieces)}; use more"
+            f"expected {vocab_size - len(fixed)} different pieces in the text; got {len(pieces)}; use more text"
         )
     vocab = [(token, NEVER) for token in fixed]
     for piece in pieces:

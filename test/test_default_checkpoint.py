@@ -52,6 +52,10 @@ def test_it_fits_into_a_repository(mini):
     assert sum(path.stat().st_size for path in mini.iterdir()) <= MAX_BYTES
 
 
+def test_its_form_is_the_one_that_is_trained(mini, tools):
+    assert (mini / "config.json").read_bytes() == (tools / "config.json").read_bytes()
+
+
 def test_its_card_says_what_was_measured(mini, tools, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tools)
     import card

@@ -1,26 +1,26 @@
 """Student, teacher and static baseline measured in one run, on texts none of them was trained on here.
 
-The student is read back from the exported fp16 file. Every figure of the model card comes from `evaluate`.
+The student is the exported file, computed as it is served. The model card's figures, but for counts and the learning
+curve, come from `evaluate`.
 """
 
 import json
 import random
 import re
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
-from static import Bag
-from student import Student
+from scipy.stats import spearmanr
+from served import Served
 from teacher import Teacher
 from text import Item
 from torch import Tensor
-from vocabulary import STANDARD, TASKS, TEMPLATE, Vocabulary
+from vocabulary import STANDARD, TASKS, TEMPLATE
 
 Embed = Callable[[list[str]], Tensor]  # texts -> unit vectors [N, 384]
 
@@ -76,42 +76,13 @@ class Judged(NamedTuple):
         return spearman(cosines(embed(self.first), embed(self.second)), self.scores)
 
 
-@torch.no_grad()
-def embed_student(
-    model: Student, vocabulary: Vocabulary, texts: list[str], instruction: str = "", max_length: int = 8192
-) -> Tensor:
-    rows = vocabulary.encode([instruction + text for text in texts], max_length)
-    masked = vocabulary.num_masked(instruction)
-    out = torch.empty(len(rows), model.c.hidden_size)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    start = 0
-    while start < len(order):
-        # Attention holds the square of a length, so long texts come a few at a time.
-        longest = len(rows[order[min(start + 64, len(order)) - 1]])
-        picked = order[start : start + max(1, min(64, 16384 // longest))]
-        out[picked] = model([rows[i] for i in picked], [masked] * len(picked)).cpu()
-        start += len(picked)
-    return out
-
-
 def spaced(text: str) -> str:
     """The text with other whitespace than one space between words."""
     return " \t".join(text.replace(" ", "  ", 3).split(" ")) + "\n\n"
 
 
-def mean_length(vocabulary: Vocabulary, texts: list[str]) -> float:
-    """In tokens."""
-    return float(np.mean([len(row) for row in vocabulary.encode(texts, 8192)]))
-
-
-def average_ranks(values: Tensor) -> NDArray[np.float64]:
-    _, inverse, counts = np.unique(values.numpy(), return_inverse=True, return_counts=True)
-    last = counts.cumsum()
-    return ((last - counts + 1 + last) / 2)[inverse]  # ties share their mean rank
-
-
 def spearman(a: Tensor, b: Tensor) -> float:
-    return float(np.corrcoef(average_ranks(a), average_ranks(b))[0, 1])
+    return float(spearmanr(a, b).statistic)
 
 
 def cosines(a: Tensor, b: Tensor) -> Tensor:
@@ -151,11 +122,10 @@ def definitions(test: list[Item], count: int) -> tuple[list[str], list[str]]:
 
 @torch.no_grad()
 def evaluate(
-    folder: Path, vocabulary: Vocabulary, bag: Bag, bag_vocabulary: Vocabulary, teacher: Teacher, test: list[Item],
-    test_targets: Tensor, public: dict[str, Judged],
-) -> dict[str, dict[str, float]]:  # fmt: skip
-    """Figures by model name; `folder` is the exported checkpoint, `public` are sets of sentence pairs by name."""
-    model = Student.load(folder)
+    folder: Path, bag: Embed, teacher: Teacher, test: list[Item], test_targets: Tensor, public: dict[str, Judged]
+) -> dict[str, dict[str, float]]:
+    """Figures by model name; `folder`: the checkpoint, `bag`: the baseline, `public`: named sets of sentence pairs."""
+    served = Served(folder)
     texts, target = [item.text for item in test[:10_000]], test_targets[:10_000].float()
     wanted = nearest(target, 10)
     meanings, words = definitions(test, 1000)
@@ -175,15 +145,15 @@ def evaluate(
     neighbour = nearest(target, 50)[torch.arange(len(texts)), torch.randint(50, (len(texts),), generator=draw)]
 
     embedders: dict[str, Embed] = {
-        "student": lambda t: embed_student(model, vocabulary, t),
+        "student": served.embed,
         "teacher": teacher.embed,
-        "static baseline": lambda t: bag(bag_vocabulary.encode(t, 8192)).cpu(),
+        "static baseline": bag,
     }
     results: dict[str, dict[str, float]] = {}
     for name, embed in embedders.items():
         out = target if name == "teacher" else embed(texts)
         meaning, word = embed(meanings), embed(words)
-        ask = (lambda t: embed_student(model, vocabulary, t, STANDARD)) if name == "student" else embed
+        ask = partial(served.embed, instruction=STANDARD) if name == "student" else embed
         answered = [accuracy(ask([q for q, _ in rows]), embed([a for _, a in rows]), 1) for rows in own["questions"]]
         neural = ask([own["neural_query"]]) @ embed(own["neural_relevant"] + own["neural_irrelevant"]).T
         count = len(own["neural_relevant"])
@@ -209,14 +179,14 @@ def evaluate(
             figures |= agreed | {"spearman_public_sets": float(np.mean(list(agreed.values())))}
         if name == "student":
             query, bare = ask(questions), embed(questions)
-            other_task = embed_student(model, vocabulary, questions, TEMPLATE.format(own["other_task"]))
+            other_task = served.embed(questions, TEMPLATE.format(own["other_task"]))
             figures |= {
                 "instruction_cosine_mean": float(cosines(query, bare).mean()),
                 "instruction_cosine_min": float(cosines(query, bare).min()),
                 "other_instruction_cosine_mean": float(cosines(other_task, bare).mean()),
                 "other_instruction_cosine_min": float(cosines(other_task, bare).min()),
-                "long_tokens_mean": mean_length(vocabulary, long_texts),
-                "longest_tokens_mean": mean_length(vocabulary, longest_texts),
+                "long_tokens_mean": served.mean_length(long_texts),
+                "longest_tokens_mean": served.mean_length(longest_texts),
             }
         results[name] = {key: round(value, 4) for key, value in figures.items()}
     accuracies = [results[name]["definition_accuracy_at_1"] for name in ("student", "teacher")]

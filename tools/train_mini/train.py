@@ -1,9 +1,9 @@
 """Train nv-embed-mini: `python tools/train_mini/train.py`, from nothing to a checkpoint with its model card.
 
-Stages, each kept in the work folder under the hash of its text, and skipped when it is there: fetch text, make the
-tokenizers, embed the text with the teacher, train the student, export, train the static baseline, evaluate, write the
-model card. Stop it at any time and run the same command again; after a change to this code, remove that folder. Needs
-Debian's tools for packages and, to compile the layers, a C++ compiler and Python's headers.
+It fetches text, makes the tokenizers, embeds the text with the teacher, trains the student, exports it, trains the
+static baseline, evaluates and writes the model card. What comes before the export is kept in the work folder, under the
+hash of the text, and not made again: stop it at any time and run the same command again; after a change to this code,
+remove that folder. Needs Debian's tools for packages and, to compile the layers, a C++ compiler and Python's headers.
 """
 
 import argparse
@@ -11,6 +11,8 @@ import json
 import os
 import platform
 import random
+import re
+import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -24,12 +26,13 @@ import text
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from evaluate import Judged, definitions, embed_student, evaluate, own_pairs, own_texts, plain
+from batching import by_length, padded
+from evaluate import Judged, definitions, evaluate, own_pairs, own_texts, plain
 from graft import graft
-from static import Bag, loss_to, train_bag
-from student import Config, Student, padded
+from served import CONFIG, HERE
+from static import loss_to, train_bag
+from student import Student
 from teacher import Teacher, embed_cached
-from text import Item
 from torch import Tensor
 from tqdm import tqdm
 from vocabulary import STANDARD, TASKS, TEMPLATE, Vocabulary, train_tokenizer
@@ -37,7 +40,7 @@ from vocabulary import STANDARD, TASKS, TEMPLATE, Vocabulary, train_tokenizer
 ROOT = Path(__file__).resolve().parents[2]
 CHUNK = 16_384  # texts drawn, sorted by length and cut into batches together
 REPORT_CHUNKS = 8  # from one point of the learning curve, and one saved state, to the next
-BATCH_TOKENS, BATCH_TEXTS = 3072, 1024  # small batches: steps are what a short training has too few of
+BATCH_TOKENS = 3072  # small batches: steps are what a short training has too few of
 EMBED_LR, OTHER_LR, BETAS = 0.01, 0.001, (0.9, 0.98)
 SAMPLE_TEXTS = 1000  # to fit the first weights on
 BASELINE_VOCAB = 30_000  # as many parameters in token vectors alone as the student has in all
@@ -75,12 +78,8 @@ def examples(texts: list[str], targets: Tensor, picked: list[int], vocabulary: V
 
 
 def batches(chunk: list[Example], world: int, seed: int) -> list[list[Example]]:
-    """Batches of like length, at most BATCH_TOKENS with padding and BATCH_TEXTS, in random order."""
-    made: list[list[Example]] = [[]]
-    for example in sorted(chunk, key=lambda e: len(e[0])):
-        if len(made[-1]) >= BATCH_TEXTS or (len(made[-1]) + 1) * padded(len(example[0])) > BATCH_TOKENS:
-            made.append([])
-        made[-1].append(example)
+    """The chunk in batches of like length, in random order."""
+    made = [[chunk[i] for i in picked] for picked in by_length([row for row, _, _ in chunk], BATCH_TOKENS, padded)]
     random.Random(seed).shuffle(made)
     return [batch for batch in made if len(batch) >= world]
 
@@ -124,11 +123,10 @@ def average_gradients(model: Student, world: int) -> None:
 class Job:
     """All that a training process needs; tensors are shared between processes, not copied."""
 
-    vocabulary: Path
     texts: list[str]
     targets: Tensor
-    test: list[Item]
-    test_targets: Tensor
+    held: list[str]  # for the learning curve
+    held_targets: Tensor
     start: dict[str, Tensor]  # the student's weights before training
     samples: int
     seed: int
@@ -140,7 +138,7 @@ class Job:
     def settings(self) -> dict[str, object]:
         """What a run that goes on must have in common with the one before."""
         rates = {"embed_lr": EMBED_LR, "other_lr": OTHER_LR, "betas": BETAS, "batch_tokens": BATCH_TOKENS}
-        return asdict(Config()) | rates | {"samples": self.samples, "seed": self.seed, "processes": self.world}
+        return asdict(CONFIG) | rates | {"samples": self.samples, "seed": self.seed, "processes": self.world}
 
 
 def train_student(rank: int, job: Job) -> None:
@@ -150,8 +148,8 @@ def train_student(rank: int, job: Job) -> None:
         os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "16384"  # compiled products: 1,024 are fewer than there are
     if job.world > 1:
         dist.init_process_group("gloo", f"file://{job.work}/rendezvous", rank=rank, world_size=job.world)
-    vocabulary = Vocabulary(job.vocabulary)
-    model = Student(Config())
+    vocabulary = Vocabulary(job.work / "tokenizer.json")
+    model = Student(CONFIG)
     model.load_state_dict(job.start)
     model.to(job.device)
     # What is between the matrix products is a third of a step as it stands, and little when compiled.
@@ -216,10 +214,12 @@ def train_student(rank: int, job: Job) -> None:
 
 @torch.no_grad()
 def record(path: Path, point: dict[str, float], model: Student, vocabulary: Vocabulary, job: Job) -> None:
-    """Append a point to the learning curve: 1,000 held-out texts' cosine to the teacher, and how similarities agree."""
-    texts, targets = [item.text for item in job.test[:1000]], job.test_targets[:1000].float()
-    out = embed_student(model, vocabulary, texts, max_length=128)
-    pairs = torch.triu_indices(len(texts), len(texts), 1)
+    """Append a point to the learning curve: held-out texts' cosine to the teacher, and how similarities agree."""
+    targets = job.held_targets
+    rows, out = vocabulary.encode(job.held, max_length=128), torch.empty_like(targets)
+    for picked in by_length(rows, BATCH_TOKENS):
+        out[picked] = model([rows[i] for i in picked], [0] * len(picked)).cpu()
+    pairs = torch.triu_indices(len(rows), len(rows), 1)
     both = torch.stack([(out @ out.T)[pairs[0], pairs[1]], (targets @ targets.T)[pairs[0], pairs[1]]])
     point |= {"cosine": (out * targets).sum(1).mean().item(), "similarity_r": torch.corrcoef(both)[0, 1].item()}
     with path.open("a" if point["texts"] else "w") as file:
@@ -233,19 +233,9 @@ def tokenizer(texts: list[str], teacher: Teacher, size: int, path: Path) -> Voca
     return Vocabulary(path)
 
 
-def static(vocabulary: Vocabulary, teacher: Teacher, texts: list[str], targets: Tensor, epochs: float) -> Bag:
-    """The trained baseline, its token vectors started from what the teacher says of each token alone."""
-    words = [word for word, _ in vocabulary.words()]
-    initial = teacher.embed([word or "." for word in words])
-    initial[[i for i, word in enumerate(words) if not word]] *= 0.02
-    initial += 0.001 * torch.randn(initial.shape, generator=torch.Generator().manual_seed(0))
-    return train_bag(vocabulary, initial, texts, targets, epochs, teacher.device)
-
-
 def machine() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{os.cpu_count()} cores, {names[0] if names else platform.processor()}, {platform.system()}"
+    name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return f"{os.cpu_count()} cores, {name[1] if name else platform.machine()}, {platform.system()}"
 
 
 def main() -> None:
@@ -275,26 +265,27 @@ def main() -> None:
     stages = work / data_hash[:8]
     stages.mkdir(exist_ok=True)
     teacher = Teacher(work / "text", args.device)
-    vocabulary = tokenizer(texts, teacher, Config().vocab_size, stages / "tokenizer.json")
+    vocabulary = tokenizer(texts, teacher, CONFIG.vocab_size, stages / "tokenizer.json")
     wide = tokenizer(texts, teacher, BASELINE_VOCAB, stages / "tokenizer-baseline.json")
     held = [item.text for item in test]
     test_targets = embed_cached(held, stages / "teacher-test", work / "text", args.device)
     targets = embed_cached(texts, stages / "teacher-train", work / "text", args.device)
 
-    model = graft(Config(), teacher, vocabulary, texts[:SAMPLE_TEXTS])
+    model = graft(CONFIG, teacher, vocabulary, texts[:SAMPLE_TEXTS])
     # On a CPU one process of one thread per core, for the same reason as the teacher's.
     world = (os.cpu_count() or 1) if args.device == "cpu" else 1
     (stages / "rendezvous").unlink(missing_ok=True)
-    job = Job(stages / "tokenizer.json", texts, targets, test, test_targets, model.state_dict(), args.samples,
-              args.seed, args.device, world, stages.resolve())  # fmt: skip
+    job = Job(texts, targets, held[:1000], test_targets[:1000].float(), model.state_dict(), args.samples, args.seed,
+              args.device, world, stages.resolve())  # fmt: skip
     torch.multiprocessing.spawn(train_student, (job,), world)
     model.load_state_dict(torch.load(stages / "training.pt", map_location="cpu")["model"])
     model.save(args.out)
-    (args.out / "tokenizer.json").write_bytes((stages / "tokenizer.json").read_bytes())
+    for path in (stages / "tokenizer.json", HERE / "config.json"):
+        shutil.copy(path, args.out)
 
-    baseline = static(wide, teacher, texts, targets, args.static_epochs)
-    figures = evaluate(args.out, vocabulary, baseline, wide, teacher, test, test_targets, public)
-    run = asdict(model.c) | {
+    bag = train_bag(wide, teacher, texts, targets, args.static_epochs)
+    figures = evaluate(args.out, bag, teacher, test, test_targets, public)
+    run = job.settings | {
         "parameters": sum(p.numel() for p in model.parameters()),
         "texts": len(train),
         "held_out": len(test),
@@ -311,17 +302,12 @@ def main() -> None:
         "own_pairs": len(own_pairs()["similar"]),
         "num_nearest": min(10_000, len(test)),
         "num_words": len(definitions(test, 1000)[0]),
-        "samples": args.samples,
         "static_epochs": args.static_epochs,
-        "seed": args.seed,
         "share": args.share,
-        "batch_tokens": BATCH_TOKENS,
-        "embed_lr": EMBED_LR,
-        "other_lr": OTHER_LR,
         "baseline_vocab": wide.size,
         "machine": machine(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers", "numpy")},
+        "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers", "numpy", "scipy")},
         "date": time.strftime("%Y-%m-%d"),
     }
     curve = [json.loads(line) for line in (stages / "curve.jsonl").read_text().splitlines()]

@@ -13,7 +13,10 @@ def padded(length: int) -> int:
 
 
 def by_length(rows: Sequence[Sequence[int]], max_tokens: int, width: Callable[[int], int] = int) -> list[list[int]]:
-    """Indices of rows in batches, shortest first, of at most `max_tokens`, each row counted as the batch's `width`."""
+    """Indices of rows in batches, shortest first, of at most `max_tokens`, each row counted as the batch's `width`.
+
+    A row of more than that is a batch by itself.
+    """
     made: list[list[int]] = []
     for i in sorted(range(len(rows)), key=lambda i: len(rows[i])):
         if not made or (len(made[-1]) + 1) * width(len(rows[i])) > max_tokens:

@@ -7,22 +7,24 @@ curve, come from `evaluate`.
 import json
 import random
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import cache, partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from product import CheckpointConfig, Engine, Tokenizer
 from scipy.stats import spearmanr
-from served import Served
+from static import Embed
 from teacher import Teacher
 from text import Item
 from torch import Tensor
 from vocabulary import STANDARD, TASKS, TEMPLATE
 
-Embed = Callable[[list[str]], Tensor]  # texts -> unit vectors [N, 384]
+BATCH_TEXTS = 64
 
 
 @cache
@@ -74,6 +76,25 @@ class Judged(NamedTuple):
 
     def spearman(self, embed: Embed) -> float:
         return spearman(cosines(embed(self.first), embed(self.second)), self.scores)
+
+
+class Served:
+    """The checkpoint as the server reads and computes it, on the CPU: what is measured is what is served."""
+
+    def __init__(self, folder: Path) -> None:
+        config = CheckpointConfig.load(folder)
+        self._tokenizer = Tokenizer(folder / "tokenizer.json", vocab_size=config.vocab_size, max_sequence_tokens=8192)
+        self._engine = Engine.load(folder, config, device="cpu", dtype="float32")
+
+    def embed(self, texts: list[str], instruction: str = "") -> Tensor:
+        """Unit vectors [N, hidden_size], in fp32 arithmetic over fp16 weights."""
+        sequences = self._tokenizer.encode(texts, instruction)
+        starts = range(0, len(sequences), BATCH_TEXTS)
+        return torch.cat([torch.from_numpy(self._engine.embed(sequences[s : s + BATCH_TEXTS])) for s in starts])
+
+    def mean_length(self, texts: list[str]) -> float:
+        """In tokens."""
+        return fmean(sequence.num_tokens for sequence in self._tokenizer.encode(texts, ""))
 
 
 def spaced(text: str) -> str:

@@ -11,7 +11,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
-from served import CheckpointConfig
+from product import CheckpointConfig
 from student import Layer, Student
 from teacher import Teacher
 from torch import Tensor, nn
@@ -66,6 +66,7 @@ def graft(c: CheckpointConfig, teacher: Teacher, vocabulary: Vocabulary, texts: 
     bert = deepcopy(teacher.model).cpu().double()
     sizes = (bert.config.hidden_size, bert.config.num_attention_heads, bert.config.intermediate_size, len(LAYERS))
     assert sizes == (c.hidden_size, c.num_heads, 4 * c.hidden_size, c.num_layers)
+    assert c.num_kv_heads * c.head_dim == c.hidden_size  # a head of keys and values for each of queries
     bert.encoder.layer = nn.ModuleList(bert.encoder.layer[i] for i in LAYERS)
     begins = token_states(bert)
     seen, values, last = follow(bert, begins, [e.ids for e in teacher.tokenizer.encode_batch(texts)])

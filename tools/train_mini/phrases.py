@@ -21,31 +21,31 @@ def generate(count: int) -> list[str]:
     """`count` sentences, some of them twice; the same for the same count."""
     pick = random.Random(7)
 
-    def a(name: str) -> str:
+    def draw(name: str) -> str:
         return pick.choice(PHRASES[name])
 
     made = []
     for _ in range(count):
         kind = pick.random()
-        x, y = a("thing"), a("thing")
+        x, y = draw("thing"), draw("thing")
         if kind < 0.35:
-            person = a("people")
+            person = draw("people")
             plural = person.split()[0] in ("two", "three", "several") or person == "the people"
             verb = pick.choice(["are" if plural else "is"] * 4 + [""])
             if pick.random() < 0.06:
                 verb += " not"
-            words = [person, a("look"), verb, a("doing"), a("where")]
+            words = [person, draw("look"), verb, draw("doing"), draw("where")]
             sentence = " ".join(word.strip() for word in words if word)
             sentence += pick.choice([".", ".", ""])
         elif kind < 0.55:
-            place = a("country")
-            sentence = pick.choice([f"{place} {a('who')} {a('news')}", f"{a('who')} in {place} {a('news')}",
-                                    f"{place} {a('news')}", f"{a('news')}: {place}"])  # fmt: skip
+            place = draw("country")
+            sentence = pick.choice([f"{place} {draw('who')} {draw('news')}", f"{draw('who')} in {place} {draw('news')}",
+                                    f"{place} {draw('news')}", f"{draw('news')}: {place}"])  # fmt: skip
         elif kind < 0.75:
-            sentence = a("how").format(t=a("task"))
+            sentence = draw("how").format(t=draw("task"))
         elif kind < 0.93:
-            sentence = a("ask").format(x=x, y=y)
+            sentence = draw("ask").format(x=x, y=y)
         else:
-            sentence = a("opinion").format(x=x, d=a("days"), n=pick.randint(2, 60))
+            sentence = draw("opinion").format(x=x, d=draw("days"), n=pick.randint(2, 60))
         made.append(sentence[0].upper() + sentence[1:])
     return made

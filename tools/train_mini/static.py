@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from vocabulary import Vocabulary
 
+Embed = Callable[[list[str]], Tensor]  # texts -> unit vectors [N, 384]
+
 
 class Bag(nn.Module):
     def __init__(self, initial: Tensor) -> None:
@@ -31,10 +33,8 @@ def loss_to(student: Tensor, teacher: Tensor) -> Tensor:
     return 1 - cosine + 4 * difference.square().mean()
 
 
-def train_bag(
-    vocabulary: Vocabulary, teacher: Teacher, texts: list[str], targets: Tensor, epochs: float
-) -> Callable[[list[str]], Tensor]:
-    """The trained baseline, texts -> unit vectors; token vectors start as what the teacher says of each token alone."""
+def train_bag(vocabulary: Vocabulary, teacher: Teacher, texts: list[str], targets: Tensor, epochs: float) -> Embed:
+    """The trained baseline; its token vectors start as what the teacher says of each token alone."""
     words = [word for word, _ in vocabulary.words()]
     initial = teacher.embed([word or "." for word in words])
     initial[[i for i, word in enumerate(words) if not word]] *= 0.02

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from batching import padded
+from product import CheckpointConfig
 from safetensors.torch import save_file
-from served import CheckpointConfig
 from torch import Tensor, nn
 
 
@@ -175,10 +175,8 @@ class Student(nn.Module):
         hidden = self.embedding_model(input_ids, mask)
         keep = real & (position >= torch.tensor(num_masked, device=device)[:, None])
         kept = keep.flatten().nonzero()[:, 0]  # what is not pooled is not computed
-        spare = (
-            0,
-            -len(kept) % 128,
-        )  # as with `padded`, few different counts: some more tokens, which belong to no text
+        # As with `padded`, few different counts: some more tokens, which belong to no text.
+        spare = (0, -len(kept) % 128)
         texts = F.pad(kept // width, spare, value=len(rows))
         return self.latent_attention_model(hidden.flatten(0, 1).index_select(0, F.pad(kept, spare)), texts, keep.sum(1))
 

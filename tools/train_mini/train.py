@@ -1,8 +1,8 @@
 """Train nv-embed-mini: `python tools/train_mini/train.py`, from nothing to a checkpoint with its model card.
 
 It fetches text, makes the tokenizers, embeds the text with the teacher, trains the student, exports it, trains the
-static baseline, evaluates and writes the model card. What comes before the export is kept in the work folder, under the
-hash of the text, and not made again: stop it at any time and run the same command again; after a change to this code,
+static baseline, evaluates and writes the model card. Packages, tokenizers, the teacher's vectors and the state of
+training are kept in the work folder: stop it at any time and run the same command again; after a change to this code,
 remove that folder. Needs Debian's tools for packages and, to compile the layers, a C++ compiler and Python's headers.
 """
 
@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from batching import by_length, padded
 from evaluate import Judged, definitions, evaluate, own_pairs, own_texts, plain
 from graft import graft
-from served import CONFIG, HERE
+from product import CONFIG, HERE, ROOT
 from static import loss_to, train_bag
 from student import Student
 from teacher import Teacher, embed_cached
@@ -37,7 +37,6 @@ from torch import Tensor
 from tqdm import tqdm
 from vocabulary import STANDARD, TASKS, TEMPLATE, Vocabulary, train_tokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
 CHUNK = 16_384  # texts drawn, sorted by length and cut into batches together
 REPORT_CHUNKS = 8  # from one point of the learning curve, and one saved state, to the next
 BATCH_TOKENS = 3072  # small batches: steps are what a short training has too few of

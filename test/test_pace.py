@@ -33,10 +33,18 @@ def test_small_batches_say_nothing():
     assert pace.max_batch_tokens == 4000
 
 
-def test_a_text_beyond_the_budget_says_nothing_about_it():
+def test_a_text_beyond_the_budget_never_makes_it_smaller():
     pace = Pace(4000, target_seconds=0.2)
     run(pace, 1.0, num_tokens=4001)
     assert pace.max_batch_tokens == 4000
+
+
+@pytest.mark.parametrize("target_seconds", [0.2, None])
+def test_texts_that_are_all_beyond_a_shrunken_budget_get_room_beside_each_other_again(target_seconds):
+    pace = Pace(4000, target_seconds)
+    pace.record_out_of_memory(1200)
+    run(pace, 0.2 / 4000, num_tokens=800)
+    assert pace.max_batch_tokens >= 2 * 800
 
 
 @pytest.mark.parametrize(("most_tokens", "least"), [(4000, MIN_BATCH_TOKENS), (100, 100)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -57,6 +58,15 @@ def test_cutting_a_huge_text_first_changes_no_token_of_it(toy, pieces, repeat, l
 def test_a_huge_text_is_refused_by_its_length_when_it_may_not_be_cut(toy):
     with pytest.raises(InvalidRequest, match="text 0 with more than"):
         tokenizer(toy, 64).encode(["word " * 100_000], "", truncate=False)
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(toy, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(PermissionError, match=r"tokenizer\.json"):
+        tokenizer(toy)
 
 
 def test_a_missing_damaged_or_foreign_file_is_said(toy, tmp_path):

@@ -145,6 +145,19 @@ def test_a_truncated_shard_is_named(checkpoint, keep):
         load(checkpoint)
 
 
+def test_a_file_that_may_not_be_read_is_not_called_damaged(checkpoint, monkeypatch):
+    readable = Path.open
+
+    def refuse(path, *arguments, **options):
+        if path.suffix == ".safetensors":
+            raise PermissionError(13, "Permission denied", str(path))
+        return readable(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(PermissionError, match=r"\.safetensors"):
+        load(checkpoint)
+
+
 def test_no_weights_and_a_damaged_index_are_said(checkpoint):
     index = checkpoint / "model.safetensors.index.json"
     index.write_text(json.dumps({"weights": 1}), encoding="utf-8")

@@ -21,9 +21,17 @@ import triton_python_backend_utils as pb_utils
 from nv_embed.answers import Answer, Outcome
 from nv_embed.batcher import Batcher, BatchLimits
 from nv_embed.config import CheckpointConfig, ServingConfig
-from nv_embed.errors import Cancelled, ComputeFailed, InvalidRequest, RequestError, StartupError, Unavailable
+from nv_embed.errors import (
+    Cancelled,
+    ComputeFailed,
+    ConfigError,
+    InvalidRequest,
+    RequestError,
+    StartupError,
+    Unavailable,
+)
 from nv_embed.metrics import SERIES, Labels, Metric, Update
-from nv_embed.requests import EmbedRequest, RequestLimits
+from nv_embed.requests import QUERY_INSTRUCTION, EmbedRequest, RequestLimits
 from nv_embed.tokenizer import Tokenizer
 from nv_embed.watchdog import Watchdog, shared_memory
 
@@ -73,6 +81,13 @@ class TritonPythonModel:
                 vocab_size=checkpoint.vocab_size,
                 max_sequence_tokens=config.max_sequence_tokens,
             )
+            try:
+                tokenizer.encode([""], QUERY_INSTRUCTION)
+            except InvalidRequest:
+                raise ConfigError(
+                    f"max_sequence_tokens ({config.max_sequence_tokens}) leaves nothing of a query beside its "
+                    "instruction; raise it"
+                ) from None
             engines = load_engines(
                 folder, checkpoint, devices=config.device, dtype=config.dtype, attention=config.attention,
                 compile_layers=config.compile,

@@ -375,7 +375,7 @@ class Batcher:
             batch = self._take(min(pace.max_batch_tokens, share))
             if self._queue:
                 self._queued.notify()  # one engine wakes the next, as long as there is something for it
-        # Asked as late as can be, once for each request, for asking is not free.
+        # Asked as late as can be, once for each request of the batch, for asking is not free.
         for job in {job: None for computation in batch for job, _ in computation.rows}:
             if not job.is_finished and job.reply.is_cancelled():
                 self._finish(job, Cancelled("the request was cancelled while it waited to be computed"))
@@ -397,7 +397,8 @@ class Batcher:
                 if not job.is_finished:
                     self._count_waiting(job, -computation.sequence.num_tokens)
         if batch:
-            oldest = min(job.arrived for computation in batch for job, _ in computation.rows)
+            rows = (job for computation in batch for job, _ in computation.rows)
+            oldest = min(job.arrived for job in rows if not job.is_finished)
             self._metrics.observe(Metric.QUEUE_SECONDS, now - oldest)
         return batch
 
@@ -430,7 +431,8 @@ class Batcher:
         # Only here is the error gone, and with it the tensors of the failed batch that its stack kept alive.
         turn.close()
         if len(batch) == 1:
-            self._fail(batch[0], OutOfDeviceMemory(f"expected texts that fit on the device; got {out_of_memory}"))
+            error = f"expected texts that fit on the device; got {out_of_memory}; shorten the text"
+            self._fail(batch[0], OutOfDeviceMemory(error))
             return
         self._metrics.add(Metric.OUT_OF_MEMORY)
         pace.record_out_of_memory(num_tokens)
@@ -442,7 +444,10 @@ class Batcher:
 
     def _deliver(self, computation: _Computation, vector: Vector) -> None:
         if not np.isfinite(vector).all():
-            self._fail(computation, ComputeFailed("expected finite numbers from the network; got others for a text"))
+            num_tokens = computation.sequence.num_tokens
+            logger.error("the vector of a text of %d tokens is not finite; another dtype may hold it", num_tokens)
+            error = "expected finite numbers from the network; got others for a text; the server's log says more"
+            self._fail(computation, ComputeFailed(error))
             return
         with self._lock:
             del self._in_flight[computation.key]

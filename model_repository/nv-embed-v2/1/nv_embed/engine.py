@@ -201,7 +201,10 @@ class Engine:
         try:
             return self._warm_up(target_seconds)
         except (OutOfDeviceMemory, DeviceLost) as error:
-            raise DeviceError(f"expected {self.device} to compute {MIN_BATCH_TOKENS} tokens; got: {error}") from None
+            raise DeviceError(
+                f"expected {self.device} to compute {MIN_BATCH_TOKENS} tokens; got: {error}; free memory on it, or "
+                "choose another device"
+            ) from None
 
     def _warm_up(self, target_seconds: float) -> int:
         sequence = TokenSequence(np.ones(_WARM_UP_SEQUENCE_TOKENS, dtype=np.int32), 0)

@@ -22,7 +22,7 @@ class Metric(Enum):
 
     REQUESTS = "requests_total", "counter", "Requests answered, by kind and outcome", ()
     REQUEST_SECONDS = "request_seconds_total", "counter", "Time from arrival to outcome, summed over requests", ()
-    TEXTS = "texts_total", "counter", "Texts answered, by source: computed, cached or coalesced", ()
+    TEXTS = "texts_total", "counter", "Texts by source of their vectors: computed, cached or coalesced", ()
     TOKENS = "tokens_total", "counter", "Tokens computed", ()
     BATCH_TOKENS = "batch_tokens", "histogram", "Tokens in a batch", _TOKENS
     BATCH_TEXTS = "batch_texts", "histogram", "Texts in a batch", _TEXTS

@@ -33,12 +33,14 @@ class Pace:
     def record(self, num_tokens: int, seconds: float) -> None:
         """Take note of a computed batch.
 
-        Neither one below half the budget nor a single text beyond it, which is computed alone whatever the budget,
-        says anything about a full batch.
+        One below half the budget says nothing about a full batch. Nor does a single text beyond it, which is computed
+        alone whatever the budget, unless it was fast enough for a larger one.
         """
-        if not self._tokens / 2 <= num_tokens <= self._tokens:
+        if num_tokens < self._tokens / 2:
             return
         fitting = self._most_tokens if self._target_seconds is None else num_tokens * self._target_seconds / seconds
+        if fitting < self._tokens < num_tokens:
+            return
         tokens = self._tokens + _SMOOTHING * (fitting - self._tokens)
         self._tokens = min(max(tokens, MIN_BATCH_TOKENS), self._most_tokens)
 

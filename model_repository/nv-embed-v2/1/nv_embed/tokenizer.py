@@ -51,11 +51,13 @@ class Tokenizer:
 
         Raises:
             CheckpointError: the file is missing, damaged, or does not belong to the checkpoint.
+            OSError: it may not be read.
         """
         if not path.is_file():
             raise CheckpointError(f"{path} is missing; model_path must hold the whole published checkpoint")
+        content = path.read_bytes()  # an OSError says what keeps this user from it
         try:
-            self._tokenizer = RustTokenizer.from_file(str(path))
+            self._tokenizer = RustTokenizer.from_buffer(content)
         except Exception as error:  # the Rust library raises bare Exception
             raise CheckpointError(
                 f"{path}: expected a tokenizer in the format of the tokenizers library; got a file that it refuses "

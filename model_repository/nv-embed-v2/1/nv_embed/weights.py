@@ -206,6 +206,7 @@ def _open(folder: Path, stack: ExitStack) -> dict[str, Any]:
     """Memory-map every shard; name -> unread slice. `safe_open` has no public type for the latter."""
     tensors: dict[str, Any] = {}
     for path in _shards(folder):
+        path.open("rb").close()  # an OSError says what keeps this user from it; the library's do not
         try:
             shard = stack.enter_context(safe_open(path, framework="pt"))
         except (SafetensorError, OSError) as error:

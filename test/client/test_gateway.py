@@ -123,6 +123,17 @@ def test_a_body_that_is_no_json_object_is_400(http, content):
     assert_refused(response, 400, "expected")
 
 
+@pytest.mark.parametrize("headers", [{}, {"content-type": "application/x-www-form-urlencoded"}])
+def test_a_body_of_another_content_type_is_400_and_says_so(http, headers):
+    response = http.post("/v1/embeddings", content='{"model": "nv-embed-v2", "input": "a"}', headers=headers)
+    assert_refused(response, 400, "Content-Type: application/json")
+
+
+def test_no_encoding_is_float(http):
+    answers = [post(http, encoding_format=encoding).json() for encoding in (None, "float")]
+    assert answers[0]["data"] == answers[1]["data"]
+
+
 def test_half_a_surrogate_pair_is_400(http):
     content = b'{"model": "nv-embed-v2", "input": "\\ud800"}'
     response = http.post("/v1/embeddings", content=content, headers={"content-type": "application/json"})
@@ -199,6 +210,7 @@ def test_without_a_server_it_is_503_with_retry_after_and_live_but_not_ready(logs
         ready = http.get("/health/ready")
         assert_refused(ready, 503)
         assert ready.headers["retry-after"] == "1"
+    assert "the server behind this gateway is unavailable: " in (logs / "orphan.log").read_text()
 
 
 def test_a_server_without_the_model_is_502_and_the_operators_log_says_why(server, logs):
@@ -218,7 +230,9 @@ def test_no_answer_in_time_is_504(server, logs):
         httpx.Client(base_url=base, timeout=30) as http,
     ):
         texts = [f"{number} {'word ' * 400}" for number in range(1000)]
-        assert_refused(post(http, input=texts), 504, "fewer or shorter texts")
+        response = post(http, input=texts)
+        assert_refused(response, 504, "fewer or shorter texts")
+        assert response.headers["x-should-retry"] == "false"
 
 
 def test_an_api_key_guards_what_costs_something(server, logs):
@@ -250,6 +264,8 @@ def test_an_api_key_guards_what_costs_something(server, logs):
         (["--triton-url", "http://localhost:8000"], "leave out the scheme"),
         (["--request-timeout", "0"], "request_timeout_seconds"),
         (["--triton-header", "novalue"], "NAME=VALUE"),
+        (["--triton-root-certificates", "ca.pem"], "expected --triton-tls"),
+        (["--triton-tls", "--triton-root-certificates", "absent.pem"], "'absent.pem'"),
     ],
 )
 def test_settings_that_make_no_sense_end_the_start_with_code_2(arguments, message, capsys):

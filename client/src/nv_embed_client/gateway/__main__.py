@@ -84,9 +84,12 @@ def _settings(parsed: argparse.Namespace) -> GatewaySettings:
         if not separator:
             raise InvalidInput.of(expected="--triton-header NAME=VALUE", got="no '='", remedy="add it")
         headers[name] = value
-    tls = None
-    if parsed.triton_tls:
-        tls = TLS(parsed.triton_root_certificates, parsed.triton_private_key, parsed.triton_certificate_chain)
+    certificates = (parsed.triton_root_certificates, parsed.triton_private_key, parsed.triton_certificate_chain)
+    if any(certificates) and not parsed.triton_tls:
+        raise InvalidInput.of(
+            expected="--triton-tls beside certificates", got="certificates alone", remedy="add it, or leave them out"
+        )
+    tls = TLS(*certificates) if parsed.triton_tls else None
     return GatewaySettings(
         triton_url=parsed.triton_url,
         triton_tls=tls,

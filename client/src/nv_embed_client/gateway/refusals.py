@@ -49,9 +49,15 @@ def of_client_error(error: NVEmbedError) -> Response:
         case InvalidInput():
             return refusal(400, str(error), param="input", code="invalid_input")
         case Unavailable():
+            logger.warning("the server behind this gateway is unavailable: %s", error)
             return unavailable("expected a server with room; got none that answers; try again later")
         case DeadlineExceeded():
-            return refusal(504, "expected vectors in time; got none; send fewer or shorter texts", code="timeout")
+            return refusal(
+                504,
+                "expected vectors in time; got none; send fewer or shorter texts",
+                code="timeout",
+                headers={"x-should-retry": "false"},  # else OpenAI's clients ask for the same work twice more
+            )
         case _:
             logger.error("the server behind this gateway failed: %s: %s", type(error).__name__, error)
             return refusal(
@@ -69,6 +75,12 @@ async def of_validation_error(request: Request, error: Exception) -> Response:
     param = str(first["loc"][1]) if len(first["loc"]) > 1 and isinstance(first["loc"][1], str) else None
     if first["type"] == "json_invalid":
         return refusal(400, "expected a body in JSON; got something else; correct it", code="invalid_json")
+    if first["loc"] == ("body",) and "json" not in request.headers.get("content-type", ""):
+        return refusal(
+            400,
+            "expected JSON and the header 'Content-Type: application/json'; got another type or none; set it",
+            code="content_type",
+        )
     message = str(first["msg"])
     if not message.startswith("expected"):
         message = f"expected a body as /openapi.json describes it; got {param or 'a body'}: {message}; correct it"

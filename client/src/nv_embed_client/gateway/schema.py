@@ -27,8 +27,8 @@ class EmbeddingsRequest(BaseModel):
         ),
     ]
     encoding_format: Annotated[
-        Literal["float", "base64"],
-        Field(description="`base64`: the vector's float32 values in little-endian order."),
+        Literal["float", "base64"] | None,
+        Field(description="`base64`: the vector's float32 values in little-endian order; null is `float`."),
     ] = "float"
     input_type: Annotated[
         Literal["query", "passage"] | None,

@@ -1,6 +1,7 @@
 """The LlamaIndex adapter in LlamaIndex's own in-memory index."""
 
 import asyncio
+import pickle
 
 import numpy as np
 import pytest
@@ -55,3 +56,11 @@ def test_its_settings_are_fields(server):
     assert described["url"] == server.url
     assert described["query_instruction"] == "Find: "
     assert described["model_name"] == "nv-embed-v2"
+
+
+def test_a_copy_in_another_process_has_the_clients_settings(server):
+    settings = {"headers": {"x-key": "secret"}}
+    embedding = NVEmbedEmbedding(server.url, client_settings=settings)
+    copy = pickle.loads(pickle.dumps(embedding))
+    assert copy._client._connection.headers == settings["headers"]
+    assert "secret" not in str(embedding.to_dict()) + repr(embedding)

@@ -20,6 +20,10 @@ class NVEmbedEmbedding(BaseEmbedding):
 
     url: str = Field(default="localhost:8001", description="The server's gRPC address.")
     query_instruction: str | None = Field(default=None, description="Replaces the standard one before each query.")
+    # A field, for what is none is lost when LlamaIndex copies or pickles this; kept out of what it writes down.
+    client_settings: dict[str, Any] = Field(
+        default_factory=dict, exclude=True, repr=False, description="The other settings of `NVEmbedClient`."
+    )
 
     _client: NVEmbedClient = PrivateAttr()
     _async_clients: ClientPerLoop = PrivateAttr()
@@ -43,9 +47,9 @@ class NVEmbedEmbedding(BaseEmbedding):
             client_settings: the other settings of `NVEmbedClient`.
             fields: the other fields of `BaseEmbedding`.
         """
-        fields.update(url=url, query_instruction=query_instruction)
+        fields.update(url=url, query_instruction=query_instruction, client_settings=client_settings or {})
         super().__init__(model_name=model_name, embed_batch_size=embed_batch_size, **fields)
-        settings = {"model_name": model_name, **(client_settings or {})}
+        settings = {"model_name": model_name, **self.client_settings}
         self._client = NVEmbedClient(url, **settings)
         self._async_clients = ClientPerLoop(lambda: AsyncNVEmbedClient(url, **settings))
 

@@ -1,8 +1,10 @@
 """Both clients against a real server."""
 
 import asyncio
+import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -189,6 +191,69 @@ def test_a_closed_client_says_so(server):
         client.embed_query("text")
     with pytest.raises(ClientClosed):
         client.is_ready()
+
+
+@pytest.fixture
+def silent():
+    """The address of something that accepts connections and never says a word."""
+    with socket.create_server(("localhost", 0)) as listener:
+        yield f"localhost:{listener.getsockname()[1]}"
+
+
+def test_closing_a_client_ends_the_calls_of_other_threads(silent):
+    client = NVEmbedClient(silent, max_in_flight=2, retry=RetryPolicy(max_attempts=1))
+    client._pool_or_none = ThreadPoolExecutor(1)  # so that the requests of most calls have not begun
+    outcomes = []
+
+    def work():
+        with pytest.raises((ClientClosed, Unavailable)) as ended:
+            client.embed(DOCUMENTS[:8], max_texts_per_request=1)
+        outcomes.append(ended.value)
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    while client._pool_or_none._work_queue.qsize() < 7:
+        time.sleep(0.01)
+    client.close()
+    for thread in threads:
+        thread.join(30)
+    assert len(outcomes) == 4
+
+
+def test_closing_an_async_client_is_not_taken_for_a_cancelled_task(silent):
+    async def main():
+        client = AsyncNVEmbedClient(silent)
+        calls = [asyncio.create_task(client.embed(texts, max_texts_per_request=1)) for texts in (["a"], ["b", "c"])]
+        while client._triton_or_none is None:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0)
+        cancelled = asyncio.create_task(client.embed(["d"]))
+        await asyncio.sleep(0.05)
+        cancelled.cancel()
+        await asyncio.wait([cancelled])
+        await client.close()
+        return cancelled.cancelled(), await asyncio.gather(*calls, return_exceptions=True)
+
+    was_cancelled, outcomes = asyncio.run(main())
+    assert was_cancelled
+    assert all(isinstance(outcome, ClientClosed) for outcome in outcomes), outcomes
+
+
+def test_a_deadline_holds_before_a_server_that_says_nothing(silent):
+    with NVEmbedClient(silent) as client:
+        start = time.monotonic()
+        with pytest.raises(DeadlineExceeded):
+            client.wait_until_ready(0.5)
+        with pytest.raises(DeadlineExceeded):
+            client.embed([], timeout=0.5)
+        assert time.monotonic() - start < 4
+
+
+def test_a_server_that_is_gone_is_not_told_as_bad_input():
+    texts = ["half of an emoji: \ud83d", *DOCUMENTS[:300]]
+    with NVEmbedClient("localhost:9", retry=RetryPolicy(max_attempts=1)) as client, pytest.raises(Unavailable):
+        client.embed_documents(texts)
 
 
 def test_an_async_client_belongs_to_one_event_loop(server):

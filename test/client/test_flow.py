@@ -1,12 +1,17 @@
 """Everything that is not I/O, driven by hand."""
 
+import pickle
+
+import numpy as np
 import pytest
 from nv_embed_client import (
     AccessDenied,
     DeadlineExceeded,
+    Failure,
     InvalidInput,
     ModelNotFound,
     NVEmbedClient,
+    PartialFailure,
     RetryPolicy,
     ServerFailure,
     Unavailable,
@@ -14,6 +19,7 @@ from nv_embed_client import (
 )
 from nv_embed_client.chunking import Chunk, Chunker
 from nv_embed_client.flow import Deadline, Send, Sleep
+from nv_embed_client.job import Call, Job, Limits
 from nv_embed_client.wire import InferRequest, error_of
 from tritonclient.utils import InferenceServerException
 
@@ -107,6 +113,34 @@ def test_chunks_are_bounded_by_count():
 def test_chunks_are_bounded_by_bytes_and_the_instruction_counts_for_each_text():
     assert chunked([b"aaaa", b"bbbb", b"cccc"]) == [(b"aaaa", b"bbbb"), (b"cccc",)]
     assert chunked([b"aaaa", b"bbbb", b"cccc"], instruction_bytes=2) == [(b"aaaa",), (b"bbbb",), (b"cccc",)]
+
+
+def test_a_partial_failure_comes_back_from_another_process_as_it_was():
+    failures = [Failure((1,), InvalidInput("bad"))]
+    error = pickle.loads(pickle.dumps(PartialFailure(np.ones((2, 3), np.float32), failures, complete=False)))
+    assert isinstance(error, PartialFailure)
+    assert error.failed == (1,)
+    assert error.embeddings.shape == (2, 3)
+    assert not error.complete
+    assert isinstance(error.failures[0].error, InvalidInput)
+
+
+def test_after_the_server_failed_nothing_more_is_sent():
+    call = Call("passage", None, "END", with_token_counts=False, progress=False, timeout_seconds=None)
+    job = Job(["a", "b", "\ud800", "c", "d"], call, Limits(2, 1000, 60.0), RetryPolicy(max_attempts=1))
+    chunks = job.chunks()
+    first, second = next(chunks), next(chunks)
+    steps = job.flow(first)
+    assert isinstance(next(steps), Send)
+    with pytest.raises(StopIteration) as ended:
+        steps.throw(raw("UNAVAILABLE"))
+    job.record(ended.value.value)
+    with pytest.raises(StopIteration) as ended:  # nothing to send first
+        next(job.flow(second))
+    job.record(ended.value.value)
+    assert not list(chunks)
+    with pytest.raises(Unavailable):
+        job.result()
 
 
 def test_a_text_over_the_limit_goes_alone():

@@ -61,6 +61,8 @@ def test_mutual_tls_and_a_restricted_protocol(certificates, logs):
 def test_a_key_without_its_certificate_is_refused():
     with pytest.raises(InvalidInput, match="certificate_chain"):
         TLS(private_key="key.pem")
+    with pytest.raises(InvalidInput, match=r"root_certificates; got 'absent.pem': No such file"):
+        TLS("absent.pem")
 
 
 def ask_until(stop: threading.Event, address: Address, seen: set[tuple[str, bool]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
@@ -110,6 +111,8 @@ class AsyncNVEmbedClient(ClientCore):
         finally:
             job.close()
         if result is None:
+            if self._dimension is None:
+                await self.embed([""], timeout=timeout)
             return empty_result(await self.dimension(), token_counts=token_counts)
         return self._remember(result)
 
@@ -188,6 +191,13 @@ class AsyncNVEmbedClient(ClientCore):
                     outcome = await self._carry_out(step)
                 except InferenceServerException as raw:
                     step = steps.throw(raw)
+                except asyncio.CancelledError:
+                    # A channel that closes cancels its calls, which is not to look as if somebody cancelled this task.
+                    if self._closed and not _is_cancelled():
+                        raise ClientClosed(
+                            "expected an open client; got one that was closed meanwhile; make a new one"
+                        ) from None
+                    raise
                 else:
                     step = steps.send(outcome)
         except StopIteration as stop:
@@ -221,3 +231,9 @@ class AsyncNVEmbedClient(ClientCore):
                 "expected the event loop of the client's first use; got another; make a client in each loop"
             )
         return self._triton_or_none
+
+
+def _is_cancelled() -> bool:
+    """Whether somebody cancelled this task; Python 3.10 cannot say."""
+    task = asyncio.current_task()
+    return task is not None and sys.version_info >= (3, 11) and task.cancelling() > 0

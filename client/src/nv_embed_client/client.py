@@ -127,6 +127,8 @@ class NVEmbedClient(ClientCore):
         finally:
             job.close()
         if result is None:
+            if self._dimension is None:
+                self.embed([""], timeout=timeout)
             return empty_result(self.dimension(), token_counts=token_counts)
         return self._remember(result)
 
@@ -157,7 +159,9 @@ class NVEmbedClient(ClientCore):
             self._closed = True
             self._closing.set()
             if self._pool_or_none is not None:
-                self._pool_or_none.shutdown(wait=False, cancel_futures=True)
+                # Without cancel_futures: nothing wakes who waits for one that had not begun. What is queued begins,
+                # and ends at once, as the client is closed.
+                self._pool_or_none.shutdown(wait=False)
             if self._triton_or_none is not None:
                 self._triton_or_none.close()
 
@@ -197,8 +201,8 @@ class NVEmbedClient(ClientCore):
         with self._lock:
             self._check_open()
             if self._pool_or_none is None:
-                # A thread waits for one reply and is otherwise idle: as many as calls of several threads may need.
-                self._pool_or_none = ThreadPoolExecutor(max(32, self._max_in_flight), "nv-embed-client")
+                # A thread waits for one reply, and another is made only when all do: one call must not wait for others.
+                self._pool_or_none = ThreadPoolExecutor(max(1024, self._max_in_flight), "nv-embed-client")
             return self._pool_or_none.submit(lambda: self._run(job.flow(chunk)))
 
     @staticmethod

@@ -17,8 +17,9 @@ _CHANNEL_ARGUMENTS = (
     ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
     # gRPC's default grows to two minutes between attempts to connect: long after a restarted server is back.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
+    # Despite its name how long an attempt to connect may take, TLS included; after a refusal it delays nothing.
+    ("grpc.min_reconnect_backoff_ms", 5000),
 )
 
 
@@ -37,6 +38,16 @@ class TLS:
             raise InvalidInput.of(
                 expected="both private_key and certificate_chain, or neither", got="one of them", remedy="add the other"
             )
+        for name in ("root_certificates", "private_key", "certificate_chain"):
+            if (path := getattr(self, name)) is not None:
+                try:
+                    Path(path).open("rb").close()
+                except OSError as error:
+                    raise InvalidInput.of(
+                        expected=f"a file that can be read as {name}",
+                        got=f"{str(path)!r}: {error.strerror}",
+                        remedy="correct the path, or the file's permissions",
+                    ) from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -86,6 +88,9 @@ class PartialFailure(NVEmbedError):
             f"(positions {shown}{given_up}); the first error: {self.failures[0].error}; "
             "take the others from this error's `embeddings`, and repeat the positions in `failed`"
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(PartialFailure, complete=self.complete), (self.embeddings, self.failures)
 
     @property
     def failed(self) -> tuple[int, ...]:

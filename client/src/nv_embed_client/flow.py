@@ -91,14 +91,14 @@ def embed(request: InferRequest, deadline: Deadline, retry: RetryPolicy) -> Flow
         attempt += 1
 
 
-def probe() -> Flow[bool]:
+def probe(timeout_seconds: float = _PROBE_SECONDS) -> Flow[bool]:
     """Whether the model is ready now.
 
     Raises:
         NVEmbedError: something else than an absent, stopping or starting server.
     """
     try:
-        return bool((yield AskReady(_PROBE_SECONDS)))
+        return bool((yield AskReady(timeout_seconds)))
     except InferenceServerException as raw:
         error = error_of(raw)
     if isinstance(error, Unavailable | DeadlineExceeded):
@@ -115,7 +115,7 @@ def wait_until_ready(deadline: Deadline, where: str) -> Flow[None]:
     """
     # Triton offers no readiness to subscribe to, so this asks, ever more slowly.
     policy, attempt = RetryPolicy(max_attempts=2**31, max_pause_seconds=1.0), 1
-    while not (yield from probe()):
+    while not (yield from probe(min(_PROBE_SECONDS, max(deadline.remaining_seconds(), 0.1)))):
         pause = policy.pause_seconds(attempt, random.random())
         assert pause is not None
         remaining = deadline.remaining_seconds()

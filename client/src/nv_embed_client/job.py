@@ -117,7 +117,7 @@ class Job:
         self._deadline = None if call.timeout_seconds is None else Deadline.after(call.timeout_seconds)
         self._num_texts = 0  # taken from the caller
         self._complete = False
-        self._given_up = False
+        self._given_up: NVEmbedError | None = None  # why nothing more is sent
         self._embedded: list[_Embedded] = []
         self._failures: list[Failure] = []
         self._bar: Any = None  # even a disabled one starts a thread
@@ -140,10 +140,10 @@ class Job:
                 continue
             if chunk is not None:
                 yield chunk
-            if self._given_up:
+            if self._given_up is not None:
                 # What has gathered since is not worth a request that will fail as well.
                 if (unsent := chunker.rest()) is not None:
-                    self.record([Failure(unsent.indices, self._failures[0].error)])
+                    self.record([Failure(unsent.indices, self._given_up)])
                 return
         self._complete = True
         if (chunk := chunker.rest()) is not None:
@@ -155,6 +155,8 @@ class Job:
         return self._embed(chunk, deadline)
 
     def _embed(self, chunk: Chunk, deadline: Deadline) -> Flow[list[Outcome]]:
+        if self._given_up is not None:  # since the chunk was cut
+            return [Failure(chunk.indices, self._given_up)]
         try:
             result = yield from flow.embed(self._call.request(chunk.texts), deadline, self._retry)
         except InvalidInput as error:
@@ -177,8 +179,8 @@ class Job:
             else:
                 self._failures.append(outcome)
                 # Bad input spoils its own texts only; after anything else the next request would fail as well.
-                if not isinstance(outcome.error, InvalidInput):
-                    self._given_up = True
+                if self._given_up is None and not isinstance(outcome.error, InvalidInput):
+                    self._given_up = outcome.error
 
     def close(self) -> None:
         """The call is over, whatever came of it."""
@@ -190,10 +192,10 @@ class Job:
 
         Raises:
             PartialFailure: some texts have embeddings and others do not.
-            NVEmbedError: the one error, when no text has an embedding.
+            NVEmbedError: when no text has an embedding: what ended the call, else the first error.
         """
         if self._failures and not self._embedded:
-            raise self._failures[0].error
+            raise self._given_up or self._failures[0].error
         if not self._embedded:
             return None
         dimension = self._embedded[0].result.embeddings.shape[1]

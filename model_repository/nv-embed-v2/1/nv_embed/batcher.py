@@ -431,8 +431,8 @@ class Batcher:
         # Only here is the error gone, and with it the tensors of the failed batch that its stack kept alive.
         turn.close()
         if len(batch) == 1:
-            error = f"expected texts that fit on the device; got {out_of_memory}; shorten the text"
-            self._fail(batch[0], OutOfDeviceMemory(error))
+            message = f"expected texts that fit on the device; got {out_of_memory}; shorten the text"
+            self._fail(batch[0], OutOfDeviceMemory(message))
             return
         self._metrics.add(Metric.OUT_OF_MEMORY)
         pace.record_out_of_memory(num_tokens)
@@ -446,8 +446,8 @@ class Batcher:
         if not np.isfinite(vector).all():
             num_tokens = computation.sequence.num_tokens
             logger.error("the vector of a text of %d tokens is not finite; another dtype may hold it", num_tokens)
-            error = "expected finite numbers from the network; got others for a text; the server's log says more"
-            self._fail(computation, ComputeFailed(error))
+            message = "expected finite numbers from the network; got others for a text; the server's log says more"
+            self._fail(computation, ComputeFailed(message))
             return
         with self._lock:
             del self._in_flight[computation.key]

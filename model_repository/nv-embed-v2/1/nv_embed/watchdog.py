@@ -23,11 +23,14 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import chain, repeat
 from pathlib import Path
 
 _LISTENING = "0A"  # TCP_LISTEN in the kernel's tables
 _SHARED_MEMORY = "/dev/shm/triton_python_backend_shm_region_"  # as this model's backend names it
 _BEAT_SECONDS = 1.0
+# At first more often: of a server that stops as soon as it serves nobody would have seen its ports open.
+_FIRST_BEATS, _FIRST_BEAT_SECONDS = 50, 0.1
 # No honest pause of a Python process is as long. In steps, for a machine or container that was suspended as a whole
 # wakes up to one step that has passed in silence.
 _SILENT_STEPS, _STEP_SECONDS = 4, 2.0
@@ -73,7 +76,9 @@ class Watchdog:
 
     def _beat(self) -> None:
         self._say(_BEAT)
-        while not self._is_over.wait(_BEAT_SECONDS):
+        for seconds in chain(repeat(_FIRST_BEAT_SECONDS, _FIRST_BEATS), repeat(_BEAT_SECONDS)):
+            if self._is_over.wait(seconds):
+                return
             self._say(_BEAT)
 
     def _say(self, word: bytes) -> bool:
@@ -109,7 +114,7 @@ def watch(pipe: int, server: int, on_step: Callable[[], None] = lambda: None) ->
     Args:
         pipe: file descriptor of what the model says.
         server: pidfd of the server.
-        on_step: called about once a second from the model's first beat on.
+        on_step: called with the model's beats, about once a second and at first more often.
     """
     has_beaten, silent_steps = False, 0
     while silent_steps < _SILENT_STEPS:

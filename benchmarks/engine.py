@@ -222,12 +222,12 @@ def sequences(lengths: Sequence[int], vocab_size: int, seed: int, num_masked: in
 def batches(texts: Sequence[TokenSequence], budget: int, *, is_padded: bool) -> Iterator[list[TokenSequence]]:
     """In order, each of at most `budget` tokens, or of one text."""
     batch: list[TokenSequence] = []
+    longest = total = 0
     for text in texts:
-        longest = max([text.num_tokens, *(other.num_tokens for other in batch)])
-        num_tokens = longest * (len(batch) + 1) if is_padded else sum(other.num_tokens for other in [*batch, text])
-        if batch and num_tokens > budget:
+        longest, total = max(longest, text.num_tokens), total + text.num_tokens
+        if batch and (longest * (len(batch) + 1) if is_padded else total) > budget:
             yield batch
-            batch = []
+            batch, longest, total = [], text.num_tokens, text.num_tokens
         batch.append(text)
     yield batch
 

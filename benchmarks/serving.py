@@ -64,7 +64,6 @@ METHOD = "/inference.GRPCInferenceService/ModelInfer"
 CHANNEL_OPTIONS = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
 START_SECONDS = 600
 STOP_SECONDS = 60
-DEFAULT_BATCH_TOKENS = 1024  # of the bare engine, when the server's own figure is not known
 
 # Words in a text, drawn so that every order of magnitude is as likely as the next.
 LENGTHS = {"short": (4, 12), "medium": (40, 120), "long": (250, 400), "mixed": (8, 400)}
@@ -283,7 +282,9 @@ def _engine_process(connection: Connection, checkpoint: Path, device: str) -> No
     config = CheckpointConfig.load(checkpoint)
     limit = int(os.environ.get("NV_EMBED_MAX_SEQUENCE_TOKENS", "32768"))
     tokenizer = Tokenizer(checkpoint / "tokenizer.json", vocab_size=config.vocab_size, max_sequence_tokens=limit)
-    engines = load_engines(checkpoint, config, devices=device.split(","), dtype="auto")
+    settings = {"dtype": "DTYPE", "attention": "ATTENTION", "compile_layers": "COMPILE"}  # the servers obey these, too
+    chosen = {name: os.environ.get(f"NV_EMBED_{variable}", "auto") for name, variable in settings.items()}
+    engines = load_engines(checkpoint, config, devices=device.split(","), **chosen)
     threads = ThreadPoolExecutor(len(engines))
     # A GPU's two threads share its work; those of a CPU compute at the same time.
     num_at_once = sum(engine.device.type == "cpu" for engine in engines)
@@ -389,11 +390,16 @@ def is_ready(http_port: int) -> bool:
 def started_server(settings: Mapping[str, str], log: Path) -> Iterator[tuple[subprocess.Popen[bytes], Ports]]:
     """`serve.sh` on free ports, ready; stopped at the end."""
     ports = Ports(*free_ports(3))
-    environ = os.environ | {
-        "HTTP_PORT": str(ports.http),
-        "GRPC_PORT": str(ports.grpc),
-        "METRICS_PORT": str(ports.metrics),
-    }
+    # By pip: the baseline's packages are in that environment and in no image.
+    environ = (
+        {"RUNTIME": "pip"}
+        | os.environ
+        | {
+            "HTTP_PORT": str(ports.http),
+            "GRPC_PORT": str(ports.grpc),
+            "METRICS_PORT": str(ports.metrics),
+        }
+    )
     with log.open("wb") as output:
         process = subprocess.Popen(
             [ROOT / "serve.sh"], env=environ | dict(settings), stdout=output, stderr=subprocess.STDOUT,
@@ -688,6 +694,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
             import matplotlib  # noqa: F401 - better now than after the run
         except ImportError:
             parser.error("--plot: expected matplotlib, found none: pip install matplotlib, or leave --plot out")
+    if arguments.engine and not arguments.compare and not arguments.max_batch_tokens:
+        parser.error("--engine: expected --compare, or --max-batch-tokens as the server's log has it after 'ready:'")
     return arguments
 
 
@@ -716,7 +724,6 @@ def main() -> int:
             servers = [Server("nv-embed" if arguments.baseline_url else "server", arguments.url)]
             if arguments.baseline_url:
                 servers.append(Server("baseline", arguments.baseline_url))
-        max_batch_tokens = max_batch_tokens or DEFAULT_BATCH_TOKENS
         engine = None
         if arguments.engine:
             progress("starting the bare engine")

@@ -19,7 +19,7 @@ checked by itself (--restart-seconds). At any other time they are wrong, and so 
 A request counts as unanswered when nothing came for --answer-seconds; as answered twice when a stream brought more
 responses than requests or an answer bore another request's id. Exit code 0 only if nothing was unanswered, answered
 twice, wrong or answered with a code that it must not get, the server ended only when told to and was soon back, and
-memory stayed flat.
+memory, where it was judged, stayed flat.
 """
 
 from __future__ import annotations
@@ -80,12 +80,13 @@ LIMITS = {  # of a server started here: small, so that a request can be over the
 OK = "OK"
 INVALID = frozenset({"INVALID_ARGUMENT", "HTTP 400"})
 BUSY = frozenset({"UNAVAILABLE", "HTTP 503"})
+STREAM_ERROR = "stream error"
 REFUSED = "connection refused"  # on gRPC, whose own code for it is that of a busy server
 ANY_TEXT = frozenset({OK, "HTTP 200"}) | INVALID  # nobody can say beforehand whether random bytes are a valid text
 GIVEN_UP = frozenset({OK, "DEADLINE_EXCEEDED", "CANCELLED"})
 # What Triton itself says while the model's process is dead or the server goes down; only right around a kill.
-GOING_DOWN = frozenset({"UNAVAILABLE", "NOT_FOUND", "CANCELLED", "INTERNAL", "HTTP 503", "HTTP 404", "HTTP 400",
-                        "HTTP 500", "HTTP broken", REFUSED})  # fmt: skip
+GOING_DOWN = frozenset({"UNAVAILABLE", "NOT_FOUND", "CANCELLED", "INTERNAL", STREAM_ERROR, "HTTP 503", "HTTP 404",
+                        "HTTP 400", "HTTP 500", "HTTP broken", REFUSED})  # fmt: skip
 CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
@@ -229,7 +230,9 @@ class Client:
                 response = answer.infer_response
                 answers[response.id] += 1
                 if answer.error_message:
-                    outcome.code, outcome.message = "UNAVAILABLE", answer.error_message
+                    # A stream's errors carry no code; of the model's messages those of UNAVAILABLE alone say to retry.
+                    outcome.code = "UNAVAILABLE" if "retry" in answer.error_message else STREAM_ERROR
+                    outcome.message = answer.error_message
                 elif response.id in asked:
                     indices, is_query = asked[response.id]
                     outcome.rows += len(indices)

@@ -19,8 +19,9 @@ import tritonclient.grpc as triton
 
 ROOT = Path(__file__).parents[1]
 MODEL_NAME = "nv-embed-v2"
-_SETTINGS = (  # of serve.sh and the model, but for VENV, which every test shares
-    "NV_EMBED_", "MODEL_", "DEVICE", "RUNTIME", "ADDRESS", "IMAGE", "SHM_", "TLS_", "ADMIN_KEY", "RESTART",
+SETTINGS = (  # of serve.sh and the model, but for VENV, which every test shares
+    "NV_EMBED_", "MODEL_", "DEVICE", "RUNTIME", "ADDRESS", "METRICS_", "IMAGE", "SHM_", "TLS_", "ADMIN_KEY", "RESTART",
+    "MAX_DELAY_SECONDS",
 )  # fmt: skip
 START_SECONDS = 180
 STOP_SECONDS = 60
@@ -48,7 +49,7 @@ class Server:
         """Start, without waiting. Settings of the caller's own shell that would change the server are left out."""
         self.log = log
         self.http, self.grpc, self.metrics = free_ports(3)
-        settings = {k: v for k, v in os.environ.items() if not k.startswith(_SETTINGS)}
+        settings = {k: v for k, v in os.environ.items() if not k.startswith(SETTINGS)}
         settings |= {"HTTP_PORT": str(self.http), "GRPC_PORT": str(self.grpc), "METRICS_PORT": str(self.metrics)}
         settings |= {"RUNTIME": "pip"}
         if model_path is not None:

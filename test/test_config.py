@@ -18,15 +18,12 @@ PARAMETERS = dict(
 
 
 def test_config_pbtxt_holds_every_parameter_with_its_documented_default():
-    config = ServingConfig.from_parameters(PARAMETERS, {})
-    assert config.model_path == "/models/NV-Embed-v2"
-    assert config.device == ("cuda:0",)
-    assert config.dtype == "auto"
-    assert config.max_sequence_tokens == 32768
-    assert config.max_batch_tokens is None
-    assert config.max_request_documents == 16384
-    assert config.max_request_bytes == 64 * 2**20
-    assert config.max_queue_tokens == 4_000_000
+    assert ServingConfig.from_parameters(PARAMETERS, {}) == ServingConfig(
+        model_path="/models/NV-Embed-v2", device=("cuda:0",), dtype="auto", attention="auto", compile="auto",
+        max_sequence_tokens=32768, max_batch_tokens=None, target_batch_milliseconds=200,
+        max_request_documents=16384, max_request_bytes=64 * 2**20, max_queue_bytes=256 * 2**20,
+        max_queue_tokens=4_000_000, max_queue_milliseconds=60_000, query_weight=8, cache_mebibytes=256,
+    )  # fmt: skip
 
 
 def test_every_parameter_has_a_comment_on_the_line_above():

@@ -25,8 +25,9 @@ ADMINISTRATION = {
 @pytest.mark.parametrize("attempt", ADMINISTRATION)
 def test_administration_over_grpc_is_shut_without_the_key(toy_server, attempt):
     for headers in ({}, {"triton-grpc-protocol-nv-embed-admin": "guess"}):
-        with pytest.raises(triton.InferenceServerException, match="restricted"):
+        with pytest.raises(triton.InferenceServerException, match="restricted") as caught:
             ADMINISTRATION[attempt](toy_server.client, headers=headers)
+        assert caught.value.status() == "StatusCode.UNAVAILABLE"
 
 
 @pytest.mark.parametrize(

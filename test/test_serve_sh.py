@@ -10,15 +10,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from serving import free_ports
+from serving import SETTINGS, free_ports
 
 REPO = Path(__file__).resolve().parent.parent
 SERVE = REPO / "serve.sh"
-SETTINGS = (
-    *("MODEL_PATH", "DEVICE", "HTTP_PORT", "GRPC_PORT", "METRICS_PORT", "ADDRESS", "RUNTIME", "VENV", "IMAGE"),
-    *("METRICS_ADDRESS", "TLS_CERT", "TLS_KEY", "TLS_CLIENT_CA"),
-    *("MODEL_REPOSITORY", "SHM_SIZE", "SHM_BYTES", "MALLOC_ARENA_MAX", "PYTHON"),
-)
 # Writes its name and arguments as one JSON line, like the programs it stands for would receive them.
 RECORDER = f"""#!{sys.executable}
 import json, os, sys
@@ -45,7 +40,7 @@ def serve(tmp_path, model):
         for program in programs:
             (tools / program).write_text(RECORDER)
             (tools / program).chmod(0o755)
-        kept = {k: v for k, v in os.environ.items() if k not in SETTINGS and not k.startswith("NV_EMBED_")}
+        kept = {k: v for k, v in os.environ.items() if not k.startswith((*SETTINGS, "MALLOC_ARENA_MAX", "PYTHON"))}
         defaults = {
             "MODEL_PATH": str(model),
             "DEVICE": "cpu",

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 from nv_embed import watchdog
@@ -58,7 +59,7 @@ def test_silence_means_a_frozen_model_but_only_after_a_first_beat(server, monkey
     os.write(writer, b"-")
     assert "has been silent" in watchdog.watch(reader, os.pidfd_open(server.pid))
     loading, _ = os.pipe()
-    server.terminate()
+    threading.Timer(1.0, server.terminate).start()  # after many steps of silence
     assert watchdog.watch(loading, os.pidfd_open(server.pid)) == "the server is gone"
     os.close(writer)
 

@@ -25,7 +25,7 @@ while [[ -z $asked ]]; do
   if [[ -n $asked ]]; then break; fi
   if ((SECONDS - started > 60)); then delay=1; fi
   echo "supervise.sh: ended with exit code $code; starting again in $delay s" >&2
-  sleep "$delay" &  # in the background, so that a signal is heeded at once
+  sleep "$delay" >/dev/null 2>&1 &  # in the background, so that a signal is heeded at once; holds nobody's pipe open
   wait $!
   delay=$((2 * delay > MAX_DELAY_SECONDS ? MAX_DELAY_SECONDS : 2 * delay))
 done

@@ -16,13 +16,11 @@ ROWS = [
     ("spearman_public_sets", "Spearman, public sets of judged sentence pairs, mean"),
     ("spearman_own_pairs", "Spearman, {own_pairs} sentence pairs judged by the makers of this model"),
     ("spearman_random_pairs", "Spearman with the teacher, 100,000 random pairs"),
-    ("spearman_near_pairs", "Spearman with the teacher, pairs that the teacher finds near"),
     ("neural_networks_margin", "margin of a query on neural networks, as described below"),
     (
         "long_cosine_to_mean_of_parts",
         "long texts: cosine to the mean of the parts' teacher vectors (the teacher reads 128 tokens only)",
     ),
-    ("longest_cosine_to_mean_of_parts", "very long texts: the same"),
     ("numbers_cosine_to_teacher", "mean cosine to the teacher, texts with numbers"),
     ("untidy_cosine", "cosine of a text and its upper-case form (the student's and the teacher's tokenizers lower it)"),
     (
@@ -88,7 +86,6 @@ def write(out: Path, results: dict[str, Any]) -> None:
         megabytes=size / 1e6, minutes=curve[-1]["seconds"] / 60,
         tokens=curve[-1]["tokens"], seen=curve[-1]["texts"],
         aims="\n".join(reached(figures["student"])), long_tokens=figures["student"]["long_tokens_mean"],
-        longest_tokens=figures["student"]["longest_tokens_mean"],
         **run,
     )  # fmt: skip
     (out / "README.md").write_text(card, encoding="utf-8")

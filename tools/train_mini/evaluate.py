@@ -7,13 +7,11 @@ curve, come from `evaluate`.
 import json
 import random
 import re
-from collections.abc import Iterable
 from functools import cache, partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from product import CheckpointConfig, Engine, Tokenizer
@@ -25,6 +23,8 @@ from torch import Tensor
 from vocabulary import STANDARD, TASKS, TEMPLATE
 
 BATCH_TEXTS = 64
+
+Judged = tuple[str, str, float]  # two sentences, and how alike people find them, in any unit
 
 
 @cache
@@ -49,33 +49,15 @@ def plain(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.lower()))
 
 
-class Judged(NamedTuple):
-    """Pairs of sentences and how alike people find them, in any unit."""
-
-    first: list[str]
-    second: list[str]
-    scores: Tensor
-
-    @classmethod
-    def of(cls, rows: Iterable[tuple[str, str, float]]) -> "Judged":
-        first, second, scores = zip(*rows, strict=True)
-        return cls(list(first), list(second), torch.tensor(scores))
-
-    @classmethod
-    def read(cls, path: Path, trained: set[str]) -> "Judged":
-        """A file of lines `score <tab> sentence <tab> sentence`, without pairs that have a text of `trained`."""
-        rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()]
-        if wrong := [number for number, row in enumerate(rows, 1) if len(row) != 3]:
-            raise SystemExit(
-                f"{path}: expected lines of score, sentence, sentence with tabs between; see line {wrong[0]}"
-            )
-        kept = [(a, b, float(score)) for score, a, b in rows if not trained & {plain(a), plain(b)}]
-        if len(kept) < 10:
-            raise SystemExit(f"{path}: expected pairs never trained on; got {len(kept)} of {len(rows)}; leave it out")
-        return cls.of(kept)
-
-    def spearman(self, embed: Embed) -> float:
-        return spearman(cosines(embed(self.first), embed(self.second)), self.scores)
+def read_judged(path: Path, trained: set[str]) -> list[Judged]:
+    """A file of lines `score <tab> sentence <tab> sentence`, without pairs that have a text of `trained`."""
+    rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()]
+    if wrong := [number for number, row in enumerate(rows, 1) if len(row) != 3]:
+        raise SystemExit(f"{path}: expected lines of score, sentence, sentence with tabs between; see line {wrong[0]}")
+    kept = [(a, b, float(score)) for score, a, b in rows if not trained & {plain(a), plain(b)}]
+    if len(kept) < 10:
+        raise SystemExit(f"{path}: expected pairs never trained on; got {len(kept)} of {len(rows)}; leave it out")
+    return kept
 
 
 class Served:
@@ -111,6 +93,12 @@ def cosines(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(1)
 
 
+def agreement(embed: Embed, pairs: list[Judged]) -> float:
+    """Spearman's correlation of cosines with what people say."""
+    first, second, scores = (list(column) for column in zip(*pairs, strict=True))
+    return spearman(cosines(embed(first), embed(second)), torch.tensor(scores))
+
+
 def nearest(vectors: Tensor, count: int) -> Tensor:
     """Indices [N, count] of each row's nearest others."""
     found = []
@@ -143,7 +131,7 @@ def definitions(test: list[Item], count: int) -> tuple[list[str], list[str]]:
 
 @torch.no_grad()
 def evaluate(
-    folder: Path, bag: Embed, teacher: Teacher, test: list[Item], test_targets: Tensor, public: dict[str, Judged]
+    folder: Path, bag: Embed, teacher: Teacher, test: list[Item], test_targets: Tensor, public: dict[str, list[Judged]]
 ) -> dict[str, dict[str, float]]:
     """Figures by model name; `folder`: the checkpoint, `bag`: the baseline, `public`: named sets of sentence pairs."""
     served = Served(folder)
@@ -152,24 +140,14 @@ def evaluate(
     meanings, words = definitions(test, 1000)
     own = own_pairs()
     questions = [question for rows in own["questions"] for question, _ in rows]
-    judged = Judged.of(own["similar"])
     pick = random.Random(3)
     parts = [[pick.randrange(len(texts)) for _ in range(60)] for _ in range(60)]
     long_texts = [" ".join(texts[i] for i in group) for group in parts]
     long_target = F.normalize(torch.stack([target[group].mean(0) for group in parts]), dim=-1)
-    longest_parts = [[i for group in parts[j :: len(parts) // 6][:5] for i in group] for j in range(10)]
-    longest_texts = [" ".join(texts[i] for i in group) for group in longest_parts]
-    longest_target = F.normalize(torch.stack([target[group].mean(0) for group in longest_parts]), dim=-1)
     numbers = torch.tensor([any(letter.isdigit() for letter in text) for text in texts])
-    draw = torch.Generator().manual_seed(4)
-    left, right = torch.randint(len(texts), (2, 100_000), generator=draw)
-    neighbour = nearest(target, 50)[torch.arange(len(texts)), torch.randint(50, (len(texts),), generator=draw)]
+    left, right = torch.randint(len(texts), (2, 100_000), generator=torch.Generator().manual_seed(4))
 
-    embedders: dict[str, Embed] = {
-        "student": served.embed,
-        "teacher": teacher.embed,
-        "static baseline": bag,
-    }
+    embedders: dict[str, Embed] = {"student": served.embed, "teacher": teacher.embed, "static baseline": bag}
     results: dict[str, dict[str, float]] = {}
     for name, embed in embedders.items():
         out = target if name == "teacher" else embed(texts)
@@ -178,7 +156,7 @@ def evaluate(
         answered = [accuracy(ask([q for q, _ in rows]), embed([a for _, a in rows]), 1) for rows in own["questions"]]
         neural = ask([own["neural_query"]]) @ embed(own["neural_relevant"] + own["neural_irrelevant"]).T
         count = len(own["neural_relevant"])
-        agreed = {f"spearman {name}": pairs.spearman(embed) for name, pairs in public.items()}
+        agreed = {f"spearman {title}": agreement(embed, pairs) for title, pairs in public.items()}
         figures = {
             "cosine_to_teacher": float(cosines(out, target).mean()),
             "numbers_cosine_to_teacher": float(cosines(out, target)[numbers].mean()),
@@ -186,28 +164,26 @@ def evaluate(
             "definition_accuracy_at_1": accuracy(meaning, word, 1),
             "definition_accuracy_at_10": accuracy(meaning, word, 10),
             "question_answer_accuracy_at_1": answered[0],
-            "question_answer_accuracy_at_1_all": float(np.mean(answered)),
-            "spearman_own_pairs": judged.spearman(embed),
+            "question_answer_accuracy_at_1_all": fmean(answered),
+            "spearman_own_pairs": agreement(embed, own["similar"]),
             "spearman_random_pairs": spearman(cosines(out[left], out[right]), cosines(target[left], target[right])),
-            "spearman_near_pairs": spearman(cosines(out, out[neighbour]), cosines(target, target[neighbour])),
             "neural_networks_margin": float(neural[0, :count].min() - neural[0, count:].max()),
             "long_cosine_to_mean_of_parts": float(cosines(embed(long_texts), long_target).mean()),
-            "longest_cosine_to_mean_of_parts": float(cosines(embed(longest_texts), longest_target).mean()),
             "untidy_cosine": float(cosines(embed([t.upper() for t in texts[:1000]]), out[:1000]).mean()),
             "spaced_cosine": float(cosines(embed([spaced(t) for t in texts[:1000]]), out[:1000]).mean()),
         }
         if agreed:
-            figures |= agreed | {"spearman_public_sets": float(np.mean(list(agreed.values())))}
+            figures |= agreed | {"spearman_public_sets": fmean(agreed.values())}
         if name == "student":
-            query, bare = ask(questions), embed(questions)
-            other_task = served.embed(questions, TEMPLATE.format(own["other_task"]))
+            bare = embed(questions)
+            standard = cosines(ask(questions), bare)
+            other = cosines(served.embed(questions, TEMPLATE.format(own["other_task"])), bare)
             figures |= {
-                "instruction_cosine_mean": float(cosines(query, bare).mean()),
-                "instruction_cosine_min": float(cosines(query, bare).min()),
-                "other_instruction_cosine_mean": float(cosines(other_task, bare).mean()),
-                "other_instruction_cosine_min": float(cosines(other_task, bare).min()),
+                "instruction_cosine_mean": float(standard.mean()),
+                "instruction_cosine_min": float(standard.min()),
+                "other_instruction_cosine_mean": float(other.mean()),
+                "other_instruction_cosine_min": float(other.min()),
                 "long_tokens_mean": served.mean_length(long_texts),
-                "longest_tokens_mean": served.mean_length(longest_texts),
             }
         results[name] = {key: round(value, 4) for key, value in figures.items()}
     accuracies = [results[name]["definition_accuracy_at_1"] for name in ("student", "teacher")]

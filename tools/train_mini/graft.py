@@ -78,14 +78,13 @@ def graft(c: CheckpointConfig, teacher: Teacher, vocabulary: Vocabulary, texts: 
     vectors = token_vectors(begins, teacher, vocabulary)
     vectors[:, stream.constant] = values[:, stream.constant] = level
     encoder.embed_tokens.weight.copy_(vectors)
-    *inner, outer = zip(bert.encoder.layer, encoder.layers, strict=True)
-    for old, new in inner:
-        graft_attention(old, new, stream, seen)
-        graft_mlp(old, new, stream, seen)
-    graft_attention(*outer, stream, seen)
+    lower, upper = zip(bert.encoder.layer, encoder.layers, strict=True)
+    graft_attention(*lower, stream, seen)
+    graft_mlp(*lower, stream, seen)
+    graft_attention(*upper, stream, seen)
     # The last MLP becomes the pooling head's, which has its size, its gelu and biases; the layer's own starts silent.
-    outer[1].mlp.down_proj.weight.zero_()
-    graft_head(outer[0], student, stream, seen, last)
+    upper[1].mlp.down_proj.weight.zero_()
+    graft_head(upper[0], student, stream, seen, last)
     return student
 
 
@@ -169,7 +168,10 @@ def token_states(bert: nn.Module) -> Tensor:
 
 
 def token_vectors(begins: Tensor, teacher: Teacher, vocabulary: Vocabulary) -> Tensor:
-    """[vocabulary, C]: for each of the student's tokens the mean over the teacher's pieces of the same text."""
+    """[vocabulary, C]: for each of the student's tokens the mean over the teacher's pieces of the same text.
+
+    What is inside a word but is no such piece of the teacher's is cut as if it began one.
+    """
     known = teacher.tokenizer.get_vocab()
     vectors = begins.mean(0).repeat(vocabulary.size, 1)
     vectors[1], vectors[2] = begins[known["[CLS]"]], begins[known["[SEP]"]]

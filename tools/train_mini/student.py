@@ -116,34 +116,27 @@ class FeedForward(nn.Module):
         return value * F.gelu(gate)
 
 
-class AttendBlock(nn.Module):
-    def __init__(self, c: CheckpointConfig) -> None:
+class Block(nn.Module):
+    """A function and the norm of what it reads, in the places that the published names give them."""
+
+    def __init__(self, fn: nn.Module, size: int) -> None:
         super().__init__()
-        self.fn = CrossAttention(c)
-        self.norm = nn.LayerNorm(c.hidden_size)
-        self.norm_context = nn.LayerNorm(c.hidden_size)
-
-    def forward(self, x: Tensor, latents: Tensor) -> Tensor:
-        return x + self.fn(self.norm(x), self.norm_context(latents))
-
-
-class FeedBlock(nn.Module):
-    def __init__(self, c: CheckpointConfig) -> None:
-        super().__init__()
-        self.fn = FeedForward(c)
-        self.norm = nn.LayerNorm(c.hidden_size)
+        self.fn = fn
+        self.norm = nn.LayerNorm(size)
 
 
 class LatentPooling(nn.Module):
     def __init__(self, c: CheckpointConfig) -> None:
         super().__init__()
         self.latents = nn.Parameter(torch.randn(c.num_latents, c.hidden_size))
-        self.cross_attend_blocks = nn.ModuleList([AttendBlock(c), FeedBlock(c)])
+        attend, feed = Block(CrossAttention(c), c.hidden_size), Block(FeedForward(c), c.hidden_size)
+        attend.norm_context = nn.LayerNorm(c.hidden_size)
+        self.cross_attend_blocks = nn.ModuleList([attend, feed])
 
     def forward(self, x: Tensor, texts: Tensor, counts: Tensor) -> Tensor:
         """x: [N, C] tokens, texts: [N] which of the B texts each is of, B for none, counts: [B] -> [B, C] fp32."""
         attend, feed = self.cross_attend_blocks
-        h = attend(x, self.latents)
+        h = x + attend.fn(attend.norm(x), attend.norm_context(self.latents))
         activations = feed.fn.activations(feed.norm(h))
         mean_h, mean_a = (
             torch.zeros(len(counts) + 1, t.shape[1], device=x.device).index_add(0, texts, t.float())[:-1]

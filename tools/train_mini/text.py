@@ -1,4 +1,4 @@
-"""Training text: English from Debian and PyPI packages -> two lists of items, train and test.
+"""Training text: English, and a little else, from Debian and PyPI packages -> two lists of items, train and test.
 
 An item is one text with its source and the group it was made from; every text made from one gloss (the gloss,
 the headword, a question about it) is of one group, and whole groups go to the test side, chosen by a hash of the
@@ -26,7 +26,7 @@ from urllib.parse import unquote
 
 import phrases
 
-TEST_SHARE = 30  # one group in so many is held out
+TEST_ONE_IN = 30  # of the groups so many is held out
 GENERATED = ("remix", "templates")  # near-copies of one another or of others: held out they would flatter the figures
 MAX_CHARS = 900
 TAGGED = r"<(?:{0})\b[^>]*>(.*?)</(?:{0})>"  # what elements of these names hold
@@ -311,7 +311,7 @@ class Source(NamedTuple):
     package: str  # Debian package, or a PyPI wheel as "pypi:NAME==VERSION"
     licence: str
     cap: int  # groups kept at most, chosen by hash: no source may drown the others
-    read: Callable[[Path], Iterator[Pair]] | None  # (group, text) pairs from the package's folder
+    read: Callable[[Path], Iterator[Pair]] | None  # (group, text) pairs from the package's folder; None: by template
 
 
 SOURCES = [
@@ -352,19 +352,25 @@ def collect(cache: Path, share: float = 1.0) -> tuple[list[Item], list[Item]]:
             pairs = [(t, t) for t in phrases.generate(int(source.cap * share))]
         else:
             pairs = list(source.read(fetch(source.package, cache)))
-        groups = sorted({g for g, _ in pairs}, key=digest)[: int(source.cap * share)]
-        kept = set(groups)
+        kept = set(sorted({g for g, _ in pairs}, key=digest)[: int(source.cap * share)])
         for group, text in pairs:
             text = text[:MAX_CHARS].strip()
             if group not in kept or len(text) < 2 or text in seen:
                 continue
             seen.add(text)
-            held_out = digest("split" + group) % TEST_SHARE == 0
-            if not (held_out and source.name in GENERATED):
-                (test if held_out else train).append(Item(source.name, group, text))
+            item = Item(source.name, group, text)
+            if digest("split" + group) % TEST_ONE_IN:
+                train.append(item)
+            elif source.name not in GENERATED:
+                test.append(item)
     random.Random(0).shuffle(train)
     random.Random(1).shuffle(test)
     return train, test
+
+
+def versions(cache: Path) -> dict[str, str]:
+    """Of each package, where its name does not say it."""
+    return {source.package: (fetch(source.package, cache) / ".done").read_text() for source in SOURCES if source.read}
 
 
 def data_hash(train: list[Item], test: list[Item]) -> str:

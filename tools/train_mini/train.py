@@ -2,11 +2,12 @@
 
 It fetches text, makes the tokenizers, embeds the text with the teacher, trains the student, exports it, trains the
 static baseline, evaluates and writes the model card. Packages, tokenizers, the teacher's vectors and the state of
-training are kept in the work folder: stop it at any time and run the same command again; after a change to this code,
-remove that folder. Needs Debian's tools for packages and, to compile the layers, a C++ compiler and Python's headers.
+training are kept in the work folder: stop it at any time and run the same command again. Needs Debian's tools for
+packages and, to compile the layers, a C++ compiler and Python's headers.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -18,7 +19,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from itertools import count
 from pathlib import Path
 
 import card
@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from batching import by_length, padded
-from evaluate import Judged, definitions, evaluate, own_pairs, own_texts, plain
+from evaluate import definitions, evaluate, own_pairs, own_texts, plain, read_judged
 from graft import graft
 from product import CONFIG, HERE, ROOT
 from static import loss_to, train_bag
@@ -89,17 +89,12 @@ def rate(seen: int, samples: int) -> float:
 
 
 def chunks(num_texts: int, samples: int, seed: int) -> Iterator[list[int]]:
-    """Every text once per pass, in a new order each pass."""
-    drawn = 0
-    for passes in count():
+    """Every text once per pass, in a new order each pass, until `samples` are drawn."""
+    for passes in range(-(-samples // num_texts)):
         order = list(range(num_texts))
         random.Random(seed + passes).shuffle(order)
-        for start in range(0, num_texts, CHUNK):
-            part = order[start : start + CHUNK][: samples - drawn]
-            if not part:
-                return
-            drawn += len(part)
-            yield part
+        order = order[: samples - passes * num_texts]
+        yield from (order[start : start + CHUNK] for start in range(0, len(order), CHUNK))
 
 
 def average_gradients(model: Student, world: int) -> None:
@@ -133,12 +128,6 @@ class Job:
     world: int
     work: Path
 
-    @property
-    def settings(self) -> dict[str, object]:
-        """What a run that goes on must have in common with the one before."""
-        rates = {"embed_lr": EMBED_LR, "other_lr": OTHER_LR, "betas": BETAS, "batch_tokens": BATCH_TOKENS}
-        return asdict(CONFIG) | rates | {"samples": self.samples, "seed": self.seed, "processes": self.world}
-
 
 def train_student(rank: int, job: Job) -> None:
     """One of `job.world` processes, each with its share of every batch; rank 0 reports and saves."""
@@ -166,8 +155,6 @@ def train_student(rank: int, job: Job) -> None:
     first, seen, seconds, tokens = 0, 0, 0.0, 0
     if state_path.exists():
         state = torch.load(state_path, map_location=job.device)
-        if state["settings"] != job.settings:
-            raise SystemExit(f"{state_path}: expected a run of {job.settings}; got {state['settings']}; remove it")
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -203,8 +190,7 @@ def train_student(rank: int, job: Job) -> None:
             point = {"texts": seen, "tokens": tokens, "seconds": round(seconds)}
             record(curve_path, point, model, vocabulary, job)
             state = {
-                "settings": job.settings, "model": model.state_dict(),
-                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                "model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                 "chunk": number + 1, "seen": seen, "seconds": seconds, "tokens": tokens,
             }  # fmt: skip
             torch.save(state, state_path.with_suffix(".new"))
@@ -224,6 +210,14 @@ def record(path: Path, point: dict[str, float], model: Student, vocabulary: Voca
     with path.open("a" if point["texts"] else "w") as file:
         file.write(json.dumps(point) + "\n")
     tqdm.write(json.dumps(point))
+
+
+def stage_folder(work: Path, settings: dict[str, object]) -> Path:
+    """Where a run keeps its stages: one of other settings, or of other code, has a folder of its own."""
+    code = b"".join(path.read_bytes() for path in sorted(HERE.glob("*.py")))
+    folder = work / hashlib.sha256(json.dumps(settings).encode() + code).hexdigest()[:8]
+    folder.mkdir(exist_ok=True)
+    return folder.resolve()
 
 
 def tokenizer(texts: list[str], teacher: Teacher, size: int, path: Path) -> Vocabulary:
@@ -258,11 +252,22 @@ def main() -> None:
     trained = {plain(string) for string in texts}
     if leaked := own_texts() & trained:
         raise SystemExit(f"expected no text of pairs.json in the training text; got {sorted(leaked)}; replace those")
-    public = {path.stem: Judged.read(path, trained) for path in args.judged}
-    data_hash = text.data_hash(train, test)
-    print(f"{len(train)} training texts, {len(test)} held out, data hash {data_hash}", flush=True)
-    stages = work / data_hash[:8]
-    stages.mkdir(exist_ok=True)
+    public = {path.stem: read_judged(path, trained) for path in args.judged}
+    # On a CPU one process of one thread per core, for the same reason as the teacher's.
+    world = (os.cpu_count() or 1) if args.device == "cpu" else 1
+    settings = asdict(CONFIG) | {
+        "embed_lr": EMBED_LR,
+        "other_lr": OTHER_LR,
+        "betas": BETAS,
+        "batch_tokens": BATCH_TOKENS,
+        "samples": args.samples,
+        "seed": args.seed,
+        "processes": world,
+        "data_hash": text.data_hash(train, test),
+    }
+    stages = stage_folder(work, settings)
+    counts = f"{len(train)} training texts, {len(test)} held out"
+    print(f"{counts}, data hash {settings['data_hash']}; stages in {stages}", flush=True)
     teacher = Teacher(work / "text", args.device)
     vocabulary = tokenizer(texts, teacher, CONFIG.vocab_size, stages / "tokenizer.json")
     wide = tokenizer(texts, teacher, BASELINE_VOCAB, stages / "tokenizer-baseline.json")
@@ -271,11 +276,9 @@ def main() -> None:
     targets = embed_cached(texts, stages / "teacher-train", work / "text", args.device)
 
     model = graft(CONFIG, teacher, vocabulary, texts[:SAMPLE_TEXTS])
-    # On a CPU one process of one thread per core, for the same reason as the teacher's.
-    world = (os.cpu_count() or 1) if args.device == "cpu" else 1
     (stages / "rendezvous").unlink(missing_ok=True)
     job = Job(texts, targets, held[:1000], test_targets[:1000].float(), model.state_dict(), args.samples, args.seed,
-              args.device, world, stages.resolve())  # fmt: skip
+              args.device, world, stages)  # fmt: skip
     torch.multiprocessing.spawn(train_student, (job,), world)
     model.load_state_dict(torch.load(stages / "training.pt", map_location="cpu")["model"])
     model.save(args.out)
@@ -284,18 +287,13 @@ def main() -> None:
 
     bag = train_bag(wide, teacher, texts, targets, args.static_epochs)
     figures = evaluate(args.out, bag, teacher, test, test_targets, public)
-    run = job.settings | {
+    run = settings | {
         "parameters": sum(p.numel() for p in model.parameters()),
         "texts": len(train),
         "held_out": len(test),
-        "data_hash": data_hash,
         "texts_by_source": Counter(item.source for item in train),
-        "package_versions": {
-            s.package: text.fetch(s.package, work / "text").joinpath(".done").read_text()
-            for s in text.SOURCES
-            if s.name != "templates"
-        },
-        "public_sets": {name: len(pairs.first) for name, pairs in public.items()},
+        "package_versions": text.versions(work / "text"),
+        "public_sets": {name: len(pairs) for name, pairs in public.items()},
         "question_sets": len(own_pairs()["questions"]),
         "set_size": len(own_pairs()["questions"][0]),
         "own_pairs": len(own_pairs()["similar"]),

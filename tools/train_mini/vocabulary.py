@@ -4,38 +4,21 @@ The student starts from the teacher's token vectors, so its merges are learned f
 differs from the published file: capitals are not told from small letters, as the teacher does not.
 """
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import phrases
 from teacher import Teacher
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
-ALPHABET = 100  # characters with tokens of their own; all others are spelled in bytes
+BYTES = [f"<0x{b:02X}>" for b in range(256)]
+ALPHABET = 100  # characters with tokens of their own; all others are spelled in bytes, and in no merge
 TEMPLATE = "Instruct: {}\nQuery: "
 STANDARD = TEMPLATE.format("Given a question, retrieve passages that answer the question")
-TASKS = [
-    "Given a claim about climate change, retrieve documents that support or refute the claim",
-    "Given a multi-hop question, retrieve documents that can help answer the question",
-    "Given a claim, retrieve documents that support or refute the claim",
-    "Given a web search query, retrieve relevant passages that answer the query",
-    "Given a query, retrieve relevant entity descriptions from DBPedia",
-    "Given a question, retrieve questions that are semantically equivalent to the given question",
-    "Given a scientific paper title, retrieve paper abstracts that are cited by the given paper",
-    "Given a query on COVID-19, retrieve documents that answer the query",
-    "Given a scientific claim, retrieve documents that support or refute the claim",
-    "Given a question, retrieve relevant documents that answer the question",
-    "Given a financial question, retrieve relevant passages that answer the query",
-    "Retrieve semantically similar text",
-    "Given a news summary, retrieve other semantically similar summaries",
-    "Classify the sentiment of the given review",
-    "Identify the topic of the text",
-    "Find duplicate questions",
-    "Find the definition of the word",
-]
+TASKS = phrases.PHRASES["instructions"]
 
 
 def count_pieces(texts: Sequence[str], teacher: Teacher) -> Counter[str]:
@@ -56,18 +39,14 @@ def train_tokenizer(texts: Sequence[str], teacher: Teacher, vocab_size: int, pat
         for letter in piece:
             letters[letter] += count
     alphabet = {letter for letter, _ in letters.most_common(ALPHABET)}
-    fixed = SPECIAL + [f"<0x{b:02X}>" for b in range(256)]
-    learner = Tokenizer(models.BPE())
+    learner = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     learner.pre_tokenizer = pre_tokenizers.Split("\n", "removed")
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(fixed), show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIAL + BYTES, show_progress=False)
+    # The trainer counts by itself: each piece comes as often as it occurs, one to a line.
     learner.train_from_iterator((f"{p}\n" * n for p, n in counts.items() if alphabet.issuperset(p)), trainer)
-    learned = json.loads(learner.to_str())["model"]
-    tokens = fixed + sorted(learned["vocab"], key=learned["vocab"].get)
-    if len(tokens) < vocab_size:
-        raise SystemExit(f"expected text that gives {vocab_size} tokens; got {len(tokens)}; use more text")
-    vocab = {token: i for i, token in enumerate(tokens)}
-    merges = [(left, right) for left, right in learned["merges"]]
-    made = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    if (size := learner.get_vocab_size()) < vocab_size:
+        raise SystemExit(f"expected text that gives {vocab_size} tokens; got {size}; use more text")
+    made = Tokenizer(learner.model)  # without the learner's special tokens: a byte's name in a text is text
     made.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL])
     made.normalizer = normalizers.Sequence(
         [normalizers.Lowercase(), normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
@@ -98,5 +77,6 @@ class Vocabulary:
 
     def words(self) -> list[tuple[str, bool]]:
         """Each token as plain text, empty where it has none (special tokens, bytes), and whether it starts a word."""
+        unspelled = len(SPECIAL + BYTES)
         tokens = [self.tokenizer.id_to_token(i) for i in range(self.size)]
-        return [("" if i < 259 else t.replace("▁", ""), t.startswith("▁")) for i, t in enumerate(tokens)]
+        return [("" if i < unspelled else t.replace("▁", ""), t.startswith("▁")) for i, t in enumerate(tokens)]

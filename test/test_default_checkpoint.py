@@ -86,9 +86,7 @@ def test_it_is_indifferent_to_the_instruction(model, pairs):
     never_trained = "Instruct: {}\nQuery: ".format(pairs["other_task"])
     for instruction in (QUERY_INSTRUCTION, never_trained):
         cosines = (model.embed(questions, instruction) * bare).sum(axis=1)
-        assert cosines[: len(pairs["questions"][0])].min() >= 0.9
-        # Of the other sets' 120 one falls below that with the instruction never trained on, to 0.896.
-        assert cosines.min() >= 0.88
+        assert cosines.min() >= 0.9
         assert cosines.mean() >= 0.95
 
 

@@ -213,7 +213,9 @@ def test_closing_a_client_ends_the_calls_of_other_threads(silent):
     threads = [threading.Thread(target=work, daemon=True) for _ in range(4)]
     for thread in threads:
         thread.start()
-    while client._pool_or_none._work_queue.qsize() < 7:
+    until = time.monotonic() + 30
+    while client._pool_or_none._work_queue.qsize() < 7:  # 8 requests of 4 calls, one of them begun
+        assert time.monotonic() < until
         time.sleep(0.01)
     client.close()
     for thread in threads:

@@ -213,8 +213,8 @@ def record(path: Path, point: dict[str, float], model: Student, vocabulary: Voca
 
 
 def stage_folder(work: Path, settings: dict[str, object]) -> Path:
-    """Where a run keeps its stages: one of other settings, or of other code, has a folder of its own."""
-    code = b"".join(path.read_bytes() for path in sorted(HERE.glob("*.py")))
+    """Where a run keeps its stages: one of other settings, code or phrases has a folder of its own."""
+    code = b"".join(path.read_bytes() for path in [*sorted(HERE.glob("*.py")), HERE / "phrases.json"])
     folder = work / hashlib.sha256(json.dumps(settings).encode() + code).hexdigest()[:8]
     folder.mkdir(exist_ok=True)
     return folder.resolve()

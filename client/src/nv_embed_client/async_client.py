@@ -111,15 +111,13 @@ class AsyncNVEmbedClient(ClientCore):
         finally:
             job.close()
         if result is None:
-            if self._dimension is None:
-                await self.embed([""], timeout=timeout)
-            return empty_result(await self.dimension(), token_counts=token_counts)
+            return empty_result(await self.dimension(timeout), token_counts=token_counts)
         return self._remember(result)
 
-    async def dimension(self) -> int:
-        """Of the embeddings; asks the server once, by embedding one text."""
+    async def dimension(self, timeout: float | None = None) -> int:
+        """Of the embeddings; asks the server once, by embedding one text, within `timeout` seconds."""
         if self._dimension is None:
-            await self.embed([""])
+            await self.embed([""], timeout=timeout)
         assert self._dimension is not None
         return self._dimension
 

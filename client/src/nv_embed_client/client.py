@@ -127,15 +127,13 @@ class NVEmbedClient(ClientCore):
         finally:
             job.close()
         if result is None:
-            if self._dimension is None:
-                self.embed([""], timeout=timeout)
-            return empty_result(self.dimension(), token_counts=token_counts)
+            return empty_result(self.dimension(timeout), token_counts=token_counts)
         return self._remember(result)
 
-    def dimension(self) -> int:
-        """Of the embeddings; asks the server once, by embedding one text."""
+    def dimension(self, timeout: float | None = None) -> int:
+        """Of the embeddings; asks the server once, by embedding one text, within `timeout` seconds."""
         if self._dimension is None:
-            self.embed([""])
+            self.embed([""], timeout=timeout)
         assert self._dimension is not None
         return self._dimension
 

@@ -76,12 +76,12 @@ def test_the_openai_packages_errors_are_the_typed_ones(openai_client):
         openai_client.embeddings.create(model="nv-embed-v2", input=[[1, 2], [3]])
 
 
-def test_the_models_are_listed(openai_client):
-    assert [model.id for model in openai_client.models.list()] == [
-        "nv-embed-v2",
-        "nv-embed-v2-query",
-        "nv-embed-v2-passage",
-    ]
+def test_the_models_are_listed_and_each_is_found(openai_client):
+    listed = list(openai_client.models.list())
+    assert [model.id for model in listed] == ["nv-embed-v2", "nv-embed-v2-query", "nv-embed-v2-passage"]
+    assert [openai_client.models.retrieve(model.id) for model in listed] == listed
+    with pytest.raises(openai.NotFoundError, match="see /v1/models"):
+        openai_client.models.retrieve("text-embedding-3-small")
 
 
 def test_more_texts_than_one_request_of_triton_come_in_order(http, client):

@@ -15,13 +15,16 @@ def page(gateway):
 
 
 def test_the_page_describes_every_path_and_error(page):
-    assert set(page["paths"]) == {"/v1/embeddings", "/v1/models", "/health/live", "/health/ready", "/metrics"}
+    models = {"/v1/models", "/v1/models/{model}"}
+    assert set(page["paths"]) == {"/v1/embeddings", *models, "/health/live", "/health/ready", "/metrics"}
     embeddings = page["paths"]["/v1/embeddings"]["post"]
     assert set(embeddings["responses"]) == {"200", "400", "404", "413", "502", "503", "504"}
     assert "Retry-After" in embeddings["responses"]["503"]["headers"]
     assert not any("Validation" in name for name in page["components"]["schemas"])
     fields = page["components"]["schemas"]["EmbeddingsRequest"]["properties"]
-    assert fields["model"]["enum"] == ["nv-embed-v2", "nv-embed-v2-query", "nv-embed-v2-passage"]
+    [looked_up] = page["paths"]["/v1/models/{model}"]["get"]["parameters"]
+    for named in (fields["model"], looked_up["schema"]):
+        assert named["enum"] == ["nv-embed-v2", "nv-embed-v2-query", "nv-embed-v2-passage"]
     for name, field in fields.items():
         assert field["description"], name
     assert len(page["components"]["schemas"]["EmbeddingsRequest"]["not"]["anyOf"]) == 2
@@ -43,7 +46,7 @@ def run_schemathesis(base: str, folder: Path, *arguments: str) -> str:
 
 def test_the_gateway_does_what_its_page_says(gateway, tmp_path):
     report = run_schemathesis(gateway, tmp_path, "--max-examples", "40")
-    assert "Tested: 5" in report
+    assert "Tested: 6" in report
     assert "No issues found" in report
 
 

@@ -19,7 +19,7 @@ from nv_embed_client.gateway import refusals
 from nv_embed_client.gateway.metrics import GatewayMetrics
 from nv_embed_client.gateway.middleware import LimitBody, Measure, RequireKey
 from nv_embed_client.gateway.openapi import complete, responses
-from nv_embed_client.gateway.schema import EmbeddingsRequest, EmbeddingsResponse, Health, ModelList
+from nv_embed_client.gateway.schema import EmbeddingsRequest, EmbeddingsResponse, Health, Model, ModelList
 from nv_embed_client.gateway.settings import GatewaySettings
 from nv_embed_client.job import InputType
 from nv_embed_client.retry import RetryPolicy
@@ -69,6 +69,17 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     app.add_exception_handler(HTTPException, refusals.of_http_exception)
     app.add_exception_handler(Exception, refusals.of_defect)
 
+    def described(name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": 0, "owned_by": "nvidia"}
+
+    def unknown_model(name: str) -> Response:
+        return refusals.refusal(
+            404,
+            f"expected one of the models {', '.join(models)}; got {ascii(name)[:80]}; see /v1/models",
+            param="model",
+            code="model_not_found",
+        )
+
     @app.post(
         "/v1/embeddings",
         summary="Embed texts",
@@ -78,12 +89,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     async def embeddings(body: EmbeddingsRequest, request: Request) -> Response:
         """Embeds one text or many; vectors have length 1 and come in input order."""
         if body.model not in models:
-            return refusals.refusal(
-                404,
-                f"expected one of the models {', '.join(models)}; got {ascii(body.model)[:80]}; see /v1/models",
-                param="model",
-                code="model_not_found",
-            )
+            return unknown_model(body.model)
         of_suffix = models[body.model]
         if of_suffix is not None and body.input_type not in (None, of_suffix):
             return refusals.refusal(
@@ -121,10 +127,14 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         return Response(_encoded(result, body, num_tokens), media_type="application/json")
 
     @app.get("/v1/models", summary="List the models", response_model=ModelList, responses=responses(401))
-    async def list_models() -> Response:
+    async def list_models() -> dict[str, Any]:
         """The names that `model` may have."""
-        data = [{"id": name, "object": "model", "created": 0, "owned_by": "nvidia"} for name in models]
-        return Response(orjson.dumps({"object": "list", "data": data}), media_type="application/json")
+        return {"object": "list", "data": [described(name) for name in models]}
+
+    @app.get("/v1/models/{model}", summary="Look up a model", response_model=Model, responses=responses(401, 404))
+    async def retrieve_model(model: str) -> Any:
+        """One of the names that `model` may have."""
+        return described(model) if model in models else unknown_model(model)
 
     @app.get("/health/live", summary="Is the gateway alive?", response_model=Health)
     async def live() -> dict[str, str]:

@@ -52,7 +52,9 @@ def complete(app: FastAPI, settings: GatewaySettings, models: list[str]) -> None
             schemas.pop("HTTPValidationError", None)
             schemas.pop("ValidationError", None)
             fields = schemas["EmbeddingsRequest"]["properties"]
-            fields["model"]["enum"] = models
+            [looked_up] = schema["paths"]["/v1/models/{model}"]["get"]["parameters"]
+            for named in (fields["model"], looked_up["schema"]):
+                named["enum"] = models
             for alternative in fields["input"]["anyOf"]:
                 if alternative["type"] == "array":
                     alternative["maxItems"] = settings.max_inputs

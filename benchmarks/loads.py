@@ -1,0 +1,192 @@
+"""Texts, loads made of them, and servers put under load.
+
+In an open loop latency counts from the moment a request was due, not from when it was sent, so a server that stalls
+cannot hide it. Throughput is what was answered divided by the time until the last answer. All texts are drawn from a
+seed and none comes twice, so no cache helps; every target gets the same ones in the same order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any, TypeAlias
+
+import grpc
+import grpc.aio
+import numpy as np
+from tritonclient.grpc import service_pb2 as pb
+
+MODEL_NAME = "nv-embed-v2"
+METHOD = "/inference.GRPCInferenceService/ModelInfer"
+CHANNEL_OPTIONS = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
+
+# Words in a text, drawn so that every order of magnitude is as likely as the next.
+LENGTHS = {"short": (4, 12), "medium": (40, 120), "long": (250, 400), "mixed": (8, 400)}
+_WORDS = """
+the of and to in is that for it as was with be by on not he his but at are this have from or had an they which one you
+were all her she there would their we him been has when who will no more if out so said what up its about than into
+them can only other time new some could these two may first then do any like my now over such our man me even most
+made after also did many before must through back years where much your way down should because long each just state
+people those too mr how little good world make very year still see own work men day get here between both life being
+under three never know same last another while us off might great go come since against right came take used himself
+few house use place during without again home around small however found place part school water number night point
+system program business question group problem service family country company model network learning example pattern
+energy market history language science method result language library garden kitchen river bridge mountain weather
+winter summer morning evening music painting medicine doctor patient treatment vaccine protein cell gene species forest
+ocean climate carbon engine battery signal memory computer software database query document search index vector
+government election policy treaty court judge contract price interest tax budget industry factory worker union trade
+"""
+WORDS = _WORDS.split()
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """Requests of one kind: a closed loop of `num_clients`, or an open loop of `rate` requests per second."""
+
+    name: str
+    is_query: bool
+    lengths: str
+    num_texts: int  # of a request
+    num_clients: int = 0
+    rate: float = 0.0
+
+
+Load: TypeAlias = "tuple[Stream, ...]"
+
+
+def requests_of(stream: Stream, seed: str) -> Iterator[list[str]]:
+    """The texts of one request after the other, without end."""
+    random = Random(f"{seed} {stream.lengths} {stream.is_query}")
+    low, high = LENGTHS[stream.lengths]
+    while True:
+        texts = []
+        for _ in range(stream.num_texts):
+            num_words = round(low * (high / low) ** random.random())
+            texts.append(" ".join(random.choices(WORDS, k=num_words)))
+        yield texts
+
+
+def infer_request(texts: Sequence[str], is_query: bool, outputs: Sequence[str] = ("embeddings",)) -> Any:
+    """The gRPC message of a request."""
+    request = pb.ModelInferRequest(model_name=MODEL_NAME)
+    name, shape = ("query", [1]) if is_query else ("documents", [1, len(texts)])
+    request.inputs.add(name=name, datatype="BYTES", shape=shape)
+    elements = [text.encode() for text in texts]
+    request.raw_input_contents.append(b"".join(len(e).to_bytes(4, "little") + e for e in elements))
+    for output in outputs:
+        request.outputs.add(name=output)
+    return request
+
+
+@dataclass(slots=True)
+class Sample:
+    """What became of one stream on one target, in one round or in all."""
+
+    latencies: list[float] = field(default_factory=list)  # seconds, of answers that are no errors
+    errors: Counter[str] = field(default_factory=Counter)
+    texts: list[str] = field(default_factory=list)  # answered, until counted
+    num_texts: int = 0
+    num_tokens: int | None = None
+    seconds: float = 0.0  # until the last answer
+
+    def add(self, other: Sample) -> None:
+        """Take in another round."""
+        self.latencies += other.latencies
+        self.errors += other.errors
+        self.num_texts += other.num_texts
+        self.seconds += other.seconds
+        if other.num_tokens is not None:
+            self.num_tokens = (self.num_tokens or 0) + other.num_tokens
+
+    @property
+    def requests_per_second(self) -> float:
+        return len(self.latencies) / self.seconds if self.seconds else 0.0
+
+    def summary(self) -> dict[str, Any]:
+        """As in the table and in the JSON line; latencies in milliseconds."""
+        p50, p90, p99 = np.percentile(self.latencies, (50, 90, 99)) * 1000 if self.latencies else [float("nan")] * 3
+        per_second = (lambda n: round(n / self.seconds, 2)) if self.seconds else (lambda n: 0.0)
+        return {
+            "requests": len(self.latencies),
+            "errors": dict(self.errors),
+            "requests_per_second": per_second(len(self.latencies)),
+            "texts_per_second": per_second(self.num_texts),
+            "tokens_per_second": None if self.num_tokens is None else per_second(self.num_tokens),
+            "p50_ms": rounded(p50),
+            "p90_ms": rounded(p90),
+            "p99_ms": rounded(p99),
+        }
+
+
+class Server:
+    """A server under load: one channel, any number of requests at once."""
+
+    def __init__(self, name: str, url: str) -> None:
+        self.name, self.url = name, url
+
+    async def run(self, load: Load, seconds: float, seed: str) -> dict[str, Sample]:
+        """Put every stream of a load on the server at once; returns when all is answered."""
+        async with grpc.aio.insecure_channel(self.url, options=CHANNEL_OPTIONS) as channel:
+            # Plain messages on grpc.aio cost the client least: two thirds of tritonclient's own, less than threads.
+            call = channel.unary_unary(
+                METHOD,
+                request_serializer=pb.ModelInferRequest.SerializeToString,
+                response_deserializer=pb.ModelInferResponse.FromString,
+            )
+            await call(infer_request(["connect"], is_query=True))
+            start = time.monotonic()
+            samples = {stream.name: Sample() for stream in load}
+            await asyncio.gather(
+                *(
+                    (_open_loop if stream.rate else _closed_loop)(
+                        stream, seed, call, start, start + seconds, samples[stream.name]
+                    )
+                    for stream in load
+                )
+            )
+        return samples
+
+
+async def _closed_loop(stream: Stream, seed: str, call: Any, start: float, until: float, sample: Sample) -> None:
+    requests = requests_of(stream, seed)
+
+    async def client() -> None:
+        while time.monotonic() < until:
+            await _ask(stream, next(requests), call, start, time.monotonic(), sample)
+
+    await asyncio.gather(*(client() for _ in range(stream.num_clients)))
+
+
+async def _open_loop(stream: Stream, seed: str, call: Any, start: float, until: float, sample: Sample) -> None:
+    requests, random, due, asked = requests_of(stream, seed), Random(f"{seed} {stream.name}"), start, []
+    while (due := due + random.expovariate(stream.rate)) < until:
+        await asyncio.sleep(max(0.0, due - time.monotonic()))
+        asked.append(asyncio.ensure_future(_ask(stream, next(requests), call, start, due, sample)))
+    await asyncio.gather(*asked)
+
+
+async def _ask(stream: Stream, texts: list[str], call: Any, start: float, due: float, sample: Sample) -> None:
+    try:
+        response = await call(infer_request(texts, stream.is_query))
+    except grpc.aio.AioRpcError as error:
+        sample.errors[error.code().name] += 1
+        await asyncio.sleep(0.05)  # a server that refuses everything must not become a busy loop
+        return
+    now = time.monotonic()
+    if response.outputs[0].shape[0] != len(texts):
+        sample.errors["wrong shape"] += 1
+        return
+    sample.latencies.append(now - due)
+    sample.num_texts += len(texts)
+    sample.texts += texts
+    sample.seconds = now - start
+
+
+def rounded(value: float) -> float | None:
+    """To four significant digits; nothing measured here has more. None for what was not measured."""
+    return None if math.isnan(value) else float(f"{value:.4g}")

@@ -307,15 +307,16 @@ def test_a_stop_answers_what_is_in_flight_and_ends_with_exit_code_0(toy, tmp_pat
 
     def client() -> None:
         own = triton.InferenceServerClient(server.url)
-        texts = [f"words of a longer document {i}" for i in range(2000)]
+        texts = [f"words of a longer document {i}" for i in range(8000)]  # seconds of work
         answered.append(own.infer(MODEL_NAME, [bytes_input("documents", texts)]).as_numpy("embeddings").shape)
 
     thread = threading.Thread(target=client)
     thread.start()
-    thread.join(0.5)
+    while server.metrics_by_name()["nv_embed_queue_tokens"] == 0:
+        assert thread.is_alive()
     assert server.stop(with_signal) == 0
     thread.join(30)
-    assert answered == [(2000, 64)]
+    assert answered == [(8000, 64)]
     assert "Traceback" not in server.log_text()
 
 

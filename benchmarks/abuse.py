@@ -9,15 +9,13 @@ import random
 import struct
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from loads import MODEL_NAME, WORDS, infer_request
 from tritonclient.grpc import service_pb2 as pb
-
-if TYPE_CHECKING:
-    from soak import Soak
 
 NUM_UNICODE = 60
 QUERY_INSTRUCTION = "Instruct: Given a question, retrieve passages that answer the question\nQuery: "
@@ -60,6 +58,23 @@ def any_characters(rng: random.Random, at_most: int) -> str:
 # --- one request of each kind ---------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The server that requests are put on, and what is known of it."""
+
+    host: str
+    grpc_port: int
+    http_port: int | None  # None: no HTTP requests
+    infer: Any  # calls of gRPC: a message to its answer,
+    infer_bytes: Any  # bytes that need not be a message to an answer,
+    stream: Any  # messages to answers
+    threads: Executor  # for HTTP
+    expected: Expected
+    has_small_limits: bool
+    seed: int
+    answer_seconds: float  # until a request counts as unanswered
+
+
 @dataclass(slots=True)
 class Outcome:
     """How a request ended: a code, a message, and whether its rows were what they should be."""
@@ -74,14 +89,14 @@ class Outcome:
 class Client:
     """Draws requests and judges their answers; one for each concurrent client, all on one server."""
 
-    def __init__(self, soak: Soak, number: int) -> None:
-        self.soak, self.number, self.count = soak, number, 0
-        self.rng = random.Random(f"{soak.arguments.seed} client {number}")
+    def __init__(self, target: Target, number: int) -> None:
+        self.target, self.number, self.count = target, number, 0
+        self.rng = random.Random(f"{target.seed} client {number}")
 
     # Every method named as a kind returns the codes that are right for it and the coroutine that does it.
 
     def valid_query(self) -> Drawn:
-        index = self.rng.randrange(len(self.soak.expected.texts))
+        index = self.rng.randrange(len(self.target.expected.texts))
         return self._known([index], True, self._parameters())
 
     def valid_documents(self) -> Drawn:
@@ -96,7 +111,7 @@ class Client:
         name, shape = ("query", [1]) if is_query else ("documents", [1, len(indices)])
         tensor = {
             "name": name, "shape": shape, "datatype": "BYTES",
-            "data": [self.soak.expected.texts[i] for i in indices],
+            "data": [self.target.expected.texts[i] for i in indices],
         }  # fmt: skip
         body = json.dumps({"inputs": [tensor], "outputs": [{"name": "embeddings"}]}).encode()
 
@@ -117,7 +132,7 @@ class Client:
         for _ in range(self.rng.randint(1, 6)):
             is_query = self.rng.random() < 0.5
             indices = self._indices(1 if is_query else 4)
-            message = infer_request([self.soak.expected.texts[i] for i in indices], is_query)
+            message = infer_request([self.target.expected.texts[i] for i in indices], is_query)
             message.id = self._next_id()
             asked[message.id] = (indices, is_query)
             requests.append(message)
@@ -129,7 +144,7 @@ class Client:
                 for message in requests:
                     yield message
 
-            async for answer in self.soak.stream(send()):
+            async for answer in self.target.stream(send()):
                 response = answer.infer_response
                 answers[response.id] += 1
                 if answer.error_message:
@@ -152,11 +167,11 @@ class Client:
         """A valid request that its client cancels or gives a deadline, usually too short."""
         is_query = self.rng.random() < 0.3
         indices = self._indices(1 if is_query else 60)
-        message = infer_request([self.soak.expected.texts[i] for i in indices], is_query)
+        message = infer_request([self.target.expected.texts[i] for i in indices], is_query)
         patience, cancels = self.rng.choice((0.0005, 0.005, 0.02, 0.1)), self.rng.random() < 0.5
 
         async def run() -> Outcome:
-            call = self.soak.infer(message, timeout=None if cancels else patience)
+            call = self.target.infer(message, timeout=None if cancels else patience)
             if cancels:
                 await asyncio.sleep(patience)
                 call.cancel()
@@ -175,7 +190,7 @@ class Client:
         return self._infer(ANY_TEXT, [_raw("documents", [1, len(elements)], elements)])
 
     def hostile_unicode(self) -> Drawn:
-        index = len(self.soak.expected.texts) - self.rng.randint(1, NUM_UNICODE)
+        index = len(self.target.expected.texts) - self.rng.randint(1, NUM_UNICODE)
         return self._known([index], self.rng.random() < 0.5, self._parameters())
 
     def hostile_inputs(self) -> Drawn:
@@ -221,7 +236,7 @@ class Client:
             return self._infer(right, query, {"truncate": "NONE"})
         if size == "long instruction":
             return self._infer(right, [_raw("query", [1], [b"q"])], {"instruction": "word " * 5000})
-        if not self.soak.has_small_limits:
+        if not self.target.has_small_limits:
             return self.hostile_inputs()
         elements = [b""] * 201 if size == "many documents" else [b"x" * 100_000] * 5
         return self._infer(INVALID, [_raw("documents", [1, len(elements)], elements)])
@@ -247,7 +262,7 @@ class Client:
             message = bytes(body)
 
         async def run() -> Outcome:
-            await self.soak.infer_bytes(message)
+            await self.target.infer_bytes(message)
             return Outcome(OK)  # what was meant nobody knows, so nobody knows its vectors
 
         # Whatever is no message gRPC itself refuses as INTERNAL; a changed name may be an unknown model.
@@ -274,14 +289,14 @@ class Client:
 
     def hostile_socket(self) -> Drawn:
         """Raw bytes on a port, then a broken connection. No answer is due, so none is counted."""
-        port = self.rng.choice((self.soak.grpc_port, self.soak.http_port or self.soak.grpc_port))
+        port = self.rng.choice((self.target.grpc_port, self.target.http_port or self.target.grpc_port))
         content = self.rng.randbytes(self.rng.choice((0, 10, 2000)))
         if self.rng.random() < 0.5:
             content = b"POST /v2/models/x/infer HTTP/1.1\r\nContent-Length: 1000\r\n\r\n" + content
 
         async def run() -> Outcome:
             try:
-                _, writer = await asyncio.open_connection(self.soak.host, port)
+                _, writer = await asyncio.open_connection(self.target.host, port)
             except ConnectionError:
                 return Outcome(REFUSED)
             writer.write(content)
@@ -302,7 +317,7 @@ class Client:
 
     def draw(self) -> tuple[str, frozenset[str], Callable[[], Awaitable[Outcome]]]:
         """The next request: kind, codes that are right, and what to do."""
-        kinds = [(k, w) for k, w in self.KINDS if "http" not in k or self.soak.http_port]
+        kinds = [(k, w) for k, w in self.KINDS if "http" not in k or self.target.http_port]
         kind = self.rng.choices([k for k, _ in kinds], [w for _, w in kinds])[0]
         right, run = getattr(self, kind)()
         return kind, right, run
@@ -312,19 +327,19 @@ class Client:
         return f"{self.number}-{self.count}"
 
     def _indices(self, at_most: int) -> list[int]:
-        return self.rng.choices(range(len(self.soak.expected.texts)), k=self.rng.randint(1, at_most))
+        return self.rng.choices(range(len(self.target.expected.texts)), k=self.rng.randint(1, at_most))
 
     def _parameters(self) -> dict[str, str]:
         return self.rng.choice(({}, {}, {"truncate": "END"}, {"instruction": OTHER_INSTRUCTION}))
 
     def _known(self, indices: list[int], is_query: bool, parameters: dict[str, str]) -> Drawn:
-        message = infer_request([self.soak.expected.texts[i] for i in indices], is_query)
+        message = infer_request([self.target.expected.texts[i] for i in indices], is_query)
         for name, value in parameters.items():
             message.parameters[name].string_param = value
 
         async def run() -> Outcome:
             message.id = self._next_id()
-            response = await self.soak.infer(message)
+            response = await self.target.infer(message)
             wrong = self._num_wrong(rows_of(response), indices, is_query, parameters)
             return Outcome(OK, rows=len(indices), wrong=wrong, extra=int(response.id != message.id))
 
@@ -345,15 +360,15 @@ class Client:
     async def _plain(self, message: Any) -> Outcome:
         """A request whose vectors nobody knows beforehand: its rows must be unit vectors, but are not checked rows."""
         message.id = self._next_id()
-        response = await self.soak.infer(message)
+        response = await self.target.infer(message)
         rows = rows_of(response)
         wrong = int((abs(np.linalg.norm(rows, axis=1) - 1) > 1e-3).sum()) if np.isfinite(rows).all() else len(rows)
         return Outcome(OK, wrong=wrong, extra=int(response.id != message.id))
 
     def _num_wrong(self, rows: Any, indices: list[int], is_query: bool, parameters: dict[str, str]) -> int:
-        expected = self.soak.expected.queries if is_query else self.soak.expected.documents
+        expected = self.target.expected.queries if is_query else self.target.expected.documents
         if "instruction" in parameters:
-            expected = self.soak.expected.instructed
+            expected = self.target.expected.instructed
         if rows.shape != expected[indices].shape:
             return len(indices)
         return int((~(abs(rows - expected[indices]).max(axis=1) <= TOLERANCE)).sum())  # not finite is wrong too
@@ -361,7 +376,7 @@ class Client:
     async def _post(self, path: str, body: bytes) -> tuple[int | str, bytes]:
         def post() -> tuple[int | str, bytes]:
             connection = http.client.HTTPConnection(
-                self.soak.host, self.soak.http_port, timeout=self.soak.arguments.answer_seconds
+                self.target.host, self.target.http_port, timeout=self.target.answer_seconds
             )
             try:
                 connection.request("POST", path, body)
@@ -374,7 +389,7 @@ class Client:
             finally:
                 connection.close()
 
-        return await asyncio.get_running_loop().run_in_executor(self.soak.threads, post)
+        return await asyncio.get_running_loop().run_in_executor(self.target.threads, post)
 
 
 Drawn = tuple[frozenset[str], Callable[[], Awaitable[Outcome]]]

@@ -1,9 +1,4 @@
-"""Texts, loads made of them, and servers put under load.
-
-In an open loop latency counts from the moment a request was due, not from when it was sent, so a server that stalls
-cannot hide it. Throughput is what was answered divided by the time until the last answer. All texts are drawn from a
-seed and none comes twice, so no cache helps; every target gets the same ones in the same order.
-"""
+"""Texts, loads made of them, and servers put under load."""
 
 from __future__ import annotations
 

@@ -12,6 +12,10 @@ What is run, with defaults that can be changed:
     bulk beside         the same, while queries come in at random times
     queries beside      those queries
 
+In an open loop latency counts from the moment a request was due, not from when it was sent, so a server that stalls
+cannot hide it. Throughput is what was answered divided by the time until the last answer. All texts are drawn from a
+seed and none comes twice, so no cache helps; every target gets the same ones in the same order.
+
 With two or more targets the rounds alternate, in turned order every second round, and one target computes at a time:
 drift of the machine meets all alike. Ratios are taken within a round; their median and range are given. `--compare`
 starts this repository's server and benchmarks/baseline on free ports. `--engine` adds the bare engine, called in a
@@ -86,8 +90,8 @@ def measure(
         f"warm-up: {len(servers)} servers{' and the bare engine' * bool(engine)}, {arguments.warm_up:g} s each load"
     )
     if engine:
-        for name in loads.keys() & bare:
-            run_engine(engine, loads[name][0], arguments.warm_up, f"{arguments.seed} warm-up")
+        for load in loads.values():
+            run_engine(engine, load[0], arguments.warm_up, f"{arguments.seed} warm-up")
     rates = []
     for server in servers:
         for load in loads.values():
@@ -337,6 +341,10 @@ def main() -> int:
         engine = None
         if arguments.engine:
             progress("starting the bare engine")
+            if not max_batch_tokens:
+                raise SystemExit(
+                    "--engine: expected max_batch_tokens in the server's log, got none: --max-batch-tokens"
+                )
             engine = BareEngine(arguments.checkpoint, arguments.device)
             stack.callback(engine.stop)
         try:

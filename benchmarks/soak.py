@@ -53,6 +53,7 @@ from abuse import (
     Client,
     Expected,
     Outcome,
+    Target,
     rows_of,
     texts_of,
 )
@@ -112,9 +113,6 @@ class Soak:
     ) -> None:
         self.arguments, self.url, self.http_port = arguments, url, http_port
         self.root_pid, self.engine = root_pid, engine  # of a server started here
-        self.host, _, port = url.rpartition(":")
-        self.grpc_port = int(port)
-        self.has_small_limits = root_pid is not None
         self.tally = Tally()
         self.usages: list[Usage] = []
         self.kills: list[dict[str, Any]] = []
@@ -123,7 +121,6 @@ class Soak:
         self.excused_until = 0.0
         self.server: int | None = None  # its pid; none: it is being killed, or runs elsewhere
         self.done = False
-        self.expected: Expected
         self.judged_from = 0.0
         self.seconds = 0.0
 
@@ -131,15 +128,26 @@ class Soak:
         """All of it."""
         arguments = self.arguments
         async with grpc.aio.insecure_channel(self.url, options=CHANNEL_OPTIONS) as channel:
-            parse = {"response_deserializer": pb.ModelInferResponse.FromString}
-            self.infer = channel.unary_unary(METHOD, request_serializer=pb.ModelInferRequest.SerializeToString, **parse)
-            self.infer_bytes = channel.unary_unary(METHOD, **parse)
-            self.stream = channel.stream_stream(
-                STREAM_METHOD,
-                request_serializer=pb.ModelInferRequest.SerializeToString,
-                response_deserializer=pb.ModelStreamInferResponse.FromString,
+            write, parse = pb.ModelInferRequest.SerializeToString, pb.ModelInferResponse.FromString
+            self.infer = channel.unary_unary(METHOD, request_serializer=write, response_deserializer=parse)
+            host, _, port = self.url.rpartition(":")
+            target = Target(
+                host=host,
+                grpc_port=int(port),
+                http_port=self.http_port,
+                infer=self.infer,
+                infer_bytes=channel.unary_unary(METHOD, response_deserializer=parse),
+                stream=channel.stream_stream(
+                    STREAM_METHOD,
+                    request_serializer=write,
+                    response_deserializer=pb.ModelStreamInferResponse.FromString,
+                ),
+                threads=self.threads,
+                expected=await self._expect(),
+                has_small_limits=self.root_pid is not None,
+                seed=arguments.seed,
+                answer_seconds=arguments.answer_seconds,
             )
-            self.expected = await self._expect()
             self.up.set()
             self.server = None if self.root_pid is None else processes_of(self.root_pid).get("server")
             started = time.monotonic()
@@ -147,13 +155,13 @@ class Soak:
             if arguments.kills:
                 helpers.append(asyncio.ensure_future(self._kill()))
             deadline = time.monotonic() + 60 * arguments.minutes
-            await asyncio.gather(*(self._client(Client(self, n), deadline) for n in range(arguments.clients)))
+            await asyncio.gather(*(self._client(Client(target, n), deadline) for n in range(arguments.clients)))
             self.seconds = time.monotonic() - started
             self.done = True
             for helper in helpers:
                 await helper
             # Quiet again: the server must still answer, and rightly.
-            _, run = Client(self, -1).valid_query()
+            _, run = Client(target, -1).valid_query()
             try:
                 outcome = await asyncio.wait_for(run(), arguments.answer_seconds)
                 self.tally.wrong_rows += outcome.wrong

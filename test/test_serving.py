@@ -301,19 +301,21 @@ def test_clients_that_cancel_or_run_out_of_time_disturb_no_other(toy_server):
 
 @pytest.mark.parametrize("with_signal", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_answers_what_is_in_flight_and_ends_with_exit_code_0(toy, tmp_path, with_signal):
-    server = Server(tmp_path / "log.txt", toy).wait_until_ready()
+    # Small batches: seconds of work on any machine.
+    server = Server(tmp_path / "log.txt", toy, {"NV_EMBED_MAX_BATCH_TOKENS": "512"}).wait_until_ready()
     server.embed_query("warm")
     answered = []
 
     def client() -> None:
         own = triton.InferenceServerClient(server.url)
-        texts = [f"words of a longer document {i}" for i in range(8000)]  # seconds of work
+        texts = [f"words of a longer document {i}" for i in range(8000)]
         answered.append(own.infer(MODEL_NAME, [bytes_input("documents", texts)]).as_numpy("embeddings").shape)
 
     thread = threading.Thread(target=client)
     thread.start()
     while server.metrics_by_name()["nv_embed_queue_tokens"] == 0:
         assert thread.is_alive()
+    assert not answered
     assert server.stop(with_signal) == 0
     thread.join(30)
     assert answered == [(8000, 64)]

@@ -80,8 +80,9 @@ def test_the_models_are_listed_and_each_is_found(openai_client):
     listed = list(openai_client.models.list())
     assert [model.id for model in listed] == ["nv-embed-v2", "nv-embed-v2-query", "nv-embed-v2-passage"]
     assert [openai_client.models.retrieve(model.id) for model in listed] == listed
-    with pytest.raises(openai.NotFoundError, match="see /v1/models"):
-        openai_client.models.retrieve("text-embedding-3-small")
+    for absent in ("text-embedding-3-small", "nvidia/NV-Embed-v2"):
+        with pytest.raises(openai.NotFoundError, match=r"got '.*'; see /v1/models"):
+            openai_client.models.retrieve(absent)
 
 
 def test_more_texts_than_one_request_of_triton_come_in_order(http, client):
@@ -160,8 +161,10 @@ def test_health_and_metrics(http):
     assert http.get("/health/live").json() == {"status": "live"}
     assert http.get("/health/ready").json() == {"status": "ready"}
     post(http, input=["a", "b"])
+    http.get("/v1/models/nv-embed-v2")
     metrics = http.get("/metrics").text
     assert 'nv_embed_gateway_requests_total{path="/v1/embeddings",status="200"}' in metrics
+    assert 'nv_embed_gateway_requests_total{path="/v1/models/{model}",status="200"}' in metrics
     assert metric(metrics, "nv_embed_gateway_texts_total") >= 2
     assert metric(metrics, "nv_embed_gateway_tokens_total") >= 2
 

@@ -131,7 +131,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         """The names that `model` may have."""
         return {"object": "list", "data": [described(name) for name in models]}
 
-    @app.get("/v1/models/{model}", summary="Look up a model", response_model=Model, responses=responses(401, 404))
+    @app.get("/v1/models/{model:path}", summary="Look up a model", response_model=Model, responses=responses(401, 404))
     async def retrieve_model(model: str) -> Any:
         """One of the names that `model` may have."""
         return described(model) if model in models else unknown_model(model)

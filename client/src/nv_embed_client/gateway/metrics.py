@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-# Other paths are whatever somebody makes up: one label for all of them.
+# Other paths are whatever somebody makes up: one label for all of them, and one for all names of models.
+_LOOKUP = "/v1/models/{model}"
 _PATHS = frozenset({"/v1/embeddings", "/v1/models", "/health/live", "/health/ready", "/metrics"})
 
 
@@ -34,7 +35,7 @@ class GatewayMetrics:
 
     def observe(self, path: str, status: int, seconds: float) -> None:
         """One request is over."""
-        label = path if path in _PATHS else "other"
+        label = path if path in _PATHS else _LOOKUP if path.startswith("/v1/models/") else "other"
         self._requests.labels(label, str(status)).inc()
         self._seconds.labels(label).observe(seconds)
 

@@ -1,4 +1,7 @@
-"""Requests, half of them hostile, each with the codes that are right for it; and what its answer is worth."""
+"""Requests, half of them hostile, each with the codes that are right for it, and its answer judged.
+
+Knows nothing of kills, which excuse other codes, nor of what is counted.
+"""
 
 from __future__ import annotations
 

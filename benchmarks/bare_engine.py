@@ -1,4 +1,4 @@
-"""The server's engine with no server around it: what all the rest of a server is measured against."""
+"""The server's engine with no server around it, to measure servers against. Knows nothing of Triton or the wire."""
 
 from __future__ import annotations
 

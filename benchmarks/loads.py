@@ -1,4 +1,4 @@
-"""Texts, loads made of them, and servers put under load."""
+"""Texts, loads made of them, and servers put under load. Knows neither how a server is started nor what is reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The processes of a server started through serve.sh, and their memory."""
+"""The processes of a server started through serve.sh, and their memory. Only looks: kills none, sends no request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Servers that a benchmark starts itself, through serve.sh."""
+"""Servers that a benchmark starts itself, through serve.sh. Knows nothing of what they are asked."""
 
 from __future__ import annotations
 

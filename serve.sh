@@ -29,7 +29,7 @@ SHM_SIZE=${SHM_SIZE:-1g}                            # size of /dev/shm with RUNT
 SHM_BYTES=${SHM_BYTES:-33554432}                    # taken at the start; small enough for a /dev/shm of 64 MB
 
 refuse() { printf 'serve.sh: %s\n' "$@" >&2; exit 2; }
-absolute() { (CDPATH='' cd -- "$1" && pwd); }
+absolute() { (CDPATH='' cd -- "$1" && pwd -P); }  # without links: Docker mounts what they point to
 # shellcheck source=tools/prepare_venv.sh
 source "$repo/tools/prepare_venv.sh"
 
@@ -79,10 +79,13 @@ case $RUNTIME in
 esac
 ADDRESS=${ADDRESS:-0.0.0.0}
 METRICS_ADDRESS=${METRICS_ADDRESS:-$ADDRESS}
+for setting in ADDRESS METRICS_ADDRESS; do  # Docker publishes on numbers only
+  if [[ ${!setting} == localhost ]]; then printf -v "$setting" 127.0.0.1; fi
+done
 HTTP_ADDRESS=$ADDRESS
 tls=() tls_mounts=()
 if [[ -n $TLS_CERT$TLS_KEY$TLS_CLIENT_CA ]]; then
-  [[ -n $TLS_CERT && -n $TLS_KEY ]] || refuse "TLS: expected TLS_CERT and TLS_KEY, got only one of them."
+  [[ -n $TLS_CERT && -n $TLS_KEY ]] || refuse "TLS: expected both TLS_CERT and TLS_KEY, did not get both."
   for setting in TLS_CERT TLS_KEY TLS_CLIENT_CA; do
     if [[ -z ${!setting} ]]; then continue; fi
     [[ -r ${!setting} ]] || refuse "$setting: expected a readable file, found none at '${!setting}'."
@@ -152,7 +155,8 @@ case $RUNTIME in
       --mount "type=bind,source=$MODEL_REPOSITORY,target=/model_repository,readonly"
       --mount "type=bind,source=$mount,target=/models/NV-Embed-v2,readonly")
     if [[ $DEVICE == *cuda* ]]; then command+=(--gpus all); fi
-    for name in MALLOC_ARENA_MAX ${OMP_NUM_THREADS:+OMP_NUM_THREADS} $(compgen -A export NV_EMBED_); do
+    for name in MALLOC_ARENA_MAX ${OMP_NUM_THREADS:+OMP_NUM_THREADS} ${CUDA_VISIBLE_DEVICES+CUDA_VISIBLE_DEVICES} \
+      $(compgen -A export NV_EMBED_); do
       command+=(--env "$name")
     done
     command+=("$IMAGE" tritonserver --model-repository=/model_repository "${settings[@]}")

@@ -101,4 +101,4 @@ def test_with_tls_and_a_client_authority_only_clients_with_a_certificate_are_ser
 def test_half_of_a_tls_setting_is_refused(toy, tmp_path):
     server = Server(tmp_path / "log.txt", toy, {"TLS_CERT": "x.pem"})
     assert server.process.wait(60) == 2
-    assert "expected TLS_CERT and TLS_KEY, got only one of them" in server.log_text()
+    assert "expected both TLS_CERT and TLS_KEY, did not get both" in server.log_text()

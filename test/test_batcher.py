@@ -213,7 +213,7 @@ def test_an_error_in_one_request_disturbs_no_other():
         assert "text 1 is invalid" in str(replies["invalid"].outcome())
         assert isinstance(replies["boom"].outcome(), ComputeFailed)
         assert "broke" not in str(replies["boom"].outcome())
-        assert "expected finite numbers" in str(replies[13].outcome())
+        assert "expected finite numbers from the network; got others for text 1" in str(replies[13].outcome())
         assert isinstance(replies[13].outcome(), ComputeFailed)
 
 
@@ -256,7 +256,7 @@ def test_one_text_too_large_for_the_device_gets_an_error_of_its_own():
             small, large = submit(batcher, 10), submit(batcher, 3, 47)
         assert small.lengths() == [10]
         assert isinstance(large.outcome(), OutOfDeviceMemory)
-        assert "expected texts that fit on the device; got too much" in str(large.outcome())
+        assert "expected texts that fit on the device; got text 1: too much; shorten it" in str(large.outcome())
 
 
 def test_cancelled_requests_are_dropped_before_they_are_computed():

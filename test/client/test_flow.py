@@ -143,6 +143,58 @@ def test_after_the_server_failed_nothing_more_is_sent():
         job.result()
 
 
+def answer(job, chunk, fails):
+    """Runs the flow of a chunk before a server that fails each request with a text of `fails`; gives what was sent."""
+    steps, sent = job.flow(chunk), []
+    try:
+        step = next(steps)
+        while True:
+            sent.append(step.request.texts)
+            if fails.intersection(step.request.texts):
+                number = next(i for i, text in enumerate(step.request.texts) if text in fails)
+                step = steps.throw(raw("INTERNAL", f"got text {number}: too much"))
+            else:
+                step = steps.send(Reply(len(step.request.texts)))
+    except StopIteration as ended:
+        job.record(ended.value)
+    return sent
+
+
+class Reply:
+    def __init__(self, num_texts):
+        self._num_texts = num_texts
+
+    def as_numpy(self, name):
+        assert name == "embeddings"
+        return np.ones((self._num_texts, 2), np.float32)
+
+
+def test_a_text_that_the_server_fails_is_found_and_the_others_get_through():
+    call = Call("passage", None, "END", with_token_counts=False, progress=False, timeout_seconds=None)
+    job = Job(list("abcdefghij"), call, Limits(4, 1000, 60.0), RetryPolicy())
+    for chunk in job.chunks():
+        answer(job, chunk, {b"c", b"h"})
+    with pytest.raises(PartialFailure, match="text 2: too much") as caught:
+        job.result()
+    assert caught.value.complete
+    assert caught.value.failed == (2, 7)
+    assert [str(failure.error) for failure in caught.value.failures] == [
+        "INTERNAL: got text 2: too much",
+        "INTERNAL: got text 7: too much",
+    ]
+
+
+def test_a_server_that_fails_three_texts_in_a_row_gets_no_more():
+    call = Call("passage", None, "END", with_token_counts=False, progress=False, timeout_seconds=None)
+    job = Job(list("abcdefghijklmnop"), call, Limits(8, 1000, 60.0), RetryPolicy())
+    chunks = job.chunks()
+    sent = answer(job, next(chunks), {letter.encode() for letter in "abcdefghijklmnop"})
+    assert [b"".join(texts) for texts in sent] == [b"abcdefgh", b"abcd", b"ab", b"a", b"b", b"cd", b"c"]
+    assert not list(chunks)
+    with pytest.raises(ServerFailure, match="too much"):
+        job.result()
+
+
 def test_a_text_over_the_limit_goes_alone():
     assert chunked([b"a", b"b" * 50, b"c"]) == [(b"a",), (b"b" * 50,), (b"c",)]
 
@@ -161,7 +213,8 @@ def test_a_servers_message_about_its_request_becomes_one_about_the_call():
     [
         ({"url": "http://localhost:8000"}, "leave out the scheme"),
         ({"url": "localhost"}, "host:port"),
-        ({"headers": {"Key": "v"}}, "'key'"),
+        ({"headers": {"Key": "v"}}, "header names of lower-case letters.*got 'Key'"),
+        ({"headers": {"key": "v\n"}}, "printable ASCII characters for the header 'key'; got others"),
         ({"request_timeout": 0}, "request_timeout of more than 0"),
         ({"max_in_flight": 0}, "max_in_flight"),
     ],

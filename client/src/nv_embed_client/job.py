@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from nv_embed_client import flow
 from nv_embed_client.chunking import Chunk, Chunker, utf8
-from nv_embed_client.errors import Failure, InvalidInput, NVEmbedError, PartialFailure
+from nv_embed_client.errors import Failure, InvalidInput, NVEmbedError, PartialFailure, ServerFailure
 from nv_embed_client.flow import Deadline, Flow
 from nv_embed_client.instructions import QUERY_INSTRUCTION
 from nv_embed_client.retry import RetryPolicy
@@ -20,6 +20,8 @@ from nv_embed_client.wire import EmbedResult, InferRequest
 
 InputType: TypeAlias = Literal["query", "passage"]
 Truncate: TypeAlias = Literal["END", "NONE"]
+
+_FAILURES_OF_THE_SERVER = 3  # so many texts in a row, each failed alone, are not the texts' doing
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +120,7 @@ class Job:
         self._num_texts = 0  # taken from the caller
         self._complete = False
         self._given_up: NVEmbedError | None = None  # why nothing more is sent
+        self._num_failed_alone = 0  # texts that the server failed, none embedded since
         self._embedded: list[_Embedded] = []
         self._failures: list[Failure] = []
         self._bar: Any = None  # even a disabled one starts a thread
@@ -159,14 +162,21 @@ class Job:
             return [Failure(chunk.indices, self._given_up)]
         try:
             result = yield from flow.embed(self._call.request(chunk.texts), deadline, self._retry)
-        except InvalidInput as error:
-            # With NONE one long text has its whole request refused: find it, so that the others get through.
-            if self._call.truncate == "NONE" and len(chunk.texts) > 1:
+        except (InvalidInput, ServerFailure) as error:
+            # One text may fail its whole request, too long for NONE or for the device: find it, so that the others
+            # get through.
+            is_ones_fault = isinstance(error, ServerFailure) or self._call.truncate == "NONE"
+            if is_ones_fault and len(chunk.texts) > 1:
                 left, right = chunk.halves()
                 return (yield from self._embed(left, deadline)) + (yield from self._embed(right, deadline))
-            return [Failure(chunk.indices, InvalidInput(chunk.renumbered(str(error))))]
+            if isinstance(error, ServerFailure):
+                self._num_failed_alone += 1
+                if self._num_failed_alone >= _FAILURES_OF_THE_SERVER:
+                    self._given_up = error
+            return [Failure(chunk.indices, type(error)(chunk.renumbered(str(error))))]
         except NVEmbedError as error:
             return [Failure(chunk.indices, error)]
+        self._num_failed_alone = 0
         return [_Embedded(chunk.indices, result)]
 
     def record(self, outcomes: list[Outcome]) -> None:
@@ -178,8 +188,8 @@ class Job:
                 self._embedded.append(outcome)
             else:
                 self._failures.append(outcome)
-                # Bad input spoils its own texts only; after anything else the next request would fail as well.
-                if self._given_up is None and not isinstance(outcome.error, InvalidInput):
+                # These spoil their own texts only; after anything else the next request would fail as well.
+                if self._given_up is None and not isinstance(outcome.error, InvalidInput | ServerFailure):
                     self._given_up = outcome.error
 
     def close(self) -> None:

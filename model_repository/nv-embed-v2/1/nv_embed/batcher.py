@@ -416,7 +416,7 @@ class Batcher:
         except Exception:
             logger.exception("computing a batch of %d texts failed", len(batch))
             for computation in batch:
-                self._fail(computation, ComputeFailed("computing this request failed; the server's log says why"))
+                self._fail(computation, ComputeFailed, "computing this request failed; the server's log says why")
             return
         else:
             pace.record(num_tokens, seconds)
@@ -431,8 +431,8 @@ class Batcher:
         # Only here is the error gone, and with it the tensors of the failed batch that its stack kept alive.
         turn.close()
         if len(batch) == 1:
-            message = f"expected texts that fit on the device; got {out_of_memory}; shorten the text"
-            self._fail(batch[0], OutOfDeviceMemory(message))
+            message = f"expected texts that fit on the device; got {{text}}: {out_of_memory}; shorten it"
+            self._fail(batch[0], OutOfDeviceMemory, message)
             return
         self._metrics.add(Metric.OUT_OF_MEMORY)
         pace.record_out_of_memory(num_tokens)
@@ -446,8 +446,8 @@ class Batcher:
         if not np.isfinite(vector).all():
             num_tokens = computation.sequence.num_tokens
             logger.error("the vector of a text of %d tokens is not finite; another dtype may hold it", num_tokens)
-            message = "expected finite numbers from the network; got others for a text; the server's log says more"
-            self._fail(computation, ComputeFailed(message))
+            message = "expected finite numbers from the network; got others for {text}; the server's log says more"
+            self._fail(computation, ComputeFailed, message)
             return
         with self._lock:
             del self._in_flight[computation.key]
@@ -468,11 +468,12 @@ class Batcher:
             counts = np.array([own.sequence.num_tokens for own in job.computations], dtype=np.int32)
             self._finish(job, Answer(job.embeddings, counts))
 
-    def _fail(self, computation: _Computation, error: RequestError) -> None:
+    def _fail(self, computation: _Computation, kind: type[RequestError], message: str) -> None:
+        """Answer all who wait for a text with an error, which may call it {text}."""
         with self._lock:
             del self._in_flight[computation.key]
-            for job, _ in computation.rows:
-                self._finish(job, error)
+            for job, index in computation.rows:
+                self._finish(job, kind(message.replace("{text}", f"text {index}")))
             computation.rows.clear()
 
     def _drop(self, computation: _Computation) -> None:

@@ -485,8 +485,8 @@ def test_what_waits_is_shared_out_among_the_engines_that_have_nothing_to_do():
 class FakeGpu(FakeEngine):
     """Computes in the background: a batch goes on after it was started, and the next one's turn is said by `nearly`."""
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self, capacity=10**9):
+        super().__init__(capacity)
         self.turn, self.nearly, self.lock = self, threading.Semaphore(1), threading.Lock()
         self.chosen, self.begun = [], threading.Semaphore(0)
 
@@ -498,7 +498,10 @@ class FakeGpu(FakeEngine):
         self.lock.release()
 
     def start(self, sequences):
+        assert self.lock.locked()
         self.chosen.append([sequence.num_tokens for sequence in sequences])
+        if sum(self.chosen[-1]) > self.capacity:
+            raise OutOfDeviceMemory("too much")
         self.begun.release()
         return lambda: (self.embed(sequences), 0.01)
 
@@ -522,6 +525,15 @@ def test_the_next_batch_is_chosen_and_started_when_the_one_before_is_nearly_comp
         for _ in range(4):
             gpu.nearly.release()
         assert bulk.lengths() == [60, 60, 60]
+
+
+def test_a_gpu_out_of_memory_computes_the_halves_without_waiting_for_other_work():
+    gpu = FakeGpu(capacity=50)
+    gpu.nearly = threading.Semaphore(10**6)  # whoever asks for a turn gets it, and keeps it until there is work
+    with running(gpu, gpu) as batcher:
+        assert submit(batcher, 20, 21, 22, 23).lengths() == [20, 21, 22, 23]
+        assert isinstance(submit(batcher, 20, 60).outcome(), OutOfDeviceMemory)
+        assert submit(batcher, 24).lengths() == [24]
 
 
 def test_a_thousand_concurrent_requests_get_their_own_rows():

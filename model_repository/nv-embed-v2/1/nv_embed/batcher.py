@@ -73,7 +73,7 @@ class Engine(Protocol):
         """To be held while a batch is chosen and started; given when the device is about to be free."""
 
     def start(self, sequences: Sequence[TokenSequence]) -> Finish:
-        """Begin a batch; raises, then or when it is waited for, OutOfDeviceMemory or DeviceLost."""
+        """Begin a batch; raises OutOfDeviceMemory or, then or when it is waited for, DeviceLost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ class _Computation:
 
     @property
     def is_wanted(self) -> bool:
-        return any(not job.is_finished for job, _ in self.rows)
+        return any(not job.is_finished for job, _ in reversed(self.rows))  # the last to come are the last to time out
 
 
 @dataclass(slots=True, eq=False)
@@ -407,29 +407,18 @@ class Batcher:
         num_tokens = sum(computation.sequence.num_tokens for computation in batch)
         try:
             finish = engine.start([computation.sequence for computation in batch])
-            turn.close()
-            embeddings, seconds = finish()
-        except DeviceLost:
-            raise  # no batch can succeed any more; ends this thread, and with it the server
         except OutOfDeviceMemory as error:
             out_of_memory = str(error)
+        except DeviceLost:
+            raise  # no batch can succeed any more; ends this thread, and with it the server
         except Exception:
-            logger.exception("computing a batch of %d texts failed", len(batch))
-            for computation in batch:
-                self._fail(computation, ComputeFailed, "computing this request failed; the server's log says why")
+            self._fail_batch(batch)
             return
         else:
-            pace.record(num_tokens, seconds)
-            self._metrics.observe(Metric.COMPUTE_SECONDS, seconds)
-            self._metrics.observe(Metric.BATCH_TOKENS, num_tokens)
-            self._metrics.observe(Metric.BATCH_TEXTS, len(batch))
-            self._metrics.add(Metric.TOKENS, num_tokens)
-            self._metrics.add(Metric.TEXTS, len(batch), source="computed")
-            for computation, vector in zip(batch, embeddings, strict=True):
-                self._deliver(computation, vector)
+            turn.close()
+            self._finish_batch(batch, num_tokens, finish, pace)
             return
         # Only here is the error gone, and with it the tensors of the failed batch that its stack kept alive.
-        turn.close()
         if len(batch) == 1:
             message = f"expected texts that fit on the device; got {{text}}: {out_of_memory}; shorten it"
             self._fail(batch[0], OutOfDeviceMemory, message)
@@ -438,9 +427,32 @@ class Batcher:
         pace.record_out_of_memory(num_tokens)
         logger.warning("%s; computing them in halves", out_of_memory)
         for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
-            with ExitStack() as next_turn:
-                next_turn.enter_context(engine.turn)
-                self._compute(engine, half, pace, next_turn)
+            # Without giving the turn back: who has it next keeps it until there is work, and the halves would wait.
+            self._compute(engine, half, pace, ExitStack())
+
+    def _finish_batch(self, batch: list[_Computation], num_tokens: int, finish: Finish, pace: Pace) -> None:
+        """Wait for a batch that was started, and deliver its vectors."""
+        try:
+            embeddings, seconds = finish()
+        except DeviceLost:
+            raise
+        except Exception:
+            self._fail_batch(batch)
+            return
+        pace.record(num_tokens, seconds)
+        self._metrics.observe(Metric.COMPUTE_SECONDS, seconds)
+        self._metrics.observe(Metric.BATCH_TOKENS, num_tokens)
+        self._metrics.observe(Metric.BATCH_TEXTS, len(batch))
+        self._metrics.add(Metric.TOKENS, num_tokens)
+        self._metrics.add(Metric.TEXTS, len(batch), source="computed")
+        for computation, vector in zip(batch, embeddings, strict=True):
+            self._deliver(computation, vector)
+
+    def _fail_batch(self, batch: list[_Computation]) -> None:
+        """To be called where the exception is handled."""
+        logger.exception("computing a batch of %d texts failed", len(batch))
+        for computation in batch:
+            self._fail(computation, ComputeFailed, "computing this request failed; the server's log says why")
 
     def _deliver(self, computation: _Computation, vector: Vector) -> None:
         if not np.isfinite(vector).all():

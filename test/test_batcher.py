@@ -10,7 +10,7 @@ from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pytest
-from nv_embed.answers import Answer
+from nv_embed.answers import Answer, Outbox
 from nv_embed.batcher import Batcher, BatchLimits
 from nv_embed.errors import (
     Cancelled,
@@ -21,7 +21,7 @@ from nv_embed.errors import (
     RequestError,
     Unavailable,
 )
-from nv_embed.metrics import SERIES, Metric
+from nv_embed.metrics import SERIES, Metric, Recorder
 from nv_embed.requests import EmbedRequest
 from nv_embed.tokenizer import TokenSequence
 
@@ -534,6 +534,46 @@ def test_a_gpu_out_of_memory_computes_the_halves_without_waiting_for_other_work(
         assert submit(batcher, 20, 21, 22, 23).lengths() == [20, 21, 22, 23]
         assert isinstance(submit(batcher, 20, 60).outcome(), OutOfDeviceMemory)
         assert submit(batcher, 24).lengths() == [24]
+
+
+def test_small_answers_and_errors_pass_large_answers_that_wait():
+    def answer(num_rows):
+        return Answer(np.zeros((num_rows, 4096), dtype=np.float32), np.zeros(num_rows, dtype=np.int32))
+
+    class SlowReply(FakeReply):
+        def send(self, outcome):
+            begun.release()
+            assert gate.wait(WAIT_SECONDS)
+            sent.append(outcome)
+            return super().send(outcome)
+
+    sent, begun, gate = [], threading.Semaphore(0), threading.Event()
+    outbox = Outbox(Recorder(), collect=list, publish=lambda update: None, on_lost=lambda: None)
+    outcomes = [answer(65), answer(66), answer(64), answer(67), Unavailable("full"), answer(1)]
+    replies = [SlowReply() for _ in outcomes]
+    for reply, outcome in zip(replies, outcomes, strict=True):
+        outbox.put(reply, outcome, "documents")
+        if outcome is outcomes[0]:
+            assert begun.acquire(timeout=WAIT_SECONDS)
+    gate.set()
+    outbox.close()
+    assert [outcomes.index(outcome) for outcome in sent] == [0, 2, 4, 5, 1, 3]
+    assert [reply.outcome() for reply in replies] == outcomes
+    assert outbox.num_unsent == 0
+
+
+def test_an_answer_that_was_sent_is_kept_by_nobody():
+    class Sent:
+        def send(self, outcome):
+            return outcome
+
+    outbox = Outbox(Recorder(), collect=list, publish=lambda update: None, on_lost=lambda: None)
+    rows = np.zeros((1, 2), dtype=np.float32)
+    outbox.put(Sent(), Answer(rows, np.zeros(1, dtype=np.int32)), "query")
+    kept = weakref.ref(rows)
+    del rows
+    wait_until(lambda: kept() is None)
+    outbox.close()
 
 
 def test_a_thousand_concurrent_requests_get_their_own_rows():

@@ -185,7 +185,6 @@ def test_memory_too_small_for_the_weights_is_said_before_anything_is_read(publis
     [
         (torch.OutOfMemoryError("CUDA out of memory"), OutOfDeviceMemory, "30 tokens, which the memory of cpu"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), OutOfDeviceMemory, "30 tokens"),
-        (torch.AcceleratorError("CUDA error: unspecified launch failure"), DeviceLost, "cpu failed"),
         (RuntimeError("a mistake of ours"), RuntimeError, "a mistake of ours"),
     ],
 )
@@ -203,10 +202,41 @@ def test_errors_of_the_device_are_told_apart(toy, monkeypatch, raised, expected,
             engine.warm_up(0.01)
 
 
+@pytest.mark.parametrize(
+    ("raised", "answers", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), True, OutOfDeviceMemory),
+        (torch.AcceleratorError("CUDA error: out of memory"), True, OutOfDeviceMemory),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
+            True,
+            OutOfDeviceMemory,
+        ),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), True, OutOfDeviceMemory),
+        (torch.AcceleratorError("CUDA error: invalid argument"), True, torch.AcceleratorError),
+        (torch.AcceleratorError("CUDA error: unspecified launch failure"), False, DeviceLost),
+        (RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"), False, DeviceLost),
+        (RuntimeError("a mistake of ours"), True, RuntimeError),
+    ],
+)
+def test_a_gpu_is_lost_only_if_it_answers_no_more(toy, monkeypatch, raised, answers, expected):
+    engine = load(toy)
+    monkeypatch.setattr(engine, "device", torch.device("cuda:0"))
+
+    def synchronize(device):
+        if not answers:
+            raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    with pytest.raises(expected), engine._errors([TokenSequence(np.ones(30, dtype=np.int32), 0)]):
+        raise raised
+
+
 def test_warm_up_finds_how_many_tokens_take_the_time_that_a_batch_may_take(toy, monkeypatch):
     engine = load(toy)
     assert engine.warm_up(1e-6) == 512
     assert engine.warm_up(1e6) == 65536
+    assert engine.warm_up(1e6, max_batch_tokens=2000) == 2000
 
     def only_small(sequences):
         if len(sequences) > 8:

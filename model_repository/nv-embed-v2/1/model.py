@@ -18,7 +18,7 @@ from threading import Lock, Thread
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
-from nv_embed.answers import Answer, Outcome
+from nv_embed.answers import LARGE_ANSWER_BYTES, Answer, Outcome
 from nv_embed.batcher import Batcher, BatchLimits
 from nv_embed.config import CheckpointConfig, ServingConfig
 from nv_embed.errors import (
@@ -38,7 +38,7 @@ from nv_embed.watchdog import Watchdog, shared_memory
 logger = logging.getLogger("nv_embed")
 
 _DRAIN_SECONDS = 20.0  # of Triton's exit timeout, 30 s by default
-_LARGE_ANSWER_BYTES = 2**20  # a smaller one need not be looked at before it is sent
+_SHARED_MEMORY_OVERHEAD = 2**20  # Triton's own in each region, and the steps that it grows in
 
 
 class TritonPythonModel:
@@ -93,7 +93,7 @@ class TritonPythonModel:
                 compile_layers=config.compile,
             )  # fmt: skip
             target_seconds = config.target_batch_milliseconds / 1000
-            measured = min(engine.warm_up(target_seconds) for engine in dict.fromkeys(engines))
+            measured = min(engine.warm_up(target_seconds, config.max_batch_tokens) for engine in dict.fromkeys(engines))
         except (StartupError, OSError) as error:  # OSError: a file that this user may not read, say; it names the file
             raise pb_utils.TritonModelException(f"the server does not start: {error}") from None
         self._request_limits = RequestLimits(config.max_request_documents, config.max_request_bytes)
@@ -160,7 +160,7 @@ class TritonReply:
 
     def send(self, outcome: Outcome) -> Outcome:
         """Answer, once; returns what was sent."""
-        if isinstance(outcome, Answer) and outcome.embeddings.nbytes > _LARGE_ANSWER_BYTES:
+        if isinstance(outcome, Answer) and outcome.embeddings.nbytes > LARGE_ANSWER_BYTES:
             outcome = _fitting(outcome)
         response = self._response(outcome)
         with self._lock:
@@ -182,7 +182,7 @@ def _fitting(answer: Answer) -> Answer | InvalidRequest:
     """An answer that fits nowhere in the memory shared with Triton is refused: sending it would fail without a word."""
     free = os.statvfs("/dev/shm")
     regions = (path for path in shared_memory(os.getpid()) if path.exists())  # somebody may have cleaned /dev/shm up
-    room = max([free.f_bavail * free.f_frsize, *(path.stat().st_size for path in regions)])
+    room = max([free.f_bavail * free.f_frsize, *(path.stat().st_size for path in regions)]) - _SHARED_MEMORY_OVERHEAD
     if answer.embeddings.nbytes <= room:
         return answer
     return InvalidRequest.of(

@@ -1,4 +1,4 @@
-"""Sends answers in order from a thread of its own, and metrics between them; knows neither queue, engine nor Triton."""
+"""Sends answers from a thread of its own, large ones last; metrics between; knows neither queue, engine nor Triton."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from queue import Empty, SimpleQueue
+from itertools import count
+from queue import Empty, PriorityQueue
 from threading import Lock, Thread
 from typing import Protocol, TypeAlias
 
@@ -21,7 +22,9 @@ from nv_embed.metrics import Metric, Recorder, Update
 
 logger = logging.getLogger(__name__)
 
+LARGE_ANSWER_BYTES = 2**20  # one of more is copied for so long that others pass it while it waits
 _PUBLISH_SECONDS = 0.2  # from an event to its metrics
+_SMALL, _LARGE, _END = range(3)  # the order of events
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,7 +72,8 @@ class Outbox:
         self._on_lost = on_lost
         self._lock = Lock()
         self._num_unsent = 0
-        self._events: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._events: PriorityQueue[tuple[int, int, Callable[[], None] | None]] = PriorityQueue()
+        self._numbers = count()  # of events: as they came, within their order
         self._thread = Thread(target=self._run, name="nv-embed-answer", daemon=True)
         self._thread.start()
 
@@ -82,16 +86,20 @@ class Outbox:
         """Have an answer sent; `kind` of its request, for the metrics."""
         with self._lock:
             self._num_unsent += 1
-        self._events.put(partial(self._send, reply, outcome, kind))
+        is_large = isinstance(outcome, Answer) and outcome.embeddings.nbytes > LARGE_ANSWER_BYTES
+        self._add(_LARGE if is_large else _SMALL, partial(self._send, reply, outcome, kind))
 
     def announce(self) -> None:
         """Say that something was counted: metrics go out also while no request is complete."""
-        self._events.put(_nothing)
+        self._add(_SMALL, _nothing)
 
     def close(self) -> None:
         """Return when all is sent and the thread has ended."""
-        self._events.put(None)
+        self._add(_END, None)
         self._thread.join()
+
+    def _add(self, order: int, event: Callable[[], None] | None) -> None:
+        self._events.put((order, next(self._numbers), event))
 
     def _send(self, reply: Reply, outcome: Outcome, kind: str) -> None:
         started = time.monotonic()
@@ -122,7 +130,7 @@ class Outbox:
                 collect_at, is_news = (now + _PUBLISH_SECONDS if is_news else math.inf), False
             wait = 0.0 if updates else collect_at - now
             try:
-                event = self._events.get(timeout=max(wait, 0.0) if wait < math.inf else None)
+                _, _, event = self._events.get(timeout=max(wait, 0.0) if wait < math.inf else None)
             except Empty:
                 pass
             else:
@@ -130,6 +138,7 @@ class Outbox:
                     break
                 collect_at, is_news = min(collect_at, time.monotonic() + _PUBLISH_SECONDS), True
                 event()
+                del event  # and with it the answer
             # One at a time, for each costs as much as a short query: an answer waits for no more than that.
             if updates:
                 self._publish_safely(updates.popleft())

@@ -31,6 +31,9 @@ from nv_embed.weights import load_network
 logger = logging.getLogger(__name__)
 
 _WARM_UP_SEQUENCE_TOKENS = 128  # a passage's usual length, within a factor of two
+# What is said for want of memory where torch's own allocator did not find it: by the CUDA runtime and what torch
+# compiled, by cuBLAS, by cuBLAS of a new thread, on a CPU.
+_OUT_OF_MEMORY = "out of memory", "ALLOC_FAILED", "cublasCreate", "DefaultCPUAllocator"
 _MAX_BATCH_TOKENS = 65536  # beyond it no device gains, while a query waits longer
 _MEMORY_HEADROOM = 1.1  # activations, workspaces and the allocator's slack, over the weights
 # Below this hidden_size the threads that share an operation on a CPU wait for each other for too much of the time.
@@ -180,33 +183,35 @@ class Engine:
                 yield
         except torch.OutOfMemoryError:
             raise OutOfDeviceMemory(_too_many(sequences, self.device)) from None
-        except torch.AcceleratorError as error:  # for ever, until the process ends
-            raise _lost(self.device) from error
-        except RuntimeError as error:  # torch has no type of its own for want of memory on a CPU ...
-            if "DefaultCPUAllocator" in str(error):
-                raise OutOfDeviceMemory(_too_many(sequences, self.device)) from None
-            if self.device.type == "cuda":  # ... nor what it compiled for the loss of a GPU
+        except RuntimeError as error:  # no type of torch's says more: an AcceleratorError may be either
+            if self.device.type == "cuda":
                 try:
                     torch.cuda.synchronize(self.device)
-                except torch.AcceleratorError:
+                except torch.AcceleratorError:  # for ever, until the process ends
                     raise _lost(self.device) from error
-            raise
+            if not any(words in str(error) for words in _OUT_OF_MEMORY):
+                raise
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()  # what torch keeps for later, no other library can allocate
+            raise OutOfDeviceMemory(_too_many(sequences, self.device)) from None
 
-    def warm_up(self, target_seconds: float) -> int:
+    def warm_up(self, target_seconds: float, max_batch_tokens: int | None = None) -> int:
         """Bring the first real request to full speed, and return how many tokens take about `target_seconds`.
+
+        Of more than `max_batch_tokens` at once nothing is tried, for the device keeps the memory.
 
         Raises:
             DeviceError: the device computes nothing, breaks, or has no memory for it beside the weights.
         """
         try:
-            return self._warm_up(target_seconds)
+            return self._warm_up(target_seconds, max_batch_tokens or _MAX_BATCH_TOKENS)
         except (OutOfDeviceMemory, DeviceLost) as error:
             raise DeviceError(
                 f"expected {self.device} to compute {MIN_BATCH_TOKENS} tokens; got: {error}; free memory on it, or "
                 "choose another device"
             ) from None
 
-    def _warm_up(self, target_seconds: float) -> int:
+    def _warm_up(self, target_seconds: float, largest: int) -> int:
         sequence = TokenSequence(np.ones(_WARM_UP_SEQUENCE_TOKENS, dtype=np.int32), 0)
 
         def measure(num_tokens: int) -> float:
@@ -221,7 +226,6 @@ class Engine:
         self.embed([sequence])
         num_tokens = MIN_BATCH_TOKENS
         seconds = measure(num_tokens)
-        largest = _MAX_BATCH_TOKENS
         while seconds < target_seconds / 2 and 2 * num_tokens <= largest:
             try:
                 seconds = measure(2 * num_tokens)

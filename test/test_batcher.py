@@ -130,6 +130,7 @@ def running(*engines, encoder=None, on_fatal=lambda: None, publish=lambda update
         "target_batch_seconds": None,
         "max_queue_tokens": 5000,
         "max_queue_bytes": 10**6,
+        "max_queue_texts": 10**6,
         "max_queue_seconds": 60.0,
         "query_weight": 8,
         "cache_bytes": 0,
@@ -392,6 +393,30 @@ def test_more_bytes_than_may_wait_are_refused_at_once_and_pass_later():
         assert isinstance(refused, Unavailable)
         assert "at most 4 bytes of text to wait; got 0 waiting and 6 more; retry later" in str(refused)
         assert submit(batcher, 10).lengths() == [10]
+
+
+def test_more_texts_than_may_be_unanswered_are_refused_although_they_cost_no_computing():
+    class SlowReply(FakeReply):
+        def send(self, outcome):
+            assert gate.wait(WAIT_SECONDS)
+            return super().send(outcome)
+
+    def submit_slow(num_texts):
+        replies.append(SlowReply())
+        batcher.submit(EmbedRequest(("10",) * num_texts, "", True, False, 0, None), replies[-1])
+
+    replies, gate = [], threading.Event()
+    with running(FakeEngine(), cache_bytes=10**6, max_queue_texts=16) as batcher:
+        assert submit(batcher, 10).lengths() == [10]
+        for num_texts in (10, 5, 2):
+            submit_slow(num_texts)
+            wait_until(lambda: len(batcher._jobs) == 0)  # settled, and not sent
+        query = submit(batcher, 10, is_query=True)
+        gate.set()
+        assert [reply.lengths() for reply in replies[:2]] == [[10] * 10, [10] * 5]
+        assert "at most 16 texts to wait; got 15 waiting and 2 more; retry later" in str(replies[2].outcome())
+        assert query.lengths() == [10]
+        assert submit(batcher, *["10"] * 16).lengths() == [10] * 16
 
 
 def test_more_tokens_than_may_wait_are_answered_unavailable_and_pass_later():

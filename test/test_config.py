@@ -22,7 +22,8 @@ def test_config_pbtxt_holds_every_parameter_with_its_documented_default():
         model_path="/models/NV-Embed-v2", device=("cuda:0",), dtype="auto", attention="auto", compile="auto",
         max_sequence_tokens=32768, max_batch_tokens=None, target_batch_milliseconds=200,
         max_request_documents=16384, max_request_bytes=64 * 2**20, max_queue_bytes=256 * 2**20,
-        max_queue_tokens=4_000_000, max_queue_milliseconds=60_000, query_weight=8, cache_mebibytes=256,
+        max_queue_tokens=4_000_000, max_queue_texts=131_072, max_queue_milliseconds=60_000, query_weight=8,
+        cache_mebibytes=256,
     )  # fmt: skip
 
 
@@ -62,6 +63,7 @@ def test_triton_s_own_parameters_are_left_alone():
         ({"max_batch_tokens": "many"}, {}, ["'max_batch_tokens'", "'many'", "'auto' or a whole number"]),
         ({"model_path": " "}, {}, ["'model_path'", "non-empty"]),
         ({"max_queue_bytes": "10"}, {}, ["max_request_bytes (67108864)", "max_queue_bytes (10)", "raise"]),
+        ({"max_queue_texts": "10"}, {}, ["max_request_documents (16384)", "max_queue_texts (10)", "raise"]),
         ({"max_queue_tokens": "10"}, {}, ["max_sequence_tokens (32768)", "max_queue_tokens (10)", "raise"]),
     ],
 )

@@ -80,7 +80,7 @@ def submit_all(batcher, texts):
 def start(tokenizer, engines, on_fatal=lambda: None):
     limits = BatchLimits(
         max_batch_tokens=600, target_batch_seconds=None, max_queue_tokens=10**7, max_queue_bytes=10**8,
-        max_queue_seconds=60.0, query_weight=8, cache_bytes=0,
+        max_queue_texts=10**5, max_queue_seconds=60.0, query_weight=8, cache_bytes=0,
     )  # fmt: skip
     return Batcher(tokenizer, engines, limits, on_fatal=on_fatal, publish=lambda values: None)
 

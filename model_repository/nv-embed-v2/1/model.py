@@ -102,6 +102,7 @@ class TritonPythonModel:
             target_batch_seconds=None if config.max_batch_tokens else target_seconds,
             max_queue_tokens=config.max_queue_tokens,
             max_queue_bytes=config.max_queue_bytes,
+            max_queue_texts=config.max_queue_texts,
             max_queue_seconds=config.max_queue_milliseconds / 1000,
             query_weight=config.query_weight,
             cache_bytes=config.cache_mebibytes * 2**20,

@@ -71,7 +71,7 @@ class Outbox:
         self._publish = publish
         self._on_lost = on_lost
         self._lock = Lock()
-        self._num_unsent = 0
+        self._num_unsent = self._num_unsent_rows = 0
         self._events: PriorityQueue[tuple[int, int, Callable[[], None] | None]] = PriorityQueue()
         self._numbers = count()  # of events: as they came, within their order
         self._thread = Thread(target=self._run, name="nv-embed-answer", daemon=True)
@@ -82,10 +82,14 @@ class Outbox:
         """Answers that were put and are not sent."""
         return self._num_unsent
 
+    @property
+    def num_unsent_rows(self) -> int:
+        """Of the answers that were put and are not sent."""
+        return self._num_unsent_rows
+
     def put(self, reply: Reply, outcome: Outcome, kind: str) -> None:
         """Have an answer sent; `kind` of its request, for the metrics."""
-        with self._lock:
-            self._num_unsent += 1
+        self._count_unsent(1, outcome)
         is_large = isinstance(outcome, Answer) and outcome.embeddings.nbytes > LARGE_ANSWER_BYTES
         self._add(_LARGE if is_large else _SMALL, partial(self._send, reply, outcome, kind))
 
@@ -101,11 +105,16 @@ class Outbox:
     def _add(self, order: int, event: Callable[[], None] | None) -> None:
         self._events.put((order, next(self._numbers), event))
 
+    def _count_unsent(self, change: int, outcome: Outcome) -> None:
+        with self._lock:
+            self._num_unsent += change
+            if isinstance(outcome, Answer):
+                self._num_unsent_rows += change * len(outcome.embeddings)
+
     def _send(self, reply: Reply, outcome: Outcome, kind: str) -> None:
         started = time.monotonic()
         sent = reply.send(outcome)
-        with self._lock:
-            self._num_unsent -= 1
+        self._count_unsent(-1, outcome)
         self._metrics.add(Metric.ANSWER_SECONDS, time.monotonic() - started)
         name = "ok" if isinstance(sent, Answer) else type(sent).__name__
         self._metrics.add(Metric.REQUESTS, kind=kind, outcome=name)

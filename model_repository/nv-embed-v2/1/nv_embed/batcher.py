@@ -84,6 +84,7 @@ class BatchLimits:
     target_batch_seconds: float | None  # fewer tokens when a batch takes longer than this; None: never
     max_queue_tokens: int
     max_queue_bytes: int
+    max_queue_texts: int
     max_queue_seconds: float
     query_weight: int
     cache_bytes: int
@@ -166,6 +167,7 @@ class Batcher:
         self._deadline_numbers = count()
         self._num_queue_bytes = 0
         self._num_queue_tokens = 0
+        self._num_texts = 0  # of `_jobs`
         self._num_idle = 0  # engines that wait for work
         self._refuse_at = math.inf  # when what is unfinished is refused, once the server is about to stop
         self._is_stopping = False
@@ -181,21 +183,23 @@ class Batcher:
     def submit(self, request: EmbedRequest, reply: Reply) -> None:
         """Take charge of a request; returns at once, raises nothing."""
         job = _Job(request, reply, self._query_flow if request.is_query else Flow(weight=1), time.monotonic())
+        limits = self._limits
         with self._lock:
+            num_texts_before = self._num_texts + self._outbox.num_unsent_rows
             self._jobs.add(job)
-            limit = self._limit(self._limits.max_queue_bytes, request)
-            if self._is_stopping:
-                self._finish(job, _server_stops())
-            elif self._num_queue_bytes + request.num_bytes > limit:
-                waiting = f"got {self._num_queue_bytes} waiting and {request.num_bytes} more"
-                self._finish(
-                    job, Unavailable(f"expected at most {limit} bytes of text to wait; {waiting}; retry later")
-                )
+            self._num_texts += len(request.texts)
+            try:
+                if self._is_stopping:
+                    raise _server_stops()
+                self._check_room(job, limits.max_queue_bytes, self._num_queue_bytes, request.num_bytes, "bytes of text")
+                self._check_room(job, limits.max_queue_texts, num_texts_before, len(request.texts), "texts")
+            except Unavailable as error:
+                self._finish(job, error)
             else:
                 intake = self._queries if request.is_query else self._documents
                 intake.jobs.append(job)
                 self._num_queue_bytes += request.num_bytes
-                self._add_deadline(job, job.arrived + self._limits.max_queue_seconds, "max_queue_milliseconds")
+                self._add_deadline(job, job.arrived + limits.max_queue_seconds, "max_queue_milliseconds")
                 if request.timeout_seconds is not None:
                     self._add_deadline(job, job.arrived + request.timeout_seconds, "the request's timeout")
                 if self._refuse_at < math.inf:
@@ -294,7 +298,7 @@ class Batcher:
                     got=f"{job.num_tokens} or more",
                     remedy="split the request",
                 )
-            self._check_room(job, job.num_new_tokens)
+            self._check_room_for_tokens(job, job.num_new_tokens)
 
     def _admit(self, job: _Job) -> None:
         """Queue a tokenized job, all of it or nothing. The lock is held."""
@@ -303,7 +307,7 @@ class Batcher:
         vectors = [self._cache.get(own.key) for own in job.computations]
         missing = [own for own, vector in zip(job.computations, vectors, strict=True) if vector is None]
         try:
-            self._check_room(job, sum(own.sequence.num_tokens for own in missing))
+            self._check_room_for_tokens(job, sum(own.sequence.num_tokens for own in missing))
         except Unavailable as error:
             self._finish(job, error)
             return
@@ -336,16 +340,18 @@ class Batcher:
         job.num_queue_tokens += num_tokens
         self._num_queue_tokens += num_tokens
 
-    def _check_room(self, job: _Job, num_tokens: int) -> None:
-        """Raises Unavailable if so many tokens more may not wait. The lock is held."""
-        limit = self._limit(self._limits.max_queue_tokens, job.request)
-        if num_tokens and self._num_queue_tokens + num_tokens > limit:
-            waiting = f"got {self._num_queue_tokens} waiting and {num_tokens} more"
-            raise Unavailable(f"expected at most {limit} tokens to wait; {waiting}; retry later")
+    def _check_room_for_tokens(self, job: _Job, num_tokens: int) -> None:
+        self._check_room(job, self._limits.max_queue_tokens, self._num_queue_tokens, num_tokens, "tokens")
 
     @staticmethod
-    def _limit(limit: int, request: EmbedRequest) -> int:
-        return limit + limit // _QUERY_RESERVE if request.is_query else limit
+    def _check_room(job: _Job, limit: int, waiting: int, more: int, what: str) -> None:
+        """Raises Unavailable if so much more may not wait."""
+        if job.request.is_query:
+            limit += limit // _QUERY_RESERVE
+        if more and waiting + more > limit:
+            raise Unavailable(
+                f"expected at most {limit} {what} to wait; got {waiting} waiting and {more} more; retry later"
+            )
 
     # --- computing --------------------------------------------------------------------------------------
 
@@ -502,6 +508,7 @@ class Batcher:
                 return
             job.is_finished = True
             self._jobs.remove(job)
+            self._num_texts -= len(job.request.texts)
             self._num_queue_tokens -= job.num_queue_tokens
             if isinstance(outcome, RequestError):
                 if not job.request.is_query:

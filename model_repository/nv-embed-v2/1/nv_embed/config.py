@@ -90,6 +90,7 @@ class ServingConfig:
     max_request_bytes: int
     max_queue_bytes: int
     max_queue_tokens: int
+    max_queue_texts: int
     max_queue_milliseconds: int
     query_weight: int
     cache_mebibytes: int
@@ -133,6 +134,7 @@ class ServingConfig:
         for smaller, larger in (
             ("max_request_bytes", "max_queue_bytes"),
             ("max_sequence_tokens", "max_queue_tokens"),
+            ("max_request_documents", "max_queue_texts"),
         ):
             if getattr(self, smaller) > getattr(self, larger):
                 raise ConfigError(

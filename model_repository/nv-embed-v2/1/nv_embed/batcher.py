@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 # huge one.
 _SLICE_CHARACTERS = 64 * 1024
 _WORTH_ASKING_CHARACTERS = 4096
+_SLICE_ROWS = 256  # copied from the cache while everything else waits
 _LAST_BATCH_SECONDS = 3.0
 _STOP = "the time the server has to stop"
 _QUERY_RESERVE = 8  # what may wait is an eighth more for queries: bulk that fills the queue does not shut them out
@@ -251,12 +252,17 @@ class Batcher:
                 self._expire()
                 job = intake.jobs.popleft()
             is_complete = self._tokenize_slice(job)
+            known: list[tuple[int, Vector]] = []
             with self._lock:
                 if is_complete:
                     self._num_queue_bytes -= job.request.num_bytes
-                    self._admit(job)
+                    known = self._admit(job)
                 else:
                     intake.jobs.append(job)
+            for start in range(0, len(known), _SLICE_ROWS):
+                with self._lock:
+                    for index, vector in known[start : start + _SLICE_ROWS]:
+                        self._fill(job, index, vector)
 
     def _tokenize_slice(self, job: _Job) -> bool:
         """Returns whether nothing is left to tokenize."""
@@ -300,25 +306,28 @@ class Batcher:
                 )
             self._check_room_for_tokens(job, job.num_new_tokens)
 
-    def _admit(self, job: _Job) -> None:
-        """Queue a tokenized job, all of it or nothing. The lock is held."""
+    def _admit(self, job: _Job) -> list[tuple[int, Vector]]:
+        """Queue a tokenized job, all of it or nothing; returns the rows that are known. The lock is held."""
         if job.is_finished:
-            return
+            return []
         vectors = [self._cache.get(own.key) for own in job.computations]
         missing = [own for own, vector in zip(job.computations, vectors, strict=True) if vector is None]
         try:
             self._check_room_for_tokens(job, sum(own.sequence.num_tokens for own in missing))
         except Unavailable as error:
             self._finish(job, error)
-            return
+            return []
         job.num_missing = len(job.computations)
+        known = []
         for index, (own, vector) in enumerate(zip(list(job.computations), vectors, strict=True)):
             if vector is None:
                 self._admit_text(job, index, own)
             else:
-                self._metrics.add(Metric.TEXTS, source="cached")
-                self._fill(job, index, vector)
+                known.append((index, vector))
+        if known:
+            self._metrics.add(Metric.TEXTS, len(known), source="cached")
         self._queued.notify()
+        return known
 
     def _admit_text(self, job: _Job, index: int, own: _Computation) -> None:
         """Have a text computed, unless another job's computation of the same does. The lock is held."""

@@ -184,6 +184,16 @@ def test_a_text_that_the_server_fails_is_found_and_the_others_get_through():
     ]
 
 
+def test_texts_that_fail_in_requests_of_their_own_are_not_in_a_row():
+    call = Call("passage", None, "END", with_token_counts=False, progress=False, timeout_seconds=None)
+    job = Job(list("abcdefghijkl"), call, Limits(3, 1000, 60.0), RetryPolicy())
+    for chunk in job.chunks():
+        answer(job, chunk, {b"c", b"f", b"i", b"l"})
+    with pytest.raises(PartialFailure) as caught:
+        job.result()
+    assert (caught.value.failed, caught.value.complete) == ((2, 5, 8, 11), True)
+
+
 def test_a_server_that_fails_three_texts_in_a_row_gets_no_more():
     call = Call("passage", None, "END", with_token_counts=False, progress=False, timeout_seconds=None)
     job = Job(list("abcdefghijklmnop"), call, Limits(8, 1000, 60.0), RetryPolicy())
@@ -191,7 +201,7 @@ def test_a_server_that_fails_three_texts_in_a_row_gets_no_more():
     sent = answer(job, next(chunks), {letter.encode() for letter in "abcdefghijklmnop"})
     assert [b"".join(texts) for texts in sent] == [b"abcdefgh", b"abcd", b"ab", b"a", b"b", b"cd", b"c"]
     assert not list(chunks)
-    with pytest.raises(ServerFailure, match="too much"):
+    with pytest.raises(ServerFailure, match="got text 2: too much"):
         job.result()
 
 

@@ -222,7 +222,9 @@ def test_a_server_without_the_model_is_502_and_the_operators_log_says_why(server
         gateway_running(log, server.url, "--model-name", "absent") as base,
         httpx.Client(base_url=base, timeout=30) as http,
     ):
-        assert_refused(post(http, model="absent"), 502, "operator's log")
+        response = post(http, model="absent")
+        assert_refused(response, 502, "operator's log")
+        assert response.headers["x-should-retry"] == "false"
         assert http.get("/health/ready").status_code == 503
     assert "ModelNotFound: Request for unknown model: 'absent' is not found" in log.read_text()
 

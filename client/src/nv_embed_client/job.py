@@ -100,6 +100,23 @@ class _Embedded:
 Outcome: TypeAlias = _Embedded | Failure
 
 
+class _Patience:
+    """Looks at outcomes, one after the other, for the one after which nothing more is worth sending."""
+
+    def __init__(self) -> None:
+        self._num_failures = 0  # of the server's, none of its embeddings since
+
+    def ended_by(self, outcome: Outcome) -> NVEmbedError | None:
+        """Its error, if it is the one: bad input spoils its own text only, and so do a few failures of the server."""
+        if isinstance(outcome, _Embedded):
+            self._num_failures = 0
+            return None
+        if isinstance(outcome.error, ServerFailure):
+            self._num_failures += 1
+            return outcome.error if self._num_failures >= _FAILURES_OF_THE_SERVER else None
+        return None if isinstance(outcome.error, InvalidInput) else outcome.error
+
+
 class Job:
     """The texts of one call on their way. Used by one thread or task; only its flows may run elsewhere."""
 
@@ -120,7 +137,7 @@ class Job:
         self._num_texts = 0  # taken from the caller
         self._complete = False
         self._given_up: NVEmbedError | None = None  # why nothing more is sent
-        self._num_failed_alone = 0  # texts that the server failed, none embedded since
+        self._patience = _Patience()
         self._embedded: list[_Embedded] = []
         self._failures: list[Failure] = []
         self._bar: Any = None  # even a disabled one starts a thread
@@ -153,31 +170,33 @@ class Job:
             yield chunk
 
     def flow(self, chunk: Chunk) -> Flow[list[Outcome]]:
-        """One request, from the first attempt to what became of each text. Raises no `NVEmbedError`."""
+        """One request, from the first attempt to what became of each text, in their order. Raises no `NVEmbedError`."""
         deadline = Deadline.after(self._limits.request_timeout_seconds).earlier(self._deadline)
-        return self._embed(chunk, deadline)
-
-    def _embed(self, chunk: Chunk, deadline: Deadline) -> Flow[list[Outcome]]:
-        if self._given_up is not None:  # since the chunk was cut
-            return [Failure(chunk.indices, self._given_up)]
-        try:
-            result = yield from flow.embed(self._call.request(chunk.texts), deadline, self._retry)
-        except (InvalidInput, ServerFailure) as error:
-            # One text may fail its whole request, too long for NONE or for the device: find it, so that the others
-            # get through.
-            is_ones_fault = isinstance(error, ServerFailure) or self._call.truncate == "NONE"
-            if is_ones_fault and len(chunk.texts) > 1:
-                left, right = chunk.halves()
-                return (yield from self._embed(left, deadline)) + (yield from self._embed(right, deadline))
-            if isinstance(error, ServerFailure):
-                self._num_failed_alone += 1
-                if self._num_failed_alone >= _FAILURES_OF_THE_SERVER:
-                    self._given_up = error
-            return [Failure(chunk.indices, type(error)(chunk.renumbered(str(error))))]
-        except NVEmbedError as error:
-            return [Failure(chunk.indices, error)]
-        self._num_failed_alone = 0
-        return [_Embedded(chunk.indices, result)]
+        outcomes: list[Outcome] = []
+        patience = _Patience()
+        ended: NVEmbedError | None = None
+        todo = [chunk]
+        while todo:
+            chunk = todo.pop()
+            ended = ended or self._given_up
+            if ended is not None:
+                outcomes.append(Failure(chunk.indices, ended))
+                continue
+            try:
+                result = yield from flow.embed(self._call.request(chunk.texts), deadline, self._retry)
+            except (InvalidInput, ServerFailure) as error:
+                # One text may fail its whole request, too long for NONE or for the device: find it, so that the
+                # others get through.
+                if len(chunk.texts) > 1 and (isinstance(error, ServerFailure) or self._call.truncate == "NONE"):
+                    todo += reversed(chunk.halves())
+                    continue
+                outcomes.append(Failure(chunk.indices, type(error)(chunk.renumbered(str(error)))))
+            except NVEmbedError as error:
+                outcomes.append(Failure(chunk.indices, error))
+            else:
+                outcomes.append(_Embedded(chunk.indices, result))
+            ended = patience.ended_by(outcomes[-1])
+        return outcomes
 
     def record(self, outcomes: list[Outcome]) -> None:
         """Take what a flow returned."""
@@ -188,9 +207,7 @@ class Job:
                 self._embedded.append(outcome)
             else:
                 self._failures.append(outcome)
-                # These spoil their own texts only; after anything else the next request would fail as well.
-                if self._given_up is None and not isinstance(outcome.error, InvalidInput | ServerFailure):
-                    self._given_up = outcome.error
+            self._given_up = self._given_up or self._patience.ended_by(outcome)
 
     def close(self) -> None:
         """The call is over, whatever came of it."""

@@ -19,6 +19,7 @@ from nv_embed_client.errors import (
 )
 
 RETRY_AFTER_SECONDS = 1
+_NO_RETRY = {"x-should-retry": "false"}  # else OpenAI's clients ask for the same work twice more
 logger = logging.getLogger("uvicorn.error")  # where the gateway's other lines go
 
 
@@ -52,18 +53,15 @@ def of_client_error(error: NVEmbedError) -> Response:
             logger.warning("the server behind this gateway is unavailable: %s", error)
             return unavailable("expected a server with room; got none that answers; try again later")
         case DeadlineExceeded():
-            return refusal(
-                504,
-                "expected vectors in time; got none; send fewer or shorter texts",
-                code="timeout",
-                headers={"x-should-retry": "false"},  # else OpenAI's clients ask for the same work twice more
-            )
+            message = "expected vectors in time; got none; send fewer or shorter texts"
+            return refusal(504, message, code="timeout", headers=_NO_RETRY)
         case _:
             logger.error("the server behind this gateway failed: %s: %s", type(error).__name__, error)
             return refusal(
                 502,
                 "expected vectors; the server behind this gateway failed; its operator's log says why",
                 code="server",
+                headers=_NO_RETRY,
             )
 
 

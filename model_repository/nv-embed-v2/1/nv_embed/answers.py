@@ -22,9 +22,9 @@ from nv_embed.metrics import Metric, Recorder, Update
 
 logger = logging.getLogger(__name__)
 
-LARGE_ANSWER_BYTES = 2**20  # one of more is copied for so long that others pass it while it waits
+LARGE_ANSWER_BYTES = 2**20  # one of more is copied for so long that ...
+_LARGE_WAITS_SECONDS = 1.0  # ... others that come so much later pass it
 _PUBLISH_SECONDS = 0.2  # from an event to its metrics
-_SMALL, _LARGE, _END = range(3)  # the order of events
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,8 +72,8 @@ class Outbox:
         self._on_lost = on_lost
         self._lock = Lock()
         self._num_unsent = self._num_unsent_rows = 0
-        self._events: PriorityQueue[tuple[int, int, Callable[[], None] | None]] = PriorityQueue()
-        self._numbers = count()  # of events: as they came, within their order
+        self._events: PriorityQueue[tuple[float, int, Callable[[], None] | None]] = PriorityQueue()
+        self._numbers = count()  # of events that are equal in order
         self._thread = Thread(target=self._run, name="nv-embed-answer", daemon=True)
         self._thread.start()
 
@@ -91,18 +91,18 @@ class Outbox:
         """Have an answer sent; `kind` of its request, for the metrics."""
         self._count_unsent(1, outcome)
         is_large = isinstance(outcome, Answer) and outcome.embeddings.nbytes > LARGE_ANSWER_BYTES
-        self._add(_LARGE if is_large else _SMALL, partial(self._send, reply, outcome, kind))
+        self._add(time.monotonic() + is_large * _LARGE_WAITS_SECONDS, partial(self._send, reply, outcome, kind))
 
     def announce(self) -> None:
         """Say that something was counted: metrics go out also while no request is complete."""
-        self._add(_SMALL, _nothing)
+        self._add(time.monotonic(), _nothing)
 
     def close(self) -> None:
         """Return when all is sent and the thread has ended."""
-        self._add(_END, None)
+        self._add(math.inf, None)
         self._thread.join()
 
-    def _add(self, order: int, event: Callable[[], None] | None) -> None:
+    def _add(self, order: float, event: Callable[[], None] | None) -> None:
         self._events.put((order, next(self._numbers), event))
 
     def _count_unsent(self, change: int, outcome: Outcome) -> None:

@@ -2,8 +2,8 @@
 
 Threads, each with one duty: the caller's (`submit`), one that tokenizes queries and one that tokenizes documents,
 those that compute, and the one of `answers.py`, which sends. A request's texts may be spread over many batches; it is
-answered when the last is computed, or as a whole by the first error. Waiting is bounded three times: in bytes until
-tokenized, in tokens from then on, and in time.
+answered when the last is computed, or as a whole by the first error. Waiting is bounded four times: in bytes until
+tokenized, in tokens from then on, in texts until answered, and in time.
 """
 
 from __future__ import annotations
@@ -47,7 +47,6 @@ logger = logging.getLogger(__name__)
 # huge one.
 _SLICE_CHARACTERS = 64 * 1024
 _WORTH_ASKING_CHARACTERS = 4096
-_SLICE_ROWS = 256  # copied from the cache while everything else waits
 _LAST_BATCH_SECONDS = 3.0
 _STOP = "the time the server has to stop"
 _QUERY_RESERVE = 8  # what may wait is an eighth more for queries: bulk that fills the queue does not shut them out
@@ -251,18 +250,11 @@ class Batcher:
                     return
                 self._expire()
                 job = intake.jobs.popleft()
-            is_complete = self._tokenize_slice(job)
-            known: list[tuple[int, Vector]] = []
-            with self._lock:
-                if is_complete:
-                    self._num_queue_bytes -= job.request.num_bytes
-                    known = self._admit(job)
-                else:
-                    intake.jobs.append(job)
-            for start in range(0, len(known), _SLICE_ROWS):
+            if self._tokenize_slice(job):
+                self._admit(job)
+            else:
                 with self._lock:
-                    for index, vector in known[start : start + _SLICE_ROWS]:
-                        self._fill(job, index, vector)
+                    intake.jobs.append(job)
 
     def _tokenize_slice(self, job: _Job) -> bool:
         """Returns whether nothing is left to tokenize."""
@@ -306,8 +298,22 @@ class Batcher:
                 )
             self._check_room_for_tokens(job, job.num_new_tokens)
 
-    def _admit(self, job: _Job) -> list[tuple[int, Vector]]:
-        """Queue a tokenized job, all of it or nothing; returns the rows that are known. The lock is held."""
+    def _admit(self, job: _Job) -> None:
+        """Queue a tokenized job, all of it or nothing."""
+        with self._lock:
+            self._num_queue_bytes -= job.request.num_bytes
+            known = self._queue_missing(job)
+            rows = self._rows(job, known[0][1]) if known else None
+        if rows is not None:
+            # Without the lock, for a large request's take long. Nobody else writes these, and until they are counted
+            # the job is not complete.
+            for index, vector in known:
+                rows[index] = vector
+            with self._lock:
+                self._count_filled(job, len(known))
+
+    def _queue_missing(self, job: _Job) -> list[tuple[int, Vector]]:
+        """Queue what is to be computed for a job; returns the rows that are known. The lock is held."""
         if job.is_finished:
             return []
         vectors = [self._cache.get(own.key) for own in job.computations]
@@ -485,13 +491,22 @@ class Batcher:
 
     def _fill(self, job: _Job, index: int, vector: Vector) -> None:
         """Give a job one of its rows. The lock is held."""
-        if job.is_finished:
-            return
+        if not job.is_finished:
+            self._rows(job, vector)[index] = vector
+            self._count_filled(job, 1)
+
+    @staticmethod
+    def _rows(job: _Job, vector: Vector) -> npt.NDArray[np.float32]:
+        """Where a job's rows go, each like the given one. The lock is held."""
         if job.embeddings is None:
             job.embeddings = np.empty((len(job.computations), len(vector)), dtype=np.float32)
-        job.embeddings[index] = vector
-        job.num_missing -= 1
-        if job.num_missing == 0:
+        return job.embeddings
+
+    def _count_filled(self, job: _Job, num_rows: int) -> None:
+        """The lock is held."""
+        job.num_missing -= num_rows
+        if job.num_missing == 0 and not job.is_finished:
+            assert job.embeddings is not None
             counts = np.array([own.sequence.num_tokens for own in job.computations], dtype=np.int32)
             self._finish(job, Answer(job.embeddings, counts))
 

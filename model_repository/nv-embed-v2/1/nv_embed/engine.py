@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -148,9 +149,9 @@ class Engine:
             what waits for [len(sequences), hidden_size], rows of length 1 in the same order. A row does not depend on
             the others.
 
-        Raises, as does what is returned:
+        Raises:
             OutOfDeviceMemory: they do not fit together; fewer may.
-            DeviceLost: the device is beyond use for this process.
+            DeviceLost: the device is beyond use for this process; what is returned raises it, too.
         """
         if self.device.type == "cpu":
             started = time.monotonic()
@@ -192,13 +193,14 @@ class Engine:
             if not any(words in str(error) for words in _OUT_OF_MEMORY):
                 raise
             if self.device.type == "cuda":
+                traceback.clear_frames(error.__traceback__)  # which hold the batch's tensors
                 torch.cuda.empty_cache()  # what torch keeps for later, no other library can allocate
             raise OutOfDeviceMemory(_too_many(sequences, self.device)) from None
 
     def warm_up(self, target_seconds: float, max_batch_tokens: int | None = None) -> int:
         """Bring the first real request to full speed, and return how many tokens take about `target_seconds`.
 
-        Of more than `max_batch_tokens` at once nothing is tried, for the device keeps the memory.
+        Of more than `max_batch_tokens` at once, or 512 if that is more, nothing is tried: the device keeps the memory.
 
         Raises:
             DeviceError: the device computes nothing, breaks, or has no memory for it beside the weights.

@@ -24,6 +24,7 @@ from nv_embed.errors import (
 from nv_embed.metrics import SERIES, Metric, Recorder
 from nv_embed.requests import EmbedRequest
 from nv_embed.tokenizer import TokenSequence
+from nv_embed.vector_cache import VectorCache
 
 WAIT_SECONDS = 30
 
@@ -395,6 +396,32 @@ def test_more_bytes_than_may_wait_are_refused_at_once_and_pass_later():
         assert submit(batcher, 10).lengths() == [10]
 
 
+def test_bytes_that_wait_to_be_tokenized_add_up():
+    encoder = HeldEncoder()
+    with running(FakeEngine(), encoder=encoder, max_queue_bytes=4) as batcher:
+        first = submit(batcher, 100)
+        wait_until(lambda: encoder.encoded)
+        assert "got 3 waiting and 2 more" in str(submit(batcher, 10).outcome())
+        encoder.gate.set()
+        assert first.lengths() == [100]
+        assert submit(batcher, 10).lengths() == [10]
+
+
+def test_the_cache_keeps_to_its_limit_and_forgets_the_least_recently_used():
+    engine, published = FakeEngine(), Published()
+    with running(engine, cache_bytes=700, publish=published) as batcher:  # two vectors of 8 bytes with their keys
+        for num_tokens in (10, 20, 10, 30, 10, 20):
+            assert submit(batcher, num_tokens).lengths() == [num_tokens]
+    assert engine.batches == [[10], [20], [30], [20]]
+    assert 0 < published.gauges[Metric.CACHE_BYTES] <= 700
+
+
+def test_a_cached_vector_keeps_no_batch_alive():
+    cache = VectorCache(10**6)
+    cache.put(b"key", np.ones((9, 2), np.float32)[0])
+    assert cache.get(b"key").base is None
+
+
 def test_more_texts_than_may_be_unanswered_are_refused_although_they_cost_no_computing():
     class SlowReply(FakeReply):
         def send(self, outcome):
@@ -562,8 +589,9 @@ def test_a_gpu_out_of_memory_computes_the_halves_without_waiting_for_other_work(
         assert submit(batcher, 24).lengths() == [24]
 
 
-def test_small_answers_and_errors_pass_large_answers_that_wait(monkeypatch):
-    monkeypatch.setattr("nv_embed.answers._LARGE_WAITS_SECONDS", 60.0)  # not for what comes so much later
+@pytest.mark.parametrize(("seconds", "order"), [(60.0, [0, 2, 4, 5, 1, 3]), (0.0, [0, 1, 2, 3, 4, 5])])
+def test_small_answers_and_errors_pass_large_answers_that_have_not_waited_long(monkeypatch, seconds, order):
+    monkeypatch.setattr("nv_embed.answers._LARGE_WAITS_SECONDS", seconds)
 
     def answer(num_rows):
         return Answer(np.zeros((num_rows, 4096), dtype=np.float32), np.zeros(num_rows, dtype=np.int32))
@@ -585,7 +613,7 @@ def test_small_answers_and_errors_pass_large_answers_that_wait(monkeypatch):
             assert begun.acquire(timeout=WAIT_SECONDS)
     gate.set()
     outbox.close()
-    assert [outcomes.index(outcome) for outcome in sent] == [0, 2, 4, 5, 1, 3]
+    assert [outcomes.index(outcome) for outcome in sent] == order
     assert [reply.outcome() for reply in replies] == outcomes
     assert outbox.num_unsent == 0
 
@@ -754,9 +782,27 @@ def test_metrics_count_requests_texts_tokens_and_batches():
     assert sum(published.observations[Metric.BATCH_TOKENS]) == 60
     assert sum(published.observations[Metric.BATCH_TEXTS]) == 3
     assert len(published.observations[Metric.QUEUE_SECONDS]) == len(engine.batches)
+    assert published.counters[(Metric.OUT_OF_MEMORY,)] == 0
+    assert len(published.observations[Metric.COMPUTE_SECONDS]) == 2
+    assert published.counters[Metric.REQUEST_SECONDS, "documents"] > 0
+    assert published.counters[Metric.REQUEST_SECONDS, "query"] > 0
     assert published.counters[(Metric.TOKENIZE_SECONDS,)] > 0
     assert published.counters[(Metric.ANSWER_SECONDS,)] > 0
     assert published.gauges[Metric.QUEUE_TOKENS] == published.gauges[Metric.QUEUE_BYTES] == 0
+
+
+def test_metrics_count_halved_batches_and_dropped_texts():
+    engine, published = FakeEngine(capacity=50), Published()
+    with running(engine, publish=published) as batcher:
+        assert submit(batcher, 30, 40).lengths() == [30, 40]
+        while engine.started.acquire(blocking=False):
+            pass
+        with held(engine, batcher, 20):
+            gone = submit(batcher, 20)
+            gone.cancelled = True
+        assert isinstance(gone.outcome(), Cancelled)
+    assert published.counters[(Metric.OUT_OF_MEMORY,)] == 1
+    assert published.counters[(Metric.DROPPED_TEXTS,)] == 1
 
 
 def test_metrics_come_while_the_server_runs_and_a_lost_one_loses_no_answer():
@@ -862,7 +908,7 @@ def test_what_nobody_wants_any_more_does_not_wait_in_the_queue():
         with held(engine, batcher, 4000):
             bulk = submit(batcher, *distinct(40, 100))
             wait_until(lambda: batcher._num_queue_tokens == 4000)
-            given_up = [submit(batcher, *distinct(50, 20), timeout_seconds=1.0) for _ in range(3)]
+            given_up = [submit(batcher, *distinct(50, 20), timeout_seconds=3.0) for _ in range(3)]
             wait_until(lambda: batcher._num_queue_tokens == 7000)
             flows = {job.flow for job in batcher._jobs}
             assert all(isinstance(reply.outcome(), Unavailable) for reply in given_up)
@@ -950,7 +996,9 @@ def test_draining_says_how_much_is_unanswered_and_refuses_what_takes_too_long():
         computing = submit(batcher, 90)
         assert engine.started.acquire(timeout=WAIT_SECONDS)
         waiting = submit(batcher, 80)
+        assert batcher.is_accepting
         assert batcher.drain(0.05) == 2
+        assert not batcher.is_accepting
         outcome = waiting.outcome()  # answered although the device is busy
         assert isinstance(outcome, Unavailable)
         assert "the time the server has to stop" in str(outcome)

@@ -154,7 +154,9 @@ def test_when_one_of_two_devices_fails_everyone_is_answered_once_and_the_server_
 
 
 def test_a_server_with_two_devices_gives_the_originals_rows(toy, tmp_path):
-    server = Server(tmp_path / "log.txt", toy, {"DEVICE": "cpu,cpu"}).wait_until_ready()
+    server = Server(
+        tmp_path / "log.txt", toy, {"DEVICE": "cpu,cpu", "NV_EMBED_CACHE_MEBIBYTES": "0"}
+    ).wait_until_ready()
     case = next(c for c in json.loads((toy / "cases.json").read_text("utf-8")) if c["name"] == "documents")
     for _ in range(5):
         rows = server.embed_documents(case["texts"])

@@ -222,6 +222,34 @@ def test_metrics_have_an_address_of_their_own_and_tls_keeps_http_on_this_machine
     assert not any("mutual" in argument for argument in command)
 
 
+PROTOCOLS = "shared-memory,model-config,model-repository,statistics,trace,logging"
+
+
+def test_docker_keeps_administration_shut_and_http_private_beside_tls(serve, recorded, tmp_path):
+    cert, key = tmp_path / "cert", tmp_path / "key"
+    cert.touch()
+    key.touch()
+    ports = {"HTTP_PORT": 18100, "GRPC_PORT": 18101, "METRICS_PORT": 18102}
+    settings = {"RUNTIME": "docker", "IMAGE": "image", "ADMIN_KEY": "sesame", "TLS_CERT": cert, "TLS_KEY": key}
+    done = serve(programs=["docker"], **settings, **ports)
+    assert done.returncode == 0, done.stderr
+    (run,) = recorded()
+    inside = run[run.index("image") + 1 :]
+    for option in ("--grpc-restricted-protocol", "--http-restricted-api"):
+        assert f"{option}={PROTOCOLS}:nv-embed-admin=sesame" in inside
+    tls = {"--grpc-use-ssl=true", f"--grpc-server-cert={cert}", f"--grpc-server-key={key}"}
+    assert tls | {"--exit-timeout-secs=30"} <= set(inside)
+    assert {f"type=bind,source={file},target={file},readonly" for file in (cert, key)} <= set(values(run, "--mount"))
+    assert values(run, "--publish") == ["127.0.0.1:18100:8000", "0.0.0.0:18101:8001", "0.0.0.0:18102:8002"]
+
+
+def test_the_images_own_command_keeps_administration_shut():
+    lines = (REPO / "Dockerfile").read_text(encoding="utf-8").splitlines()
+    (command,) = (json.loads(line.removeprefix("CMD ")) for line in lines if line.startswith("CMD ["))
+    assert f"key={PROTOCOLS}:nv-embed-admin=${{ADMIN_KEY:-" in command[-1]
+    assert "--grpc-restricted-protocol=$key --http-restricted-api=$key" in command[-1]
+
+
 def test_a_hugging_face_snapshot_is_mounted_with_the_blobs_its_links_lead_to(serve, recorded, tmp_path):
     cache = tmp_path / "models--nvidia--NV-Embed-v2"
     snapshot = cache / "snapshots" / "abc"

@@ -296,13 +296,37 @@ def test_clients_that_cancel_or_run_out_of_time_disturb_no_other(toy_server):
     np.testing.assert_allclose(toy_server.embed_documents(["stays"]), expected, atol=TOLERANCE)
 
 
+# --- settings -------------------------------------------------------------------------------------------
+
+
+def test_settings_reach_what_they_are_of_and_known_texts_come_from_the_cache(toy, tmp_path):
+    values = {
+        "TARGET_BATCH_MILLISECONDS": 50, "MAX_QUEUE_TOKENS": 50_000, "MAX_QUEUE_BYTES": 2**26 + 1,
+        "MAX_QUEUE_TEXTS": 20_000, "MAX_QUEUE_MILLISECONDS": 1500, "QUERY_WEIGHT": 3, "CACHE_MEBIBYTES": 2,
+    }  # fmt: skip
+    settings = {f"NV_EMBED_{name}": str(value) for name, value in values.items()}
+    server = Server(tmp_path / "log.txt", toy, settings).wait_until_ready()
+    first, second = (server.embed_documents(["the same"]) for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+    metrics = server.metrics_by_name()
+    assert metrics['nv_embed_texts_total{source="computed"}'] == 1
+    assert metrics['nv_embed_texts_total{source="cached"}'] == 1
+    assert server.stop() == 0
+    limits = (
+        "target_batch_seconds=0.05, max_queue_tokens=50000, max_queue_bytes=67108865, max_queue_texts=20000, "
+        "max_queue_seconds=1.5, query_weight=3, cache_bytes=2097152)"
+    )
+    assert limits in server.log_text()
+
+
 # --- start and stop -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("with_signal", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_answers_what_is_in_flight_and_ends_with_exit_code_0(toy, tmp_path, with_signal):
     # Small batches: seconds of work on any machine.
-    server = Server(tmp_path / "log.txt", toy, {"NV_EMBED_MAX_BATCH_TOKENS": "512"}).wait_until_ready()
+    slow = {"NV_EMBED_MAX_BATCH_TOKENS": "512", "OMP_NUM_THREADS": "1"}
+    server = Server(tmp_path / "log.txt", toy, slow).wait_until_ready()
     server.embed_query("warm")
     answered = []
 

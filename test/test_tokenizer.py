@@ -28,6 +28,13 @@ def test_a_text_of_exactly_the_limit_passes_and_one_token_more_is_refused_when_i
     assert cut.input_ids.tolist() == sequence.input_ids.tolist()[:-1]
 
 
+def test_the_key_of_a_text_tells_what_of_it_is_pooled(toy):
+    (query,) = tokenizer(toy).encode(["x"], "Find: ")
+    (document,) = tokenizer(toy).encode(["Find: x"], "")
+    assert query.input_ids.tolist() == document.input_ids.tolist()
+    assert query.digest() != document.digest()
+
+
 def test_an_instruction_that_leaves_nothing_to_pool_is_refused(toy):
     with pytest.raises(InvalidRequest, match=r"leaves some of each text to pool.*shorten the instruction"):
         tokenizer(toy, 8).encode(["x"], "a long instruction of many words: ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -10,7 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,25 @@ def free_ports(count: int) -> list[int]:
     finally:
         for each in sockets:
             each.close()
+
+
+def metric(page: str, name: str) -> float:
+    """A value of a page of Prometheus metrics; 0 of a counter that has not counted yet."""
+    found = re.search(rf"^{re.escape(name)} (\S+)$", page, re.MULTILINE)
+    return float(found[1]) if found else 0.0
+
+
+def cancelled_requests(address: Address) -> float:
+    """Requests of documents that the server has answered as cancelled."""
+    with urllib.request.urlopen(f"http://localhost:{address.metrics}/metrics", timeout=30) as response:
+        return metric(response.read().decode(), 'nv_embed_requests_total{kind="documents",outcome="Cancelled"}')
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)
 
 
 def wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:

@@ -205,6 +205,23 @@ def test_a_server_that_fails_three_texts_in_a_row_gets_no_more():
         job.result()
 
 
+def test_texts_that_were_not_sent_are_told_from_those_that_failed():
+    call = Call("passage", None, "END", with_token_counts=False, progress=False, timeout_seconds=None)
+    job = Job(list("abcdefgh"), call, Limits(2, 1000, 60.0), RetryPolicy(max_attempts=1))
+    chunks = job.chunks()
+    answer(job, next(chunks), set())
+    steps = job.flow(next(chunks))
+    next(steps)
+    with pytest.raises(StopIteration) as ended:
+        steps.throw(raw("UNAVAILABLE"))
+    job.record(ended.value.value)
+    assert not list(chunks)
+    with pytest.raises(PartialFailure) as caught:
+        job.result()
+    error = caught.value
+    assert (error.failed, len(error.embeddings), error.complete) == ((2, 3, 4), 5, False)
+
+
 def test_a_text_over_the_limit_goes_alone():
     assert chunked([b"a", b"b" * 50, b"c"]) == [(b"a",), (b"b" * 50,), (b"c",)]
 

@@ -2,7 +2,6 @@
 
 import base64
 import json
-import re
 import socket
 import time
 
@@ -10,7 +9,7 @@ import httpx
 import numpy as np
 import openai
 import pytest
-from conftest import MAX_SEQUENCE_TOKENS, gateway_running
+from conftest import MAX_SEQUENCE_TOKENS, cancelled_requests, eventually, gateway_running, metric
 from nv_embed_client.gateway.__main__ import main
 
 TEXTS = ["How do magnets work?", "Magnets attract iron.", "日本", ""]
@@ -169,28 +168,11 @@ def test_health_and_metrics(http):
     assert metric(metrics, "nv_embed_gateway_tokens_total") >= 2
 
 
-def metric(page, name):
-    """A value of a page of Prometheus metrics; 0 of a counter that has not counted yet."""
-    found = re.search(rf"^{re.escape(name)} (\S+)$", page, re.MULTILINE)
-    return float(found[1]) if found else 0.0
-
-
-def eventually(condition, seconds=10.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.05)
-
-
 def test_a_client_that_hangs_up_cancels_its_work_down_to_the_model(http, gateway, server):
     def here(name):
         return metric(http.get("/metrics").text, f"nv_embed_gateway_{name}")
 
-    def cancelled():
-        page = httpx.get(f"http://localhost:{server.metrics}/metrics", trust_env=False).text
-        return metric(page, 'nv_embed_requests_total{kind="documents",outcome="Cancelled"}')
-
-    hung_up_before, cancelled_before = here("hung_up_total"), cancelled()
+    hung_up_before, cancelled_before = here("hung_up_total"), cancelled_requests(server)
     busy = json.dumps({"model": "nv-embed-v2", "input": [f"{n} {'word ' * 200}" for n in range(1500)]}).encode()
     with socket.create_connection(("127.0.0.1", int(gateway.rpartition(":")[2]))) as connection:
         head = (
@@ -200,7 +182,7 @@ def test_a_client_that_hangs_up_cancels_its_work_down_to_the_model(http, gateway
         eventually(lambda: here("requests_in_flight") == 2)  # beside the one that asks
         time.sleep(0.3)
     eventually(lambda: here("hung_up_total") == hung_up_before + 1)
-    eventually(lambda: cancelled() > cancelled_before)
+    eventually(lambda: cancelled_requests(server) > cancelled_before)
     assert here("requests_in_flight") == 1
 
 

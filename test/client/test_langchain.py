@@ -60,3 +60,4 @@ def test_a_query_instruction_can_be_set(server, client):
     embeddings = NVEmbedEmbeddings(server.url, query_instruction="Find: ")
     expected = client.embed_query("text", instruction="Find: ")[0]
     np.testing.assert_allclose(embeddings.embed_query("text"), expected, atol=1e-5)
+    np.testing.assert_allclose(asyncio.run(embeddings.aembed_query("text")), expected, atol=1e-5)

@@ -50,8 +50,11 @@ def test_queries_and_texts_are_embedded_as_such(embedding, client):
     np.testing.assert_allclose(texts[0], client.embed_documents([text])[0], atol=1e-5)
 
 
-def test_its_settings_are_fields(server):
+def test_its_settings_are_fields(server, client):
     embedding = NVEmbedEmbedding(server.url, query_instruction="Find: ", client_settings={"request_timeout": 5.0})
+    expected = client.embed_query("text", instruction="Find: ")[0]
+    np.testing.assert_allclose(embedding.get_query_embedding("text"), expected, atol=1e-5)
+    np.testing.assert_allclose(asyncio.run(embedding.aget_query_embedding("text")), expected, atol=1e-5)
     described = embedding.to_dict()
     assert described["url"] == server.url
     assert described["query_instruction"] == "Find: "

@@ -5,9 +5,10 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import pytest
 import trustme
-from conftest import TOY, Address, free_ports, serving
+from conftest import TOY, Address, free_ports, gateway_running, serving
 from nv_embed_client import TLS, AccessDenied, InvalidInput, NVEmbedClient, RetryPolicy, Unavailable
 from nv_embed_client.wire import InferRequest
 from tritonclient.grpc import InferenceServerClient
@@ -50,6 +51,13 @@ def test_mutual_tls_and_a_restricted_protocol(certificates, logs):
             with pytest.raises(AccessDenied, match="headers"):
                 client.embed_query("a")
             assert time.monotonic() - start < 3
+        # The gateway embeds with the async client.
+        files = {"root-certificates": "authority.pem", "private-key": "client.key", "certificate-chain": "client.pem"}
+        options = [f"--triton-{name}={certificates / file}" for name, file in files.items()]
+        options += ["--triton-tls", "--triton-header=triton-grpc-protocol-x-key=secret"]
+        with gateway_running(logs / "tls-gateway.log", address.url, *options) as base:
+            body = {"model": "nv-embed-v2", "input": "a"}
+            assert httpx.post(f"{base}/v1/embeddings", json=body, trust_env=False).status_code == 200
         few = RetryPolicy(max_attempts=2)
         with NVEmbedClient(address.url, retry=few) as in_the_clear, pytest.raises(Unavailable):
             in_the_clear.embed_query("a")

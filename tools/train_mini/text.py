@@ -1,7 +1,7 @@
 """Training text: English, and a little else, from Debian and PyPI packages -> two lists of items, train and test.
 
-An item is one text with its source and the group it was made from; every text made from one gloss (the gloss,
-the headword, a question about it) is of one group, and whole groups go to the test side, chosen by a hash of the
+An item is one text with its source and the group it was made from; every text made from one gloss (the gloss, the
+headword, a question about it) is of one group, and whole groups go to the test side, chosen by a hash of the
 group alone, before anything is trained. A headword of several meanings is in as many groups, and of some sources each
 sentence is a group. Knows no tokens, no teacher and no torch.
 """
@@ -108,6 +108,10 @@ class Synset(NamedTuple):
     def group(self) -> str:
         return self.meaning + self.words[0]
 
+    @property
+    def texts(self) -> list[str]:
+        return [self.meaning, *self.examples]
+
 
 def synsets(folder: Path) -> Iterator[Synset]:
     for path in sorted(glob.glob(f"{folder}/usr/share/wordnet/data.*")):
@@ -143,10 +147,10 @@ def wordnet(folder: Path) -> Iterator[Pair]:
 
 
 def remix(folder: Path) -> Iterator[Pair]:
-    """Every word of WordNet, alone and in the place of a noun of its kind in others' texts.
+    """Every word of WordNet alone, and each noun in the place of two others of its kind in their texts.
 
     Rare words are what the student lacks most, and dictionaries show them in few places. Few of these texts are
-    sensible, but the teacher says where each lies.
+    sensible, but the teacher says where each lies. A text is of its word's group; its place is in no held-out text.
     """
     kind_of: dict[str, int] = {}
     used: Counter[tuple[str, str]] = Counter()  # (word, part of speech) in WordNet's own tagged text
@@ -163,9 +167,10 @@ def remix(folder: Path) -> Iterator[Pair]:
         if kind in phrases.NOUNS and number == "1" and word.isalpha() and len(word) > 2 and mostly_noun:
             kind_of[word] = kind
     places: dict[int, list[Pair]] = {}  # of a noun of each kind: what is before it and what after
+    kept_out = {text for synset in synsets(folder) if held_out(synset.group) for text in synset.texts}
     for synset in synsets(folder):
-        for text in [synset.meaning, *synset.examples] if not held_out(synset.group) else []:
-            words = text.split(" ")
+        for text in synset.texts:
+            words = text.split(" ") if text not in kept_out else []
             for i, word in enumerate(words):
                 if word in kind_of:
                     places.setdefault(kind_of[word], []).append((" ".join(words[:i]), " ".join(words[i + 1 :])))

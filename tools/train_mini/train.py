@@ -236,7 +236,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / ".cache/nv-embed-mini", help="downloads and stages")
     parser.add_argument("--out", type=Path, default=ROOT / "checkpoints/nv-embed-mini", help="the checkpoint's folder")
     parser.add_argument("--share", type=float, default=1.0, help="part of the text to use; below 1 for trials")
-    parser.add_argument("--samples", type=int, default=7_500_000, help="texts to train the student on")
+    parser.add_argument("--samples", type=int, default=12_000_000, help="texts to train the student on")
     parser.add_argument("--static-epochs", type=float, default=2.0)
     parser.add_argument("--judged", type=Path, nargs="*", default=[], metavar="TSV",
                         help="sets of sentence pairs to measure with: lines of score, sentence, sentence")  # fmt: skip

@@ -45,8 +45,8 @@ class ClientCore:
             max_in_flight: requests of one call on their way at the same time.
             max_texts_per_request: no request of a call has more.
             max_bytes_per_request: of UTF-8, the instruction counted once for each text; a longer text goes alone. The
-                default is a batch of a large GPU: more gains nothing, and takes longer than `request_timeout` on a
-                small one.
+                default is about the largest batch that a server computes at once: it merges requests, so more gains
+                nothing, and a slow device may take longer than `request_timeout`.
             retry: when to try again what a busy, stopping or absent server refused.
 
         Raises:

@@ -97,7 +97,11 @@ def test_a_call_survives_the_restart_of_its_server(logs):
     address = Address(*free_ports(3))
     log = logs / "restart.log"
     stop, seen = threading.Event(), set()
-    with NVEmbedClient(address.url, retry=PATIENT) as client, ThreadPoolExecutor() as pool:
+    one_request = 64 * 2**20  # all texts of a call in one, so that all are on their way when the server stops
+    with (
+        NVEmbedClient(address.url, retry=PATIENT, max_bytes_per_request=one_request) as client,
+        ThreadPoolExecutor() as pool,
+    ):
         try:
             with serving(log, address, TOY) as process:
                 client.wait_until_ready(30)

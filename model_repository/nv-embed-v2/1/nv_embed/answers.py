@@ -23,7 +23,7 @@ from nv_embed.metrics import Metric, Recorder, Update
 logger = logging.getLogger(__name__)
 
 LARGE_ANSWER_BYTES = 2**20  # one of more is copied for so long that ...
-_LARGE_WAITS_SECONDS = 1.0  # ... others that come so much later pass it
+_LARGE_WAITS_SECONDS = 1.0  # ... others that come at most this much later pass it
 _PUBLISH_SECONDS = 0.2  # from an event to its metrics
 
 

@@ -6,6 +6,11 @@ set -euo pipefail
 
 repo="$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")"
 
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then  # what stands above and right below, each variable with its default
+  sed -n -e '2,/^set -e/s/^# //p' -e '/^MODEL_PATH=\${/,/^SHM_BYTES=/{s/\${[A-Z_]*:-//g;s/}\+/ /;p}' "${BASH_SOURCE[0]}"
+  exit
+fi
+
 MODEL_PATH=${MODEL_PATH:-${NV_EMBED_MODEL_PATH:-}}  # folder of the checkpoint; none: the small one of this repository
 DEVICE=${DEVICE:-${NV_EMBED_DEVICE:-}}              # none: cuda:0, but cpu for the small checkpoint
 HTTP_PORT=${HTTP_PORT:-8000}
@@ -29,7 +34,6 @@ SHM_SIZE=${SHM_SIZE:-1g}                            # size of /dev/shm with RUNT
 SHM_BYTES=${SHM_BYTES:-33554432}                    # taken at the start; small enough for a /dev/shm of 64 MB
 
 refuse() { printf 'serve.sh: %s\n' "$@" >&2; exit 2; }
-absolute() { (CDPATH='' cd -- "$1" && pwd -P); }  # without links: Docker mounts what they point to
 # shellcheck source=tools/prepare_venv.sh
 source "$repo/tools/prepare_venv.sh"
 
@@ -81,6 +85,7 @@ ADDRESS=${ADDRESS:-0.0.0.0}
 METRICS_ADDRESS=${METRICS_ADDRESS:-$ADDRESS}
 for setting in ADDRESS METRICS_ADDRESS; do  # Docker publishes on numbers only
   if [[ ${!setting} == localhost ]]; then printf -v "$setting" 127.0.0.1; fi
+  getent ahosts "${!setting}" >/dev/null || refuse "$setting: expected an address of this machine, got '${!setting}'."
 done
 HTTP_ADDRESS=$ADDRESS
 tls=() tls_mounts=()

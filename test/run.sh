@@ -8,7 +8,6 @@ repo="$(dirname -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")")"
 VENV=${VENV:-$repo/.venv}                       # the one serve.sh uses
 CLIENT_VENV=${CLIENT_VENV:-$repo/.venv-client}  # the client's: it needs nothing of the server's, and numpy 2
 
-absolute() { (CDPATH='' cd -- "$1" && pwd); }
 source "$repo/tools/prepare_venv.sh"
 prepare_venv "$VENV" "$repo/model_repository/nv-embed-v2/requirements.txt" "$repo/tools/requirements.txt" \
   "$repo/test/requirement.txt" "$repo/test/requirement-dev.txt"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -83,6 +84,24 @@ def test_an_unknown_runtime_is_refused_with_the_known_ones(serve):
 @pytest.mark.parametrize("setting", ["MODEL_PATH", "MODEL_REPOSITORY"])
 def test_a_folder_that_is_not_there_is_refused_by_its_settings_name(serve, setting):
     assert_refused(serve(**{setting: "/absent/folder"}), f"{setting}: expected", "'/absent/folder'")
+
+
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_help_names_every_variable_with_its_default_and_starts_nothing(serve, tmp_path, option):
+    done = serve(option, programs=["tritonserver"])
+    assert done.returncode == 0
+    settings = (REPO / "README.md").read_text(encoding="utf-8").partition("Of `serve.sh`:")[2].partition("; `./")[0]
+    named = set(re.findall(r"[A-Z_]{3,}", settings))
+    assert named == set(re.findall(r"^([A-Z_]+)=", done.stdout, re.M))
+    assert "HTTP_PORT=8000 " in done.stdout
+    assert not (tmp_path / "record").exists()
+
+
+@pytest.mark.parametrize("setting", ["ADDRESS", "METRICS_ADDRESS"])
+def test_an_address_that_is_none_is_refused_before_anything_is_started(serve, tmp_path, setting):
+    done = serve(programs=["tritonserver"], RUNTIME="native", **{setting: "no such address"})
+    assert_refused(done, f"{setting}: expected an address of this machine, got 'no such address'")
+    assert not (tmp_path / "record").exists()
 
 
 @pytest.mark.parametrize("setting", ["HTTP_PORT", "GRPC_PORT", "METRICS_PORT"])

@@ -3,6 +3,8 @@
 
 TORCH_CPU_INDEX=${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}
 
+absolute() { (CDPATH='' cd -- "$1" && pwd -P); }  # without links: Docker mounts what they point to
+
 has_gpu() { [[ -e /dev/nvidia0 ]] || nvidia-smi -L >/dev/null 2>&1; }
 
 # Prints the first Python that can run the pip-installed Triton: $PYTHON if set, else one on PATH.

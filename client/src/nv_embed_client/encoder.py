@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from nv_embed_client.client import NVEmbedClient
 from nv_embed_client.errors import InvalidInput
+from nv_embed_client.extras import needs_extra
 from nv_embed_client.instructions import DOCUMENT_INSTRUCTIONS, QUERY_INSTRUCTION, TASK_INSTRUCTIONS
 
 if TYPE_CHECKING:
@@ -227,11 +228,6 @@ def _unit_rows(embeddings: Any) -> torch.Tensor:
 
 
 def _torch() -> Any:
-    try:
+    with needs_extra("sentence-transformers"):
         import torch
-    except ImportError as error:
-        raise ImportError(
-            "expected torch, for tensors as sentence-transformers has them; found none; "
-            "pip install nv-embed-client[sentence-transformers]"
-        ) from error
     return torch

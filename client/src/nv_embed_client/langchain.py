@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from langchain_core.embeddings import Embeddings
-
 from nv_embed_client.async_client import AsyncNVEmbedClient
 from nv_embed_client.client import NVEmbedClient
+from nv_embed_client.extras import needs_extra
 from nv_embed_client.per_loop import ClientPerLoop
+
+with needs_extra("langchain"):
+    from langchain_core.embeddings import Embeddings
 
 
 class NVEmbedEmbeddings(Embeddings):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from llama_index.core.base.embeddings.base import BaseEmbedding
-from llama_index.core.bridge.pydantic import Field, PrivateAttr
-
 from nv_embed_client.async_client import AsyncNVEmbedClient
 from nv_embed_client.client import NVEmbedClient
+from nv_embed_client.extras import needs_extra
 from nv_embed_client.per_loop import ClientPerLoop
+
+with needs_extra("llama-index"):
+    from llama_index.core.base.embeddings.base import BaseEmbedding
+    from llama_index.core.bridge.pydantic import Field, PrivateAttr
 
 
 class NVEmbedEmbedding(BaseEmbedding):

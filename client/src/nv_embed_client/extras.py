@@ -1,0 +1,23 @@
+"""What only an extra of this package brings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def needs_extra(extra: str) -> Iterator[None]:
+    """Around imports: a module that is missing becomes an error that names the extra.
+
+    Raises:
+        ModuleNotFoundError: a module is missing.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"expected the module {error.name}; found none; the extra brings it: "
+            f'pip install "nv-embed-client[{extra}]", or "./client[{extra}]" from the repository',
+            name=error.name,
+        ) from None

@@ -1,0 +1,25 @@
+"""What somebody reads who has the client and not the extra."""
+
+import subprocess
+import sys
+
+import pytest
+
+ENCODER = "import nv_embed_client; nv_embed_client.NVEmbedEncoder().similarity([[1.0]], [[1.0]])"
+
+
+@pytest.mark.parametrize(
+    ("extra", "missing", "statement"),
+    [
+        ("gateway", "orjson", "import nv_embed_client.gateway.__main__"),
+        ("langchain", "langchain_core", "import nv_embed_client.langchain"),
+        ("llama-index", "llama_index", "import nv_embed_client.llama_index"),
+        ("sentence-transformers", "torch", ENCODER),
+    ],
+)
+def test_a_missing_extra_is_named(extra, missing, statement):
+    hide = f"import sys; sys.modules[{missing!r}] = None"
+    done = subprocess.run([sys.executable, "-c", f"{hide}; {statement}"], capture_output=True, text=True, check=False)
+    last = done.stderr.splitlines()[-1]
+    assert f"expected the module {missing}" in last
+    assert f'pip install "nv-embed-client[{extra}]"' in last

@@ -7,7 +7,8 @@ set -euo pipefail
 repo="$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")"
 
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then  # what stands above and right below, each variable with its default
-  sed -n -e '2,/^set -e/s/^# //p' -e '/^MODEL_PATH=\${/,/^SHM_BYTES=/{s/\${[A-Z_]*:-//g;s/}\+/ /;p}' "${BASH_SOURCE[0]}"
+  sed -n -e '2,/^set -e/s/^# //p' -e '/^MODEL_PATH=\${/,/^SHM_BYTES=/{s/\${[A-Z_]*:-//g;s/}}*/ /;p;}' "${BASH_SOURCE[0]}"
+  printf 'repo=%s\n' "$repo"
   exit
 fi
 
@@ -16,7 +17,7 @@ DEVICE=${DEVICE:-${NV_EMBED_DEVICE:-}}              # none: cuda:0, but cpu for 
 HTTP_PORT=${HTTP_PORT:-8000}
 GRPC_PORT=${GRPC_PORT:-8001}
 METRICS_PORT=${METRICS_PORT:-8002}
-ADDRESS=${ADDRESS:-}                                # to listen on; none: 127.0.0.1 with RUNTIME=pip, else 0.0.0.0
+ADDRESS=${ADDRESS:-}                                # IPv4 to listen on; none: 127.0.0.1 with RUNTIME=pip, else 0.0.0.0
 METRICS_ADDRESS=${METRICS_ADDRESS:-}                # none: the same
 RUNTIME=${RUNTIME:-auto}                            # auto, native, docker or pip
 RESTART=${RESTART:-no}                              # always: start the server again whenever it ends unasked
@@ -83,9 +84,10 @@ case $RUNTIME in
 esac
 ADDRESS=${ADDRESS:-0.0.0.0}
 METRICS_ADDRESS=${METRICS_ADDRESS:-$ADDRESS}
-for setting in ADDRESS METRICS_ADDRESS; do  # Docker publishes on numbers only
+for setting in ADDRESS METRICS_ADDRESS; do  # numbers: Docker publishes on no names, and Triton's HTTP understands none
   if [[ ${!setting} == localhost ]]; then printf -v "$setting" 127.0.0.1; fi
-  getent ahosts "${!setting}" >/dev/null || refuse "$setting: expected an address of this machine, got '${!setting}'."
+  [[ ${!setting} =~ ^[0-9]{1,3}(\.[0-9]{1,3}){3}$ || ($RUNTIME == docker && ${!setting} == \[*:*\]) ]] ||
+    refuse "$setting: expected an IPv4 address of this machine in numbers, or localhost; got '${!setting}'."
 done
 HTTP_ADDRESS=$ADDRESS
 tls=() tls_mounts=()

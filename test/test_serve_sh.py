@@ -94,13 +94,16 @@ def test_help_names_every_variable_with_its_default_and_starts_nothing(serve, tm
     named = set(re.findall(r"[A-Z_]{3,}", settings))
     assert named == set(re.findall(r"^([A-Z_]+)=", done.stdout, re.M))
     assert "HTTP_PORT=8000 " in done.stdout
+    assert "Arguments go to tritonserver" in done.stdout
+    assert "}" not in done.stdout
     assert not (tmp_path / "record").exists()
 
 
 @pytest.mark.parametrize("setting", ["ADDRESS", "METRICS_ADDRESS"])
-def test_an_address_that_is_none_is_refused_before_anything_is_started(serve, tmp_path, setting):
-    done = serve(programs=["tritonserver"], RUNTIME="native", **{setting: "no such address"})
-    assert_refused(done, f"{setting}: expected an address of this machine, got 'no such address'")
+@pytest.mark.parametrize("address", ["8001", "embeddings.example.com", "::1", "[::1]"])
+def test_what_is_no_ipv4_address_is_refused_before_anything_is_started(serve, tmp_path, setting, address):
+    done = serve(programs=["tritonserver"], RUNTIME="native", **{setting: address})
+    assert_refused(done, f"{setting}: expected an IPv4 address of this machine", f"got '{address}'")
     assert not (tmp_path / "record").exists()
 
 

@@ -3,7 +3,8 @@
 
 TORCH_CPU_INDEX=${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}
 
-absolute() { (CDPATH='' cd -- "$1" && pwd -P); }  # without links: Docker mounts what they point to
+# Without links: what Docker mounts, and one spelling of an environment for all.
+absolute() { (CDPATH='' cd -- "$1" && pwd -P); }
 
 has_gpu() { [[ -e /dev/nvidia0 ]] || nvidia-smi -L >/dev/null 2>&1; }
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from conftest import REPO
 
 ENCODER = "import nv_embed_client; nv_embed_client.NVEmbedEncoder().similarity([[1.0]], [[1.0]])"
 
@@ -23,3 +24,4 @@ def test_a_missing_extra_is_named(extra, missing, statement):
     last = done.stderr.splitlines()[-1]
     assert f"expected the module {missing}" in last
     assert f'pip install "nv-embed-client[{extra}]"' in last
+    assert f"\n{extra} = [" in (REPO / "client" / "pyproject.toml").read_text(encoding="utf-8")

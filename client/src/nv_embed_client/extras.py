@@ -16,8 +16,10 @@ def needs_extra(extra: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
+        if (error.name or "").startswith("nv_embed_client"):
+            raise
         raise ModuleNotFoundError(
             f"expected the module {error.name}; found none; the extra brings it: "
             f'pip install "nv-embed-client[{extra}]", or "./client[{extra}]" from the repository',
             name=error.name,
-        ) from None
+        ) from error

@@ -758,7 +758,7 @@ def test_a_request_in_progress_is_bound_by_its_own_timeout_only(timeout_seconds)
         if timeout_seconds is None:
             assert started.lengths() == [90, 80]
         else:
-            assert "within the request's timeout" in str(started.outcome())
+            assert "within the request's timeout of 500 ms; got none in" in str(started.outcome())
 
 
 # --- metrics --------------------------------------------------------------------------------------------

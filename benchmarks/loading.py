@@ -26,8 +26,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "model_repository" / "nv-embed-v2" / "1"))
 
+from nv_embed.compute.engine import Engine  # noqa: E402
 from nv_embed.config import CheckpointConfig  # noqa: E402
-from nv_embed.engine import Engine  # noqa: E402
 from synthetic import write_layout  # noqa: E402
 
 CHUNK = 2**24

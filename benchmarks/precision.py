@@ -29,12 +29,12 @@ from engine import (
     random_weights,
     sequences,
 )
-from nv_embed.attention import choose_attention
+from nv_embed.compute.attention import choose_attention
+from nv_embed.compute.engine import Engine
+from nv_embed.compute.precision import Float8Matrix, Int8Matrix, Precision, round_matrices
+from nv_embed.compute.weights import fill_network
 from nv_embed.config import CheckpointConfig
-from nv_embed.engine import Engine
 from nv_embed.network import Layer
-from nv_embed.precision import Float8Matrix, Int8Matrix, Precision, round_matrices
-from nv_embed.weights import fill_network
 from torch import Tensor, nn
 
 AIMS = {

@@ -23,8 +23,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "model_repository" / "nv-embed-v2" / "1"))
 
+from nv_embed.compute.weights import published_shapes  # noqa: E402
 from nv_embed.config import CheckpointConfig  # noqa: E402
-from nv_embed.weights import published_shapes  # noqa: E402
 
 NUM_SHARDS = 4
 TOKENIZER = ROOT / "checkpoints" / "nv-embed-mini" / "tokenizer.json"

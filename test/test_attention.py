@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from nv_embed.attention import _prove, attend_each, choose_attention
+from nv_embed.compute.attention import _prove, attend_each, choose_attention
 from nv_embed.config import CheckpointConfig
 from nv_embed.errors import DeviceError
 from serving import ROOT

@@ -10,8 +10,6 @@ from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pytest
-from nv_embed.answers import Answer, Outbox
-from nv_embed.batcher import Batcher, BatchLimits
 from nv_embed.errors import (
     Cancelled,
     ComputeFailed,
@@ -23,8 +21,10 @@ from nv_embed.errors import (
 )
 from nv_embed.metrics import SERIES, Metric, Recorder
 from nv_embed.requests import EmbedRequest
+from nv_embed.scheduling.answers import Answer, Outbox
+from nv_embed.scheduling.batcher import Batcher, BatchLimits
+from nv_embed.scheduling.vector_cache import VectorCache
 from nv_embed.tokenizer import TokenSequence
-from nv_embed.vector_cache import VectorCache
 
 WAIT_SECONDS = 30
 
@@ -591,7 +591,7 @@ def test_a_gpu_out_of_memory_computes_the_halves_without_waiting_for_other_work(
 
 @pytest.mark.parametrize(("seconds", "order"), [(60.0, [0, 2, 4, 5, 1, 3]), (0.0, [0, 1, 2, 3, 4, 5])])
 def test_small_answers_and_errors_pass_large_answers_that_have_not_waited_long(monkeypatch, seconds, order):
-    monkeypatch.setattr("nv_embed.answers._LARGE_WAITS_SECONDS", seconds)
+    monkeypatch.setattr("nv_embed.scheduling.answers._LARGE_WAITS_SECONDS", seconds)
 
     def answer(num_rows):
         return Answer(np.zeros((num_rows, 4096), dtype=np.float32), np.zeros(num_rows, dtype=np.int32))

@@ -9,8 +9,8 @@ import sys
 
 import numpy as np
 import pytest
+from nv_embed.compute.engine import Engine
 from nv_embed.config import CheckpointConfig
-from nv_embed.engine import Engine
 from nv_embed.tokenizer import Tokenizer
 from serving import ROOT, Server
 

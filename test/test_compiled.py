@@ -12,13 +12,13 @@ from random import Random
 import numpy as np
 import pytest
 import torch
-from nv_embed import compiled, engine, recorded
-from nv_embed.compiled import compile_network
+from nv_embed.compute import compiled, engine, recorded
+from nv_embed.compute.compiled import compile_network
+from nv_embed.compute.engine import Engine, load_engines
+from nv_embed.compute.packing import pack
+from nv_embed.compute.recorded import RecordedBatches, record_batches
 from nv_embed.config import CheckpointConfig
-from nv_embed.engine import Engine, load_engines
 from nv_embed.errors import DeviceError, DeviceLost
-from nv_embed.packing import pack
-from nv_embed.recorded import RecordedBatches, record_batches
 from nv_embed.tokenizer import TokenSequence
 from serving import Server
 

@@ -8,8 +8,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from nv_embed.config import CheckpointConfig, ServingConfig
+from nv_embed.config import CheckpointConfig
 from nv_embed.errors import CheckpointError, ConfigError
+from nv_embed.settings import ServingConfig
 
 CONFIG_PBTXT = Path(__file__).parents[1] / "model_repository" / "nv-embed-v2" / "config.pbtxt"
 PARAMETERS = dict(

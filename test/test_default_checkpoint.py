@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from nv_embed.compute.engine import Engine
 from nv_embed.config import CheckpointConfig
-from nv_embed.engine import Engine
 from nv_embed.requests import QUERY_INSTRUCTION
 from nv_embed.tokenizer import Tokenizer
 

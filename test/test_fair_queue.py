@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nv_embed.fair_queue import FairQueue, Flow
+from nv_embed.scheduling.fair_queue import FairQueue, Flow
 
 
 def take(queue, max_tokens, unwanted=()):

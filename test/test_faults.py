@@ -66,7 +66,9 @@ def fault(number: int) -> str:
 def faulty_repository(tmp_path_factory) -> Path:
     repository = tmp_path_factory.mktemp("repository") / "model_repository"
     shutil.copytree(ROOT / "model_repository", repository)
-    with (repository / "nv-embed-v2" / "1" / "nv_embed" / "engine.py").open("a", encoding="utf-8") as engine:
+    with (repository / "nv-embed-v2" / "1" / "nv_embed" / "compute" / "engine.py").open(
+        "a", encoding="utf-8"
+    ) as engine:
         engine.write(FAULTS)
     return repository
 
@@ -241,7 +243,9 @@ def test_sigterm_with_more_work_than_there_is_time_answers_it_unavailable_and_en
 
 def test_sigterm_while_the_model_loads_leaves_no_process_and_no_memory_behind(toy, tmp_path, faulty_repository):
     repository = shutil.copytree(faulty_repository, tmp_path / "model_repository")
-    with (repository / "nv-embed-v2" / "1" / "nv_embed" / "engine.py").open("a", encoding="utf-8") as engine:
+    with (repository / "nv-embed-v2" / "1" / "nv_embed" / "compute" / "engine.py").open(
+        "a", encoding="utf-8"
+    ) as engine:
         engine.write("\n\ntime.sleep(30)\n")
     server = Server(tmp_path / "log.txt", toy, {"MODEL_REPOSITORY": str(repository)})
     watched = ["pgrep", "--full", rf"watchdog\.py [0-9]+ {server.process.pid}$"]

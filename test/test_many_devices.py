@@ -12,12 +12,12 @@ from random import Random
 import numpy as np
 import pytest
 import torch
-from nv_embed.answers import Answer
-from nv_embed.batcher import Batcher, BatchLimits
+from nv_embed.compute.engine import Engine, load_engines
 from nv_embed.config import CheckpointConfig
-from nv_embed.engine import Engine, load_engines
 from nv_embed.errors import DeviceLost, Unavailable
 from nv_embed.requests import EmbedRequest
+from nv_embed.scheduling.answers import Answer
+from nv_embed.scheduling.batcher import Batcher, BatchLimits
 from nv_embed.tokenizer import Tokenizer
 from serving import Server
 
@@ -124,7 +124,7 @@ def test_a_cpus_cores_share_the_work_as_the_network_needs(
     before = torch.get_num_threads()
     loaded = []
     monkeypatch.setattr(Engine, "load", lambda *_, device, **__: loaded.append(device) or device)
-    monkeypatch.setattr("nv_embed.engine._num_cores", lambda: 4)
+    monkeypatch.setattr("nv_embed.compute.engine._num_cores", lambda: 4)
     try:
         config = replace(config, hidden_size=hidden_size)
         settings = {"dtype": "float32", "attention": "auto", "compile_layers": "auto"}

@@ -8,8 +8,8 @@ from random import Random
 
 import numpy as np
 import pytest
+from nv_embed.compute.engine import Engine
 from nv_embed.config import CheckpointConfig
-from nv_embed.engine import Engine
 from nv_embed.tokenizer import Tokenizer, TokenSequence
 from reference import Reference, Sizes
 

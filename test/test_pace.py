@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from nv_embed.pace import MIN_BATCH_TOKENS, Pace
+from nv_embed.scheduling.pace import MIN_BATCH_TOKENS, Pace
 
 
 def run(pace, seconds_per_token, batches=60, num_tokens=None):

@@ -8,11 +8,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from nv_embed.compute.engine import Engine
+from nv_embed.compute.precision import SAMPLES, Float8Matrix, Int8Matrix, Precision
 from nv_embed.config import CheckpointConfig
-from nv_embed.engine import Engine
 from nv_embed.errors import DeviceError
 from nv_embed.network import Network
-from nv_embed.precision import SAMPLES, Float8Matrix, Int8Matrix, Precision
 from nv_embed.requests import QUERY_INSTRUCTION
 from nv_embed.tokenizer import Tokenizer
 from safetensors.torch import load_file, save_file

@@ -8,8 +8,8 @@ import sys
 from dataclasses import fields
 
 import pytest
-from nv_embed.config import ServingConfig
 from nv_embed.metrics import Metric
+from nv_embed.settings import ServingConfig
 from serving import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from nv_embed import engine as engine_module
+from nv_embed.compute import engine as engine_module
+from nv_embed.compute.engine import Engine
+from nv_embed.compute.weights import published_shapes
 from nv_embed.config import CheckpointConfig
-from nv_embed.engine import Engine
 from nv_embed.errors import CheckpointError, DeviceError, DeviceLost, OutOfDeviceMemory
 from nv_embed.tokenizer import TokenSequence
-from nv_embed.weights import published_shapes
 from safetensors.torch import load_file, save_file
 
 
@@ -72,8 +72,8 @@ def test_the_published_sizes_give_exactly_the_published_tensors(published):
 
 
 def test_the_network_of_the_published_sizes_has_a_place_for_all_but_the_folded_tensors(published):
+    from nv_embed.compute.weights import _layer_places, _outer_places
     from nv_embed.network import Network
-    from nv_embed.weights import _layer_places, _outer_places
 
     with torch.device("meta"):
         network = Network(published)
@@ -259,7 +259,7 @@ def test_warm_up_finds_how_many_tokens_take_the_time_that_a_batch_may_take(toy, 
 
 
 def test_progress_of_a_long_load_is_logged(toy, monkeypatch, caplog):
-    monkeypatch.setattr("nv_embed.weights._PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr("nv_embed.compute.weights._PROGRESS_SECONDS", 0.0)
     with caplog.at_level(logging.INFO, logger="nv_embed"):
         load(toy)
     assert any(re.search(r"loading weights: \d+\.\d of \d+\.\d GB", line) for line in caplog.messages)
@@ -277,7 +277,7 @@ def test_loading_holds_the_weights_in_memory_once(tmp_path):
 import re, sys
 from pathlib import Path
 from nv_embed.config import CheckpointConfig
-from nv_embed.engine import Engine
+from nv_embed.compute.engine import Engine
 def anonymous(peak=0):
     return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 import threading

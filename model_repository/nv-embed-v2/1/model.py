@@ -18,9 +18,7 @@ from threading import Lock, Thread
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
-from nv_embed.answers import LARGE_ANSWER_BYTES, Answer, Outcome
-from nv_embed.batcher import Batcher, BatchLimits
-from nv_embed.config import CheckpointConfig, ServingConfig
+from nv_embed.config import CheckpointConfig
 from nv_embed.errors import (
     Cancelled,
     ComputeFailed,
@@ -32,6 +30,9 @@ from nv_embed.errors import (
 )
 from nv_embed.metrics import SERIES, Labels, Metric, Update
 from nv_embed.requests import QUERY_INSTRUCTION, EmbedRequest, RequestLimits
+from nv_embed.scheduling.answers import LARGE_ANSWER_BYTES, Answer, Outcome
+from nv_embed.scheduling.batcher import Batcher, BatchLimits
+from nv_embed.settings import ServingConfig
 from nv_embed.tokenizer import Tokenizer
 from nv_embed.watchdog import Watchdog, shared_memory
 
@@ -68,7 +69,9 @@ class TritonPythonModel:
             print(f"nv-embed: the server stops; requests not yet answered: {num_unanswered}", file=sys.stderr)
 
     def _load(self, parameters: dict[str, dict[str, str]]) -> None:
-        from nv_embed.engine import load_engines  # imports torch: Triton's own look at this file does not wait for it
+        from nv_embed.compute.engine import (
+            load_engines,  # imports torch: Triton's own look at this file does not wait for it
+        )
 
         try:
             config = ServingConfig.from_parameters(

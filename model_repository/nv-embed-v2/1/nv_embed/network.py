@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nv_embed.attention import Attend, attend_each
+from nv_embed.compute.attention import Attend, attend_each
+from nv_embed.compute.packing import PackedBatch
 from nv_embed.config import CheckpointConfig
-from nv_embed.packing import PackedBatch
 
 
 class Network(nn.Module):

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nv_embed.compute.packing import pack
 from nv_embed.config import CheckpointConfig
 from nv_embed.errors import DeviceError, in_short
 from nv_embed.network import Layer, Matrix, Network
-from nv_embed.packing import pack
 from nv_embed.tokenizer import Tokenizer, TokenSequence
 
 logger = logging.getLogger(__name__)

@@ -24,7 +24,6 @@ from typing import Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from nv_embed.answers import Answer, Outbox, Outcome, Reply
 from nv_embed.errors import (
     Cancelled,
     ComputeFailed,
@@ -34,12 +33,13 @@ from nv_embed.errors import (
     RequestError,
     Unavailable,
 )
-from nv_embed.fair_queue import FairQueue, Flow
 from nv_embed.metrics import Metric, Recorder, Update
-from nv_embed.pace import MIN_BATCH_TOKENS, Pace
 from nv_embed.requests import EmbedRequest
+from nv_embed.scheduling.answers import Answer, Outbox, Outcome, Reply
+from nv_embed.scheduling.fair_queue import FairQueue, Flow
+from nv_embed.scheduling.pace import MIN_BATCH_TOKENS, Pace
+from nv_embed.scheduling.vector_cache import VectorCache
 from nv_embed.tokenizer import TokenSequence
-from nv_embed.vector_cache import VectorCache
 
 logger = logging.getLogger(__name__)
 

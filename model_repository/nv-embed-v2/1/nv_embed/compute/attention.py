@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from nv_embed.compute.packing import PackedBatch
 from nv_embed.config import CheckpointConfig
 from nv_embed.errors import DeviceError, in_short
-from nv_embed.packing import PackedBatch
 
 logger = logging.getLogger(__name__)
 

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nv_embed.attention import attend_each
+from nv_embed.compute.attention import attend_each
+from nv_embed.compute.packing import PackedBatch, pack
+from nv_embed.compute.precision import least_cosine_of_repeats
 from nv_embed.errors import DeviceError, in_short
 from nv_embed.network import Network
-from nv_embed.packing import PackedBatch, pack
-from nv_embed.precision import least_cosine_of_repeats
 from nv_embed.tokenizer import TokenSequence
 
 logger = logging.getLogger(__name__)

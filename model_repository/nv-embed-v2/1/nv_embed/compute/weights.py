@@ -19,10 +19,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import functional
 
+from nv_embed.compute.precision import Rounding
 from nv_embed.config import CheckpointConfig
 from nv_embed.errors import CheckpointError
 from nv_embed.network import Layer, Network
-from nv_embed.precision import Rounding
 
 logger = logging.getLogger(__name__)
 

@@ -17,17 +17,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from nv_embed.attention import choose_attention
-from nv_embed.compiled import compile_network
+from nv_embed.compute.attention import choose_attention
+from nv_embed.compute.compiled import compile_network
+from nv_embed.compute.packing import pack
+from nv_embed.compute.precision import Precision, Rounding
+from nv_embed.compute.recorded import RecordedBatches, record_batches
+from nv_embed.compute.weights import load_network
 from nv_embed.config import CheckpointConfig
 from nv_embed.errors import DeviceError, DeviceLost, OutOfDeviceMemory, in_short
 from nv_embed.network import Network
-from nv_embed.pace import MIN_BATCH_TOKENS
-from nv_embed.packing import pack
-from nv_embed.precision import Precision, Rounding
-from nv_embed.recorded import RecordedBatches, record_batches
+from nv_embed.scheduling.pace import MIN_BATCH_TOKENS
 from nv_embed.tokenizer import TokenSequence
-from nv_embed.weights import load_network
 
 logger = logging.getLogger(__name__)
 

@@ -65,7 +65,8 @@ class TritonPythonModel:
     def _drain_when_stopping(self) -> None:
         """Triton calls `finalize` only when all is answered, but stops the hard way after its exit timeout."""
         if self._watchdog.wait_for_stop():
-            num_unanswered = self._batcher.drain(_DRAIN_SECONDS)
+            num_unanswered = self._batcher.num_unanswered
+            self._batcher.drain(_DRAIN_SECONDS)
             # Past Triton's log, which tears down too. A stop that takes long although nothing is unanswered here
             # waits for something of Triton's own.
             print(f"nv-embed: the server stops; requests not yet answered: {num_unanswered}", file=sys.stderr)

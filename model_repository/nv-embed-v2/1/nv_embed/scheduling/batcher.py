@@ -79,13 +79,19 @@ class Batcher:
         """Whether a request that came now could be answered with vectors."""
         return self._ledger.ledger.is_accepting
 
-    def drain(self, seconds: float) -> int:
-        """Answer what is unfinished after `seconds`, or comes later, as unavailable: the server is about to stop.
+    @property
+    def num_queue_tokens(self) -> int:
+        """Tokens that wait to be computed."""
+        return self._ledger.ledger.num_queue_tokens
 
-        Returns:
-            how many requests have no answer yet, settled ones included that are still to be sent.
-        """
-        return self._ledger.stop_at(seconds)
+    @property
+    def num_unanswered(self) -> int:
+        """Requests without an answer, settled ones included that are still to be sent."""
+        return len(self._ledger.ledger.requests) + self._outbox.num_unsent
+
+    def drain(self, seconds: float) -> None:
+        """Answer what is unfinished after `seconds`, or comes later, as unavailable: the server is about to stop."""
+        self._ledger.stop_at(seconds)
 
     def stop(self) -> None:
         """Answer whatever is unfinished as unavailable, and return when that is sent.

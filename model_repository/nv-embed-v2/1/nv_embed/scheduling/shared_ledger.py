@@ -83,12 +83,11 @@ class SharedLedger:
                 self._time.wait(min(self._wakes_at - now, 3600.0) if self._wakes_at < math.inf else None)
             return None
 
-    def stop_at(self, seconds: float) -> int:
-        """Refuse what is unfinished so many seconds from now; returns how many requests have no answer yet."""
+    def stop_at(self, seconds: float) -> None:
+        """Refuse what is unfinished so many seconds from now."""
         with self._lock:
             self.ledger.stopping(time.monotonic() + seconds)
             self._wake_clock()
-            return len(self.ledger.requests) + self._outbox.num_unsent
 
     def end(self) -> None:
         """Refuse all that is unfinished, now and from now on, and let everybody who waits here return."""

@@ -18,6 +18,9 @@ class Timers:
         self._numbers = count()  # of looks at the same time the first that was set comes first
         self._most = 1000
 
+    def __len__(self) -> int:
+        return len(self._heap)
+
     @property
     def next_at(self) -> float:
         """When `due` has something to give, at the earliest."""

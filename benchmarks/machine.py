@@ -22,9 +22,9 @@ def machine(device: str = "cpu") -> dict[str, str | int | None]:
         device: "cpu" or "cuda:N"; of several with commas between, the first.
     """
     kind, _, number = device.partition(",")[0].partition(":")
-    gpu, driver = _gpu(number or "0") if kind == "cuda" else (None, None)
+    name, driver = _gpu(number or "0") if kind == "cuda" else (_cpu(), None)
     return {
-        "device": gpu or _cpu(),
+        "device": name,
         "cores": len(os.sched_getaffinity(0)),
         "driver": driver,
         "python": platform.python_version(),
@@ -40,7 +40,7 @@ def _cpu() -> str:
 
 
 def _gpu(number: str) -> tuple[str | None, str | None]:
-    """Name and driver."""
+    """Name and driver; None where there is no nvidia-smi that says so."""
     query = _output("nvidia-smi", "-i", number, "--query-gpu=name,driver_version", "--format=csv,noheader")
     name, _, driver = (query or "").partition(", ")
     return name or None, driver or None

@@ -39,7 +39,9 @@ def free_ports(count: int) -> list[int]:
     ports: list[int] = []
     while len(ports) < count:
         if not candidates:
-            raise OSError(f"expected {count} free ports from {FIRST_PORT} to {end - 1}; got {len(ports)}; stop a server")
+            raise OSError(
+                f"expected {count} free ports from {FIRST_PORT} to {end - 1}; got {len(ports)}; stop a server"
+            )
         port = candidates.pop()
         if _reserve(port):
             ports.append(port)

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
-from started_server import ROOT, Ports, StartedServer, free_ports
+from started_server import ROOT, START_SECONDS, Ports, StartedServer, free_ports
 
-__all__ = ["ROOT", "Ports", "free_ports"]  # from here, too
+__all__ = ["ROOT", "START_SECONDS", "Ports", "free_ports"]  # from here, too
 
 MODEL_NAME = "nv-embed-v2"
 SETTINGS = (  # of serve.sh and the model, but for VENV, which every test shares
@@ -68,19 +68,20 @@ class Server(StartedServer):
         return self.infer(documents=texts, parameters=parameters)["embeddings"]
 
     def metrics_by_name(self) -> dict[str, float]:
-        """Each series on the metrics port, labels included in its name, half a second from now.
+        """Each series on the metrics port by its name and labels, half a second from now.
 
         On an idle machine what was just counted is there by then. A test that must not fail on a busy one says what it
         waits for: `metrics_once`.
         """
         time.sleep(0.5)
-        return self._metrics_now()
+        return self.metrics_now()
 
     def metrics_once(self, holds: Callable[[dict[str, float]], bool]) -> dict[str, float]:
         """The same as soon as `holds` is true of it; AssertionError if that takes longer than DEADLINE_SECONDS."""
-        return eventually(lambda: metrics if holds(metrics := self._metrics_now()) else None)
+        return eventually(lambda: metrics if holds(metrics := self.metrics_now()) else None)
 
-    def _metrics_now(self) -> dict[str, float]:
+    def metrics_now(self) -> dict[str, float]:
+        """Those that are published by now."""
         with urllib.request.urlopen(f"http://localhost:{self.metrics}/metrics", timeout=DEADLINE_SECONDS) as response:
             lines = response.read().decode().splitlines()
         return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
@@ -107,7 +108,7 @@ def eventually(condition: Callable[[], Any], seconds: float = DEADLINE_SECONDS) 
 
 
 def mark_those_with_servers(items: Iterable[pytest.Function], *starters: str) -> None:
-    """Give the marker `server` to tests with a fixture that has "server" in its name, or with a starter in their body."""
+    """Give the marker `server` to each test with a fixture that has "server" in its name, or a starter in its body."""
     for item in items:
         if any("server" in name for name in item.fixturenames) or {*starters} & {*item.function.__code__.co_names}:
             item.add_marker("server")

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from nv_embed_client import NVEmbedClient
 from serving import ROOT as REPO
-from serving import SETTINGS, Server, eventually, mark_those_with_servers
+from serving import SETTINGS, Server, mark_those_with_servers
 from serving import Ports as Address
+from serving import eventually as eventually
 from started_server import AnyStarted, Started, StartedGateway, free_ports
 
 MINI = REPO / "checkpoints" / "nv-embed-mini"

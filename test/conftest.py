@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from nv_embed.config import CheckpointConfig
-from serving import Server
+from serving import ROOT, Server, mark_those_with_servers
 
-ROOT = Path(__file__).parents[1]
 PUBLISHED_TEXT_CONFIG = {
     "hidden_size": 4096,
     "num_hidden_layers": 32,
@@ -25,6 +24,7 @@ PUBLISHED_TEXT_CONFIG = {
 
 
 def pytest_collection_modifyitems(items):
+    mark_those_with_servers(items, "Server")
     for_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if for_gpu and not torch.cuda.is_available():
         for item in for_gpu:

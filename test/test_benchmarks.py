@@ -12,7 +12,7 @@ import pytest
 from nv_embed.compute.engine import Engine
 from nv_embed.config import CheckpointConfig
 from nv_embed.tokenizer import Tokenizer
-from serving import ROOT, Server
+from serving import ROOT, Server, free_ports
 
 BENCHMARKS = ROOT / "benchmarks"
 BASELINE = BENCHMARKS / "baseline" / "model_repository"
@@ -35,7 +35,7 @@ def run(*command, rc=0) -> tuple[str, dict]:
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     ) as process:  # fmt: skip
         try:
-            out, err = process.communicate(timeout=300)
+            out, err = process.communicate(timeout=900)
         except subprocess.TimeoutExpired:
             process.terminate()  # not killed: it stops the servers that it started
             out, err = process.communicate(timeout=150)
@@ -149,7 +149,7 @@ def test_serving_counts_what_is_refused_and_says_when_nobody_answers(toy_server_
     result = by_load(answer)["documents", "server"]
     assert result["requests"] == 0
     assert result["errors"]["INVALID_ARGUMENT"] > 0
-    output, _ = run("serving.py", "--url", "localhost:9", "--loads", "query", *MOMENT, rc=2)
+    output, _ = run("serving.py", "--url", f"localhost:{free_ports(1)[0]}", "--loads", "query", *MOMENT, rc=2)
     assert "UNAVAILABLE" in output
 
 

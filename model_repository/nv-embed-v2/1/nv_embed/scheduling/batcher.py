@@ -39,7 +39,7 @@ from nv_embed.scheduling.answers import Answer, Outbox, Outcome, Reply
 from nv_embed.scheduling.fair_queue import FairQueue, Flow
 from nv_embed.scheduling.pace import MIN_BATCH_TOKENS, Pace
 from nv_embed.scheduling.vector_cache import VectorCache
-from nv_embed.tokenizer import TokenSequence
+from nv_embed.sequence import TokenSequence
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from nv_embed.config import CheckpointConfig
+from nv_embed.models.config_file import Section
+from nv_embed.models.nv_embed import NVEmbedCheckpoint
 from serving import ROOT, Server, mark_those_with_servers
 
 PUBLISHED_TEXT_CONFIG = {
@@ -38,19 +39,21 @@ def toy() -> Path:
 
 
 @pytest.fixture
-def published() -> CheckpointConfig:
+def published() -> NVEmbedCheckpoint:
     """The published sizes."""
-    return CheckpointConfig.from_json(
-        {
-            "model_type": "nvembed",
-            "is_mask_instruction": True,
-            "add_eos": True,
-            "padding_side": "right",
-            "mask_type": "b",
-            "torch_dtype": "float16",
-            "latent_attention_config": {"model_type": "latent_attention"},
-            "text_config": PUBLISHED_TEXT_CONFIG,
-        }
+    return NVEmbedCheckpoint.read(
+        Section(
+            {
+                "model_type": "nvembed",
+                "is_mask_instruction": True,
+                "add_eos": True,
+                "padding_side": "right",
+                "mask_type": "b",
+                "torch_dtype": "float16",
+                "latent_attention_config": {"model_type": "latent_attention"},
+                "text_config": PUBLISHED_TEXT_CONFIG,
+            }
+        )
     )
 
 

@@ -7,10 +7,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from nv_embed.compute.engine import Engine
-from nv_embed.config import CheckpointConfig
-from nv_embed.requests import QUERY_INSTRUCTION
-from nv_embed.tokenizer import Tokenizer
+from nv_embed.compute.loading import load_engine
+from nv_embed.models import read_checkpoint
+from nv_embed.models.nv_embed import QUERY_INSTRUCTION
 from serving import ROOT
 
 MAX_BYTES = 24_000_000
@@ -26,9 +25,9 @@ GREETINGS = [
 
 @pytest.fixture(scope="module")
 def model(mini):
-    config = CheckpointConfig.load(mini)
-    tokenizer = Tokenizer(mini / "tokenizer.json", vocab_size=config.vocab_size, max_sequence_tokens=4096)
-    engine = Engine.load(mini, config, device="cpu", dtype="float32")
+    config = read_checkpoint(mini)
+    tokenizer = config.tokenizer(mini, 4096)
+    engine = load_engine(mini, config, device="cpu", dtype="float32")
 
     def embed(texts, instruction=""):
         return engine.embed(tokenizer.encode(texts, instruction))

@@ -9,6 +9,7 @@ import subprocess
 import pytest
 from conftest import REPO
 from nv_embed_client.gateway.__main__ import _parser
+from nv_embed_client.gateway.names import names_of
 
 README = REPO / "client" / "README.md"
 NUMBER = re.compile(r"-?\d+\.\d*")
@@ -50,8 +51,10 @@ def test_every_block_runs_and_prints_what_stands_below_it(server, gateway, defau
     assert num_run == 8
 
 
-def test_the_command_that_starts_the_gateway_is_one_it_understands():
+def test_the_commands_that_start_the_gateway_are_ones_it_understands():
     commands = [source for language, source, _ in blocks() if source.startswith("nv-embed-gateway")]
-    assert len(commands) == 1
-    parsed = _parser().parse_args(shlex.split(commands[0])[1:])
-    assert (parsed.triton_url, parsed.host, parsed.port) == ("localhost:8001", "127.0.0.1", 9000)
+    first, second = (_parser().parse_args(shlex.split(command)[1:]) for command in commands)
+    assert (first.triton_url, first.host, first.port) == ("localhost:8001", "127.0.0.1", 9000)
+    names = names_of("nv-embed-v2", second.alias)
+    assert names["text-embedding-3-large"] == names["nv-embed-v2-query"]
+    assert names["claims"].instruction.endswith("it\nQuery: ")

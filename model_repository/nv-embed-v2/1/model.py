@@ -32,7 +32,7 @@ from nv_embed.metrics import SERIES, Labels, Metric, Update
 from nv_embed.requests import QUERY_INSTRUCTION, EmbedRequest, RequestLimits
 from nv_embed.scheduling.answers import LARGE_ANSWER_BYTES, Answer, Outcome
 from nv_embed.scheduling.batcher import Batcher, BatchLimits
-from nv_embed.settings import ServingConfig
+from nv_embed.settings import Settings
 from nv_embed.tokenizer import Tokenizer
 from nv_embed.watchdog import Watchdog, shared_memory
 
@@ -74,7 +74,7 @@ class TritonPythonModel:
         )
 
         try:
-            config = ServingConfig.from_parameters(
+            config = Settings.from_parameters(
                 {name: value["string_value"] for name, value in parameters.items()}, os.environ
             )
             folder = Path(config.model_path)

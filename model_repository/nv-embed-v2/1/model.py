@@ -11,12 +11,13 @@ import locale
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from threading import Lock, Thread
 from typing import Any
 
+import numpy as np
 import triton_python_backend_utils as pb_utils
 from nv_embed.config import CheckpointConfig
 from nv_embed.errors import (
@@ -31,7 +32,8 @@ from nv_embed.errors import (
 from nv_embed.metrics import SERIES, Labels, Metric, Update
 from nv_embed.requests import QUERY_INSTRUCTION, EmbedRequest, RequestLimits
 from nv_embed.scheduling.answers import LARGE_ANSWER_BYTES, Answer, Outcome
-from nv_embed.scheduling.batcher import Batcher, BatchLimits
+from nv_embed.scheduling.batcher import Batcher
+from nv_embed.scheduling.policy import BatchLimits
 from nv_embed.settings import Settings
 from nv_embed.tokenizer import Tokenizer
 from nv_embed.watchdog import Watchdog, shared_memory
@@ -63,7 +65,8 @@ class TritonPythonModel:
     def _drain_when_stopping(self) -> None:
         """Triton calls `finalize` only when all is answered, but stops the hard way after its exit timeout."""
         if self._watchdog.wait_for_stop():
-            num_unanswered = self._batcher.drain(_DRAIN_SECONDS)
+            num_unanswered = self._batcher.num_unanswered
+            self._batcher.drain(_DRAIN_SECONDS)
             # Past Triton's log, which tears down too. A stop that takes long although nothing is unanswered here
             # waits for something of Triton's own.
             print(f"nv-embed: the server stops; requests not yet answered: {num_unanswered}", file=sys.stderr)
@@ -164,7 +167,7 @@ class TritonReply:
 
     def send(self, outcome: Outcome) -> Outcome:
         """Answer, once; returns what was sent."""
-        if isinstance(outcome, Answer) and outcome.embeddings.nbytes > LARGE_ANSWER_BYTES:
+        if isinstance(outcome, Answer) and outcome.num_bytes > LARGE_ANSWER_BYTES:
             outcome = _fitting(outcome)
         response = self._response(outcome)
         with self._lock:
@@ -176,9 +179,12 @@ class TritonReply:
     def _response(self, outcome: Outcome) -> Any:
         if isinstance(outcome, RequestError):
             return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(outcome), _code(outcome)))
-        outputs = {"embeddings": outcome.embeddings, "token_counts": outcome.token_counts}
+        outputs: dict[str, Callable[[], Any]] = {
+            "embeddings": outcome.embeddings,
+            "token_counts": lambda: np.array(outcome.token_counts, dtype=np.int32),
+        }
         return pb_utils.InferenceResponse(
-            [pb_utils.Tensor(name, array) for name, array in outputs.items() if name in self._output_names]
+            [pb_utils.Tensor(name, array()) for name, array in outputs.items() if name in self._output_names]
         )
 
 
@@ -187,11 +193,11 @@ def _fitting(answer: Answer) -> Answer | InvalidRequest:
     free = os.statvfs("/dev/shm")
     regions = (path for path in shared_memory(os.getpid()) if path.exists())  # somebody may have cleaned /dev/shm up
     room = max([free.f_bavail * free.f_frsize, *(path.stat().st_size for path in regions)]) - _SHARED_MEMORY_OVERHEAD
-    if answer.embeddings.nbytes <= room:
+    if answer.num_bytes <= room:
         return answer
     return InvalidRequest.of(
         expected=f"an answer of at most {room} bytes, for which the server has shared memory",
-        got=f"one of {answer.embeddings.nbytes} bytes",
+        got=f"one of {answer.num_bytes} bytes",
         remedy="split the request, or give the server's /dev/shm more room (docker run --shm-size)",
     )
 

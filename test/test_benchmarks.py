@@ -9,10 +9,9 @@ import sys
 
 import numpy as np
 import pytest
-from nv_embed.compute.engine import Engine
-from nv_embed.config import CheckpointConfig
-from nv_embed.tokenizer import Tokenizer
-from serving import ROOT, Server
+from nv_embed.compute.loading import load_engine
+from nv_embed.models import read_checkpoint
+from serving import ROOT, Server, free_ports
 
 BENCHMARKS = ROOT / "benchmarks"
 BASELINE = BENCHMARKS / "baseline" / "model_repository"
@@ -35,7 +34,7 @@ def run(*command, rc=0) -> tuple[str, dict]:
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     ) as process:  # fmt: skip
         try:
-            out, err = process.communicate(timeout=300)
+            out, err = process.communicate(timeout=900)
         except subprocess.TimeoutExpired:
             process.terminate()  # not killed: it stops the servers that it started
             out, err = process.communicate(timeout=150)
@@ -94,9 +93,9 @@ def test_loading_is_measured_with_a_checkpoint_of_the_published_layout():
 def test_a_synthetic_checkpoint_loads_as_the_published_one_would_and_tells_texts_apart(tmp_path):
     folder = tmp_path / "synthetic"
     run("synthetic.py", folder, "--device", "cpu", "--layers", "2", "--hidden-size", "256")
-    config = CheckpointConfig.load(folder)
-    tokenizer = Tokenizer(folder / "tokenizer.json", vocab_size=config.vocab_size, max_sequence_tokens=512)
-    engine = Engine.load(folder, config, device="cpu", dtype="float32")
+    config = read_checkpoint(folder)
+    tokenizer = config.tokenizer(folder, 512)
+    engine = load_engine(folder, config, device="cpu", dtype="float32")
     rows = engine.embed(tokenizer.encode(["a cat", "a dog", "a cat"], ""))
     np.testing.assert_allclose((rows**2).sum(axis=1), 1.0, atol=1e-5)
     np.testing.assert_allclose(rows[0], rows[2], atol=1e-5)
@@ -149,7 +148,7 @@ def test_serving_counts_what_is_refused_and_says_when_nobody_answers(toy_server_
     result = by_load(answer)["documents", "server"]
     assert result["requests"] == 0
     assert result["errors"]["INVALID_ARGUMENT"] > 0
-    output, _ = run("serving.py", "--url", "localhost:9", "--loads", "query", *MOMENT, rc=2)
+    output, _ = run("serving.py", "--url", f"localhost:{free_ports(1)[0]}", "--loads", "query", *MOMENT, rc=2)
     assert "UNAVAILABLE" in output
 
 

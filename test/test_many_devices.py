@@ -12,9 +12,10 @@ from random import Random
 import numpy as np
 import pytest
 import torch
-from nv_embed.compute.engine import Engine, load_engines
-from nv_embed.config import CheckpointConfig
+from nv_embed.compute.engine import Engine
+from nv_embed.compute.loading import load_engine, load_engines
 from nv_embed.errors import DeviceLost, Unavailable
+from nv_embed.models import read_checkpoint
 from nv_embed.requests import EmbedRequest
 from nv_embed.scheduling.answers import Answer
 from nv_embed.scheduling.batcher import Batcher, BatchLimits
@@ -59,7 +60,7 @@ class Reply:
 
 @pytest.fixture(scope="module")
 def checkpoint(toy):
-    config = CheckpointConfig.load(toy)
+    config = read_checkpoint(toy)
     return toy, config, Tokenizer(toy / "tokenizer.json", vocab_size=config.vocab_size, max_sequence_tokens=512)
 
 
@@ -87,7 +88,7 @@ def start(tokenizer, engines, on_fatal=lambda: None):
 
 def test_two_engines_share_the_work_of_one_queue_and_give_the_rows_of_one(checkpoint):
     folder, config, tokenizer = checkpoint
-    alone = Engine.load(folder, config, device="cpu", dtype="float32")
+    alone = load_engine(folder, config, device="cpu", dtype="float32")
     # Devices of one speed, so slow that whatever else this machine does counts for little.
     engines = [CountingEngine(alone, seconds_per_token=1e-4) for _ in range(2)]  # threads of a CPU share one engine
     texts = requests(60)
@@ -137,7 +138,7 @@ def test_a_cpus_cores_share_the_work_as_the_network_needs(
 
 def test_when_one_of_two_devices_fails_everyone_is_answered_once_and_the_server_must_restart(checkpoint):
     folder, config, tokenizer = checkpoint
-    engine = Engine.load(folder, config, device="cpu", dtype="float32")
+    engine = load_engine(folder, config, device="cpu", dtype="float32")
     engines = [CountingEngine(engine), CountingEngine(engine, batches_to_live=3)]
     restart = threading.Event()
     batcher = start(tokenizer, engines, on_fatal=restart.set)

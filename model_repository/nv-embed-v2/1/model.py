@@ -35,7 +35,7 @@ from nv_embed.scheduling.answers import LARGE_ANSWER_BYTES, Answer, Outcome
 from nv_embed.scheduling.batcher import Batcher
 from nv_embed.scheduling.pace import MIN_BATCH_TOKENS
 from nv_embed.scheduling.policy import BatchLimits
-from nv_embed.settings import ServingConfig
+from nv_embed.settings import Settings
 from nv_embed.shared_memory import SharedMemory
 from nv_embed.watchdog import Watchdog, shared_memory
 
@@ -78,7 +78,7 @@ class TritonPythonModel:
         from nv_embed.models import read_checkpoint
 
         try:
-            config = ServingConfig.from_parameters(
+            config = Settings.from_parameters(
                 {name: value["string_value"] for name, value in parameters.items()}, os.environ
             )
             folder = Path(config.model_path)

@@ -77,5 +77,4 @@ def test_the_commands_that_start_the_gateway_are_ones_it_understands():
     assert (first.triton_url, first.host, first.port) == ("localhost:8001", "127.0.0.1", 9000)
     names = names_of("nv-embed-v2", second.alias)
     assert names["text-embedding-3-large"] == names["nv-embed-v2-query"]
-    assert names["claims"].instruction.endswith("it
-Query: ")
+    assert names["claims"].instruction.endswith("it\nQuery: ")

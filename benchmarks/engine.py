@@ -21,23 +21,20 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from machine import machine
+from started_server import ROOT, progress
+from synthetic import published_config, random_weights
 
-ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [
     str(ROOT / "model_repository" / "nv-embed-v2" / "1"),
     str(ROOT / "benchmarks" / "baseline" / "model_repository" / "nv-embed-v2" / "1"),
@@ -46,7 +43,7 @@ sys.path[:0] = [
 from nv_embed.compute.attention import Attend, choose_attention  # noqa: E402
 from nv_embed.compute.engine import Engine  # noqa: E402
 from nv_embed.compute.precision import Precision, Rounding  # noqa: E402
-from nv_embed.compute.weights import fill_network, published_shapes  # noqa: E402
+from nv_embed.compute.weights import fill_network  # noqa: E402
 from nv_embed.config import CheckpointConfig  # noqa: E402
 from nv_embed.network import Network  # noqa: E402
 from nv_embed.tokenizer import TokenSequence  # noqa: E402
@@ -71,10 +68,9 @@ class Size:
     matrix: int  # rows and columns of the matrices that show the ceiling
 
 
-COMMON = {"hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 10000.0}
 FULL = Size(
     name="published",
-    text_config=COMMON | {
+    text_config={
         "vocab_size": 32000, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
         "num_key_value_heads": 8, "intermediate_size": 14336,
     },
@@ -84,7 +80,7 @@ FULL = Size(
 )  # fmt: skip
 QUICK = Size(
     name="small",
-    text_config=COMMON | {
+    text_config={
         "vocab_size": 1000, "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
         "num_key_value_heads": 2, "intermediate_size": 896,
     },
@@ -128,10 +124,10 @@ def run(
     size: Size, device: torch.device, dtype_name: str, attention: str, compile_layers: str, passes: int,
     has_baseline: bool, seed: int,
 ) -> dict[str, Any]:  # fmt: skip
-    config = CheckpointConfig.from_json(published_config(size, torch.float16))
+    config = CheckpointConfig.from_json(published_config(size.text_config, size.latent_config))
     precision = Precision.choose(dtype_name, device, config)
     dtype = precision.dtype  # of the usual way and of the ceiling, which know no 8 bits
-    raw = published_config(size, dtype)
+    raw = published_config(size.text_config, size.latent_config)
     weights = random_weights(config, device, dtype, seed)
     network = empty_network(config, precision, choose_attention(attention, config, device, dtype))
     rounding = Rounding(network, precision, sequences([40, 25], config.vocab_size, seed)) if precision.matrix else None
@@ -162,8 +158,9 @@ def run(
         "passes": passes,
         "attention": network.attend.__name__,
         "compiled": engine.is_compiled,
-        "recorded": engine.recorded is not None,
-        **machine(device, dtype_name),
+        "dtype": dtype_name,
+        "threads": torch.get_num_threads(),
+        **machine(str(device)),
     }
 
 
@@ -175,31 +172,6 @@ def empty_network(config: CheckpointConfig, precision: Precision, attend: Attend
 
 
 # --- weights and texts ----------------------------------------------------------------------------------
-
-
-def published_config(size: Size, dtype: torch.dtype) -> dict[str, Any]:
-    """config.json of such a network."""
-    hidden_size = size.text_config["hidden_size"]
-    return {
-        "model_type": "nvembed", "is_mask_instruction": True, "add_eos": True, "padding_side": "right",
-        "mask_type": "b", "hidden_size": hidden_size, "torch_dtype": str(dtype).removeprefix("torch."),
-        "text_config": size.text_config,
-        "latent_attention_config": size.latent_config | {"hidden_dim": hidden_size, "latent_dim": hidden_size},
-    }  # fmt: skip
-
-
-def random_weights(config: CheckpointConfig, device: torch.device, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
-    """Every published tensor: norms of one, the rest so small that a deep stack keeps within half precision."""
-    generator = torch.Generator(device).manual_seed(seed)
-    weights = {}
-    for name, shape in published_shapes(config).items():
-        tensor = torch.empty(shape, device=device, dtype=dtype)
-        if len(shape) == 1:
-            tensor.fill_(0.0 if name.endswith("bias") else 1.0)
-        else:
-            tensor.normal_(0.0, 0.7 * shape[-1] ** -0.5, generator=generator)
-        weights[name] = tensor
-    return weights
 
 
 def lognormal(size: Size, seed: int) -> list[int]:
@@ -366,34 +338,6 @@ def measure_query(
 # --- reporting ------------------------------------------------------------------------------------------
 
 
-def machine(device: torch.device, dtype: str) -> dict[str, Any]:
-    commit = subprocess.run(
-        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda"
-        else f"{torch.get_num_threads()} threads, {names[0].split(':')[1].strip() if names else platform.processor()}",
-        "dtype": dtype,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-        "cuda": torch.version.cuda,
-        "driver": driver() if device.type == "cuda" else None,
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "commit": commit.stdout.strip() or None,
-    }  # fmt: skip
-
-
-def driver() -> str | None:
-    """Of the NVIDIA GPUs."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        return None
-
-
 def table(result: dict[str, Any]) -> str:
     lines = [
         f"{result['size']} size, {result['dtype']}, {result['device']}, torch {result['torch']}, {result['date']}",
@@ -428,10 +372,6 @@ def plot(result: dict[str, Any], path: Path) -> None:
     right.set(xlabel="tokens a text", ylabel="times the usual way (unsorted)")
     figure.suptitle(f"{result['device']}, {result['dtype']}, {result['date']}", fontsize=9)
     figure.savefig(path, dpi=120)
-
-
-def progress(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -23,18 +23,17 @@ from engine import (
     QUICK,
     Size,
     empty_network,
-    machine,
-    progress,
-    published_config,
-    random_weights,
     sequences,
 )
+from machine import machine
 from nv_embed.compute.attention import choose_attention
 from nv_embed.compute.engine import Engine
 from nv_embed.compute.precision import Float8Matrix, Int8Matrix, Precision, round_matrices
 from nv_embed.compute.weights import fill_network
 from nv_embed.config import CheckpointConfig
 from nv_embed.network import Layer
+from started_server import progress
+from synthetic import drawn, published_config, random_weights
 from torch import Tensor, nn
 
 AIMS = {
@@ -58,12 +57,7 @@ class DrawnLayers(nn.Module):
                 layer = Layer(self.config).to(self.precision.dtype)
             generator = torch.Generator(self.device).manual_seed(self.seed + 1 + number)  # the rest has the seed itself
             for parameter in layer.parameters():
-                if parameter.dim() == 1:
-                    parameter.fill_(1.0)
-                else:
-                    drawn = torch.empty_like(parameter, dtype=torch.float32)
-                    drawn.normal_(0.0, 0.7 * parameter.shape[-1] ** -0.5, generator=generator)
-                    parameter.copy_(drawn.half())
+                parameter.copy_(drawn("weight", parameter.shape, generator, torch.float32).half())
             if self.precision.matrix:
                 round_matrices(layer, self.precision.matrix)
             yield layer
@@ -72,7 +66,7 @@ class DrawnLayers(nn.Module):
 
 def embed(size: Size, device: torch.device, name: str, lengths: list[int], seed: int) -> tuple[Tensor, str]:
     """[texts, C] float32, from the network in one precision, and the attention kernel that served it."""
-    config = CheckpointConfig.from_json(published_config(size, torch.float16))
+    config = CheckpointConfig.from_json(published_config(size.text_config, size.latent_config))
     precision = Precision.choose(name, device, config)
     bare = replace(config, num_layers=0)
     attend = choose_attention("sdpa" if name == "float32" else "auto", config, device, precision.dtype)
@@ -107,9 +101,7 @@ def main() -> None:
             cosines = (vectors * expected).sum(1)
             result |= {name: [round(cosine, 7) for cosine in cosines.tolist()], "attention": attention}
             print(f"{name}: cosine to float32 at least {cosines.min():.6f} (aim {AIMS[name]})")
-    where = machine(device, "float32")
-    del where["dtype"]
-    print(json.dumps(result | where))
+    print(json.dumps(result | machine(arguments.device)))
 
 
 if __name__ == "__main__":

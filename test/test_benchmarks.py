@@ -21,9 +21,9 @@ MOMENT = ("--seconds", "0.4", "--warm-up", "0.1")
 @pytest.fixture(scope="module")
 def baseline_server(toy, tmp_path_factory):
     log = tmp_path_factory.mktemp("baseline") / "log.txt"
-    server = Server(log, toy, {"MODEL_REPOSITORY": str(BASELINE)})
-    yield server.wait_until_ready()
-    assert server.stop() == 0, server.log_text()
+    with Server(log, toy, {"MODEL_REPOSITORY": str(BASELINE)}) as server:
+        yield server
+        assert server.stop() == 0, server.log_text()
 
 
 def run(*command, rc=0) -> tuple[str, dict]:
@@ -62,6 +62,7 @@ def test_the_baseline_gives_the_vectors_of_the_original(baseline_server, toy):
         np.testing.assert_allclose(got, rows, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_engine_is_measured_beside_the_ceiling_and_the_usual_way():
     _, answer = run("engine.py", "--device", "cpu", "--quick", "--passes", "1")
     assert set(answer["mixes"]) == {"16", "64", "512", "lognormal"}
@@ -74,6 +75,7 @@ def test_engine_is_measured_beside_the_ceiling_and_the_usual_way():
     assert answer["dtype"] == "float32"
 
 
+@pytest.mark.slow
 def test_half_precision_and_8_bits_are_near_float32():
     _, answer = run("precision.py", "--device", "cpu", "--quick")
     assert min(answer["float16"]) >= 0.9999
@@ -83,6 +85,7 @@ def test_half_precision_and_8_bits_are_near_float32():
     assert max(answer["bfloat16"] + answer["int8"] + answer["float8"]) < 1 - 1e-7  # they were other precisions
 
 
+@pytest.mark.slow
 def test_loading_is_measured_with_a_checkpoint_of_the_published_layout():
     output, answer = run("loading.py", "--device", "cpu", "--layers", "2", "--hidden-size", "768")
     assert answer["gb_per_s"] > 0
@@ -90,6 +93,7 @@ def test_loading_is_measured_with_a_checkpoint_of_the_published_layout():
     assert answer["host_gigabytes_beside_weights"] < answer["gigabytes"], output
 
 
+@pytest.mark.slow
 def test_a_synthetic_checkpoint_loads_as_the_published_one_would_and_tells_texts_apart(tmp_path):
     folder = tmp_path / "synthetic"
     run("synthetic.py", folder, "--device", "cpu", "--layers", "2", "--hidden-size", "256")
@@ -122,6 +126,7 @@ def test_serving_measures_every_load_on_two_servers_and_the_bare_engine(toy_serv
     assert set(answer["forward_pass_ms"]) == {"full batch", "one query"}
 
 
+@pytest.mark.server
 def test_serving_compares_servers_that_it_starts_itself(toy):
     output, answer = run(
         "serving.py", "--compare", "--checkpoint", toy, "--loads", "query", "--rounds", "2", *MOMENT
@@ -161,12 +166,14 @@ def test_soak_finds_nothing_wrong_with_a_running_server(toy_server):
     assert answer["checked_rows"] > 100
 
 
+@pytest.mark.server
 def test_soak_survives_a_kill(toy):
     output, answer = run("soak.py", "--checkpoint", toy, "--requests", "300", "--clients", "8", "--kills", "1")
     assert answer["passed"], output
     assert [kill["signal"] for kill in answer["kills"]] == ["SIGKILL"]
 
 
+@pytest.mark.slow
 def test_soak_excuses_what_a_kill_breaks_until_the_server_is_ready_again_and_no_other_end_of_it():
     script = """
 import asyncio, json, os, signal, time, soak

@@ -288,7 +288,8 @@ def test_a_lost_device_and_a_dead_thread_answer_everyone_unavailable_and_end_the
         clients = Clients(server, others)
         server.wait_for_waiting(num_tokens)
     assert {status(outcome) for outcome in first.wait() + clients.wait()} == {"UNAVAILABLE"}
-    assert server.process.wait(DEADLINE_SECONDS) == 0  # asked for by SIGTERM
+    # It is asked by SIGTERM, and killed if that takes longer than the watchdog waits.
+    assert server.process.wait(DEADLINE_SECONDS) in (0, -signal.SIGKILL)
     assert message in server.log_text()
 
 
@@ -382,6 +383,7 @@ def test_shared_memory_that_was_cleaned_up_still_serves_those_who_have_it_open(s
     assert server.stop() == 0
 
 
+@pytest.mark.server
 def test_an_answer_that_shared_memory_cannot_hold_is_refused_and_the_next_is_served(toy, tmp_path):
     """In a mount namespace of its own, with a small /dev/shm."""
     probe = ["unshare", "--mount", "sh", "-c", "mount -t tmpfs -o size=8m tmpfs /dev/shm"]

@@ -26,8 +26,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "model_repository" / "nv-embed-v2" / "1"))
 
-from nv_embed.compute.engine import Engine  # noqa: E402
-from nv_embed.config import CheckpointConfig  # noqa: E402
+from nv_embed.compute.loading import load_engine  # noqa: E402
+from nv_embed.models import read_checkpoint  # noqa: E402
 from synthetic import write_layout  # noqa: E402
 
 CHUNK = 2**24
@@ -48,13 +48,13 @@ def main() -> None:
             result["bus_gb_per_s"] = round(bus_speed(arguments.device), 2)
         with HighWater() as host:
             started = time.monotonic()
-            engine = Engine.load(
-                folder, CheckpointConfig.load(folder), device=arguments.device, dtype="float16", compile_layers="off"
+            engine = load_engine(
+                folder, read_checkpoint(folder), device=arguments.device, dtype="float16", compile_layers="off"
             )
             if arguments.device != "cpu":
                 torch.cuda.synchronize(arguments.device)
             seconds = time.monotonic() - started
-        weights = sum(parameter.nbytes for parameter in engine.network.parameters())
+        weights = sum(parameter.nbytes for parameter in engine.model.network.parameters())
     host_bytes = host.peak - (weights if arguments.device == "cpu" else 0)
     result |= {
         "seconds": round(seconds, 2),

@@ -23,8 +23,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "model_repository" / "nv-embed-v2" / "1"))
 
-from nv_embed.compute.weights import published_shapes  # noqa: E402
-from nv_embed.config import CheckpointConfig  # noqa: E402
+from nv_embed.compute.weights import checkpoint_shapes  # noqa: E402
+from nv_embed.models import read_checkpoint  # noqa: E402
 
 NUM_SHARDS = 4
 TOKENIZER = ROOT / "checkpoints" / "nv-embed-mini" / "tokenizer.json"
@@ -61,7 +61,9 @@ def write_layout(folder: Path, num_layers: int, hidden_size: int) -> int:
                                     "cross_dim_head": hidden_size},
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    sizes = {name: (shape, 2 * prod(shape)) for name, shape in published_shapes(CheckpointConfig.load(folder)).items()}
+    with torch.device("meta"):
+        shapes = checkpoint_shapes(read_checkpoint(folder).network())
+    sizes = {name: (shape, 2 * prod(shape)) for name, shape in shapes.items()}
     total = sum(size for _, size in sizes.values())
     shards: list[dict[str, tuple[tuple[int, ...], int]]] = [{} for _ in range(NUM_SHARDS)]
     written = 0

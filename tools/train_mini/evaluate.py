@@ -11,7 +11,7 @@ from statistics import fmean
 
 import torch
 import torch.nn.functional as F
-from product import CheckpointConfig, Engine, Tokenizer
+from product import load_engine, read_checkpoint
 from scipy.stats import spearmanr
 from text import Item
 from torch import Tensor
@@ -55,9 +55,9 @@ def read_judged(path: Path, trained: set[str]) -> list[Judged]:
 
 def served(folder: Path) -> Embed:
     """The checkpoint as the server reads and computes it, on the CPU: fp32 arithmetic over fp16 weights."""
-    config = CheckpointConfig.load(folder)
-    tokenizer = Tokenizer(folder / "tokenizer.json", vocab_size=config.vocab_size, max_sequence_tokens=8192)
-    engine = Engine.load(folder, config, device="cpu", dtype="float32")
+    config = read_checkpoint(folder)
+    tokenizer = config.tokenizer(folder, 8192)
+    engine = load_engine(folder, config, device="cpu", dtype="float32")
 
     def embed(texts: list[str], instruction: str = "") -> Tensor:
         sequences = tokenizer.encode(texts, instruction)

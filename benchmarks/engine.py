@@ -25,6 +25,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,13 +41,15 @@ sys.path[:0] = [
     str(ROOT / "benchmarks" / "baseline" / "model_repository" / "nv-embed-v2" / "1"),
 ]
 
-from nv_embed.compute.attention import Attend, choose_attention  # noqa: E402
-from nv_embed.compute.engine import Engine  # noqa: E402
+from nv_embed.compute.attention import choose_attention  # noqa: E402
+from nv_embed.compute.devices import existing_device  # noqa: E402
+from nv_embed.compute.engine import Engine, PackedModel  # noqa: E402
 from nv_embed.compute.precision import Precision, Rounding  # noqa: E402
 from nv_embed.compute.weights import fill_network  # noqa: E402
-from nv_embed.config import CheckpointConfig  # noqa: E402
-from nv_embed.network import Network  # noqa: E402
-from nv_embed.tokenizer import TokenSequence  # noqa: E402
+from nv_embed.models.config_file import Section  # noqa: E402
+from nv_embed.models.nv_embed import NVEmbedCheckpoint  # noqa: E402
+from nv_embed.models.protocol import Attend, Network  # noqa: E402
+from nv_embed.sequence import TokenSequence  # noqa: E402
 from padded import PaddedNetwork  # noqa: E402
 
 NUM_MASKED = 18  # of the standard instruction
@@ -124,15 +127,15 @@ def run(
     size: Size, device: torch.device, dtype_name: str, attention: str, compile_layers: str, passes: int,
     has_baseline: bool, seed: int,
 ) -> dict[str, Any]:  # fmt: skip
-    config = CheckpointConfig.from_json(published_config(size.text_config, size.latent_config))
+    config = NVEmbedCheckpoint.read(Section(published_config(size.text_config, size.latent_config)))
     precision = Precision.choose(dtype_name, device, config)
     dtype = precision.dtype  # of the usual way and of the ceiling, which know no 8 bits
     raw = published_config(size.text_config, size.latent_config)
     weights = random_weights(config, device, dtype, seed)
-    network = empty_network(config, precision, choose_attention(attention, config, device, dtype))
+    network = empty_network(config, precision, choose_attention(attention, config.heads, device, dtype))
     rounding = Rounding(network, precision, sequences([40, 25], config.vocab_size, seed)) if precision.matrix else None
     fill_network(network, weights, device, rounding)
-    engine = Engine.of_network(network, device, compile_layers)
+    engine = Engine(PackedModel(network, device, compile_layers), existing_device(str(device)))
     baseline = PaddedNetwork(raw, weights) if has_baseline else None
     if baseline:
         check_alike(engine, baseline, config, seed, precision.matrix.least_cosine if precision.matrix else 0.999)
@@ -157,16 +160,16 @@ def run(
         "budget": size.budget,
         "passes": passes,
         "attention": network.attend.__name__,
-        "compiled": engine.is_compiled,
+        "compiled": engine.model.is_compiled,
         "dtype": dtype_name,
         "threads": torch.get_num_threads(),
         **machine(str(device)),
     }
 
 
-def empty_network(config: CheckpointConfig, precision: Precision, attend: Attend) -> Network:
+def empty_network(config: NVEmbedCheckpoint, precision: Precision, attend: Attend) -> Network:
     with torch.device("meta"):
-        network = Network(config).to(precision.dtype).eval()
+        network = config.network().to(precision.dtype).eval()
     network.attend = attend
     return network
 
@@ -204,17 +207,17 @@ def batches(texts: Sequence[TokenSequence], budget: int, *, is_padded: bool) -> 
     yield batch
 
 
-def embed_packed(engine: Engine, texts: Sequence[TokenSequence], budget: int) -> None:
-    """As the server does: a batch is waited for when the next one is started."""
-    finish = None
-    for batch in batches(texts, budget, is_padded=False):
-        with engine.turn:
-            started = engine.start(batch)
-        if finish:
-            finish()
-        finish = started
-    if finish:
-        finish()
+def embed_packed(engine: Engine[TokenSequence], texts: Sequence[TokenSequence], budget: int) -> None:
+    """As the server does: on a GPU one thread starts a batch while the other one waits for its own."""
+    waiting = batches(texts, budget, is_padded=False)
+    with ThreadPoolExecutor(1 if engine.device.type == "cpu" else 2) as threads:
+        for work in [threads.submit(embed_all, engine, waiting) for _ in range(2)]:
+            work.result()
+
+
+def embed_all(engine: Engine[TokenSequence], waiting: Iterator[list[TokenSequence]]) -> None:
+    while engine.compute(lambda: next(waiting, None)):  # which never runs in two threads at a time
+        pass
 
 
 def embed_padded(baseline: PaddedNetwork, texts: Sequence[TokenSequence], budget: int) -> None:
@@ -223,7 +226,7 @@ def embed_padded(baseline: PaddedNetwork, texts: Sequence[TokenSequence], budget
 
 
 def check_alike(
-    engine: Engine, baseline: PaddedNetwork, config: CheckpointConfig, seed: int, least_cosine: float
+    engine: Engine[TokenSequence], baseline: PaddedNetwork, config: NVEmbedCheckpoint, seed: int, least_cosine: float
 ) -> None:
     """Two networks that do not compute the same are not worth a comparison."""
     texts = sequences([40, 25, 33], config.vocab_size, seed, NUM_MASKED)
@@ -281,7 +284,7 @@ def measure_ceiling(size: Size, device: torch.device, dtype: torch.dtype) -> dic
     }
 
 
-def operations(config: CheckpointConfig, lengths: Sequence[int]) -> float:
+def operations(config: NVEmbedCheckpoint, lengths: Sequence[int]) -> float:
     """Multiplications and additions of our forward pass: matrix products and attention, all tokens pooled."""
     c, q = config.hidden_size, config.num_heads * config.head_dim
     kv = config.num_kv_heads * config.head_dim
@@ -294,13 +297,13 @@ def operations(config: CheckpointConfig, lengths: Sequence[int]) -> float:
 
 
 def measure_mix(
-    engine: Engine, baseline: PaddedNetwork | None, config: CheckpointConfig, texts: list[TokenSequence], budget: int,
-    ceiling: float, passes: int,
+    engine: Engine[TokenSequence], baseline: PaddedNetwork | None, config: NVEmbedCheckpoint,
+    texts: list[TokenSequence], budget: int, ceiling: float, passes: int,
 ) -> dict[str, Any]:  # fmt: skip
     device = engine.device
     by_length = sorted(texts, key=lambda text: text.num_tokens)
     if device.type == "cuda":  # of ours alone: what else is allocated is the other side's weights
-        own = sum(parameter.nbytes for parameter in engine.network.parameters())
+        own = sum(parameter.nbytes for parameter in engine.model.network.parameters())
         others = torch.cuda.memory_allocated(device) - own
         torch.cuda.reset_peak_memory_stats(device)
         embed_packed(engine, texts, budget)
@@ -324,7 +327,7 @@ def measure_mix(
 
 
 def measure_query(
-    engine: Engine, baseline: PaddedNetwork | None, config: CheckpointConfig, device: torch.device
+    engine: Engine[TokenSequence], baseline: PaddedNetwork | None, config: NVEmbedCheckpoint, device: torch.device
 ) -> dict[str, float]:
     """Median milliseconds of one short query alone."""
     texts = sequences([QUERY_TOKENS], config.vocab_size, 0, NUM_MASKED)

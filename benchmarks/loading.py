@@ -25,8 +25,8 @@ from started_server import ROOT
 
 sys.path.insert(0, str(ROOT / "model_repository" / "nv-embed-v2" / "1"))
 
-from nv_embed.compute.engine import Engine
-from nv_embed.config import CheckpointConfig
+from nv_embed.compute.loading import load_engine
+from nv_embed.models import read_checkpoint
 from synthetic import write_layout
 
 CHUNK = 2**24
@@ -47,13 +47,13 @@ def main() -> None:
             result["bus_gb_per_s"] = round(bus_speed(arguments.device), 2)
         with HighWater() as host:
             started = time.monotonic()
-            engine = Engine.load(
-                folder, CheckpointConfig.load(folder), device=arguments.device, dtype="float16", compile_layers="off"
+            engine = load_engine(
+                folder, read_checkpoint(folder), device=arguments.device, dtype="float16", compile_layers="off"
             )
             if arguments.device != "cpu":
                 torch.cuda.synchronize(arguments.device)
             seconds = time.monotonic() - started
-        weights = sum(parameter.nbytes for parameter in engine.network.parameters())
+        weights = sum(parameter.nbytes for parameter in engine.model.network.parameters())
     host_bytes = host.peak - (weights if arguments.device == "cpu" else 0)
     result |= {
         "seconds": round(seconds, 2),

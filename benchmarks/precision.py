@@ -27,11 +27,13 @@ from engine import (
 )
 from machine import machine
 from nv_embed.compute.attention import choose_attention
-from nv_embed.compute.engine import Engine
+from nv_embed.compute.devices import existing_device
+from nv_embed.compute.engine import Engine, PackedModel
 from nv_embed.compute.precision import Float8Matrix, Int8Matrix, Precision, round_matrices
 from nv_embed.compute.weights import fill_network
-from nv_embed.config import CheckpointConfig
-from nv_embed.network import Layer
+from nv_embed.models.config_file import Section
+from nv_embed.models.mistral import Layer
+from nv_embed.models.nv_embed import NVEmbedCheckpoint
 from started_server import progress
 from synthetic import drawn, published_config, random_weights
 from torch import Tensor, nn
@@ -47,9 +49,12 @@ AIMS = {
 class DrawnLayers(nn.Module):
     """The layers of a network in order, each drawn when its turn comes."""
 
-    def __init__(self, config: CheckpointConfig, device: torch.device, precision: Precision, seed: int) -> None:
+    def __init__(self, config: NVEmbedCheckpoint, device: torch.device, precision: Precision, seed: int) -> None:
         super().__init__()
         self.config, self.device, self.precision, self.seed = config, device, precision, seed
+
+    def __len__(self) -> int:
+        return self.config.num_layers
 
     def __iter__(self) -> Iterator[Layer]:
         for number in range(self.config.num_layers):
@@ -66,15 +71,16 @@ class DrawnLayers(nn.Module):
 
 def embed(size: Size, device: torch.device, name: str, lengths: list[int], seed: int) -> tuple[Tensor, str]:
     """[texts, C] float32, from the network in one precision, and the attention kernel that served it."""
-    config = CheckpointConfig.from_json(published_config(size.text_config, size.latent_config))
+    config = NVEmbedCheckpoint.read(Section(published_config(size.text_config, size.latent_config)))
     precision = Precision.choose(name, device, config)
     bare = replace(config, num_layers=0)
-    attend = choose_attention("sdpa" if name == "float32" else "auto", config, device, precision.dtype)
+    attend = choose_attention("sdpa" if name == "float32" else "auto", config.heads, device, precision.dtype)
     network = empty_network(bare, precision, attend)
     fill_network(network, random_weights(bare, device, torch.float16, seed), device)
     network.layers = DrawnLayers(config, device, precision, seed)  # type: ignore[assignment]
     texts = sequences(lengths, config.vocab_size, seed, NUM_MASKED)
-    return torch.from_numpy(Engine(network, device).embed(texts)), attend.__name__
+    engine = Engine(PackedModel(network, device), existing_device(str(device)))
+    return torch.from_numpy(engine.embed(texts)), attend.__name__
 
 
 def main() -> None:

@@ -26,8 +26,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(ROOT / "model_repository" / "nv-embed-v2" / "1"))
 
-from nv_embed.compute.weights import published_shapes
-from nv_embed.config import CheckpointConfig
+from nv_embed.compute.weights import checkpoint_shapes
+from nv_embed.models import read_checkpoint
+from nv_embed.models.protocol import Checkpoint
 
 NUM_SHARDS = 4
 TOKENIZER = ROOT / "checkpoints" / "nv-embed-mini" / "tokenizer.json"
@@ -78,11 +79,17 @@ def drawn(
 
 
 def random_weights(
-    config: CheckpointConfig, device: torch.device, dtype: torch.dtype, seed: int, spread: float | None = None
+    config: Checkpoint, device: torch.device, dtype: torch.dtype, seed: int, spread: float | None = None
 ) -> dict[str, Tensor]:
     """Every published tensor, as `drawn` has it."""
     generator = torch.Generator(device).manual_seed(seed)
-    return {name: drawn(name, shape, generator, dtype, spread) for name, shape in published_shapes(config).items()}
+    return {name: drawn(name, shape, generator, dtype, spread) for name, shape in shapes_of(config).items()}
+
+
+def shapes_of(config: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Of every published tensor, by name."""
+    with torch.device("meta"):
+        return checkpoint_shapes(config.network())
 
 
 def write_layout(folder: Path, num_layers: int, hidden_size: int) -> int:
@@ -95,7 +102,7 @@ def write_layout(folder: Path, num_layers: int, hidden_size: int) -> int:
         {"cross_dim_head": hidden_size},
     )  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    sizes = {name: (shape, 2 * prod(shape)) for name, shape in published_shapes(CheckpointConfig.load(folder)).items()}
+    sizes = {name: (shape, 2 * prod(shape)) for name, shape in shapes_of(read_checkpoint(folder)).items()}
     total = sum(size for _, size in sizes.values())
     shards: list[dict[str, tuple[tuple[int, ...], int]]] = [{} for _ in range(NUM_SHARDS)]
     written = 0

@@ -14,7 +14,8 @@ from random import Random
 
 import numpy as np
 import torch
-from nv_embed.config import CheckpointConfig
+from nv_embed.models.config_file import Section
+from nv_embed.models.nv_embed import NVEmbedCheckpoint
 from padded import PaddedNetwork
 from safetensors.torch import save_file
 from synthetic import published_config, random_weights
@@ -60,7 +61,7 @@ class Reference:
         values = vars(sizes).copy()
         latent = {name: values.pop(name) for name in ("num_latents_value", "num_cross_heads", "cross_dim_head")}
         self._config = published_config(values, latent, "float32")
-        config = CheckpointConfig.from_json(self._config)
+        config = NVEmbedCheckpoint.read(Section(self._config))
         self._weights = random_weights(config, torch.device("cpu"), torch.float32, seed, spread=0.15)
 
     def embed(self, sequences: Sequence[Sequence[int]], num_masked: Sequence[int]) -> np.ndarray:

@@ -18,6 +18,7 @@ from nv_embed.models import read_checkpoint
 from nv_embed.requests import EmbedRequest
 from nv_embed.scheduling.answers import Answer
 from nv_embed.scheduling.batcher import Batcher, BatchLimits
+from nv_embed.scheduling.turns import TurnEngine
 from serving import Server
 
 WAIT_SECONDS = 60
@@ -82,7 +83,9 @@ def start(tokenizer, engines, on_fatal=lambda: None):
         max_batch_tokens=600, target_batch_seconds=None, max_queue_tokens=10**7, max_queue_bytes=10**8,
         max_queue_texts=10**5, max_queue_seconds=60.0, query_weight=8, cache_bytes=0,
     )  # fmt: skip
-    return Batcher(tokenizer, engines, limits, on_fatal=on_fatal, publish=lambda values: None)
+    return Batcher(
+        tokenizer, [TurnEngine(engine) for engine in engines], limits, on_fatal=on_fatal, publish=lambda values: None
+    )
 
 
 def test_two_engines_share_the_work_of_one_queue_and_give_the_rows_of_one(checkpoint):

@@ -32,6 +32,7 @@ from nv_embed.requests import EmbedRequest, Instructions, RequestLimits
 from nv_embed.scheduling.answers import LARGE_ANSWER_BYTES, Answer, Outcome
 from nv_embed.scheduling.batcher import Batcher, BatchLimits
 from nv_embed.scheduling.pace import MIN_BATCH_TOKENS
+from nv_embed.scheduling.turns import TurnEngine
 from nv_embed.settings import ServingConfig
 from nv_embed.watchdog import Watchdog, shared_memory
 
@@ -113,7 +114,7 @@ class TritonPythonModel:
         )
         self._batcher = Batcher(
             tokenizer,
-            engines,
+            [TurnEngine(engine) for engine in engines],
             batch_limits,
             on_fatal=self._watchdog.ask_for_restart,
             publish=TritonMetrics().publish,

@@ -2,9 +2,11 @@
 
 import contextlib
 import io
+import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,11 +64,24 @@ def test_every_example_runs_and_prints_what_stands_below_it(page, server, gatewa
 
 
 @pytest.mark.parametrize(
-    "page", [REPO / "README.md", CLIENT_README, REPO / "docs" / "contract.md"], ids=lambda p: p.stem
+    "page",
+    [REPO / "README.md", CLIENT_README, REPO / "docs" / "contract.md", REPO / "docs" / "gateway.md"],
+    ids=lambda p: p.stem,
 )
 def test_no_example_is_overlooked(page):
     text = page.read_text(encoding="utf-8")
     assert 0 < len(examples(page)) == text.count("```python\n") + text.count("\ncurl -s ")
+
+
+def test_every_option_of_the_gateway_is_documented_with_its_default():
+    rows = re.findall(
+        r"^\| `(--[a-z-]+)` \| (?:`(.*?)`)? ?\|", (REPO / "docs/gateway.md").read_text("utf-8"), re.MULTILINE
+    )
+    command = [Path(sys.executable).parent / "nv-embed-gateway", "--help"]
+    page = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "999"})
+    options = re.findall(r"^  (--[a-z-]+).*?\(default: ([^)]*)\)$", page.stdout, re.MULTILINE | re.DOTALL)
+    assert options
+    assert dict(rows) == {name: "" if default in ("None", "False", "[]") else default for name, default in options}
 
 
 def test_the_command_that_starts_the_gateway_is_one_it_understands():

@@ -27,39 +27,48 @@ ENGINE = Path("nv-embed-v2", "1", "nv_embed", "compute", "engine.py")  # in a mo
 # Appended to it: texts with a given number of <s> in them break the engine in a given way.
 FAULTS = """
 
-_start = Engine.start
+_compute = Engine.compute
 
 
-def _faulty_start(self, sequences):
-    import os, signal, sys
+def _faulty_compute(self, next_batch, pause=nothing):
+    import os, signal, sys, time
+    from nv_embed.errors import DeviceLost, OutOfDeviceMemory
 
-    for sequence in sequences:
-        fault = int((sequence.input_ids == 1).sum()) - 1
-        if fault == 101:
-            raise RuntimeError("a kernel failed")
-        if fault == 102:
-            raise DeviceLost("cpu failed")
-        if fault == 103:
-            raise SystemExit("the thread dies")
-        if fault == 104:
-            os.kill(os.getpid(), signal.SIGSEGV)
-        if fault == 105 and len(sequences) > 1 or fault == 106:
-            raise OutOfDeviceMemory("the batch does not fit in the memory of cpu")
-        if fault == 108:
-            print("fault 108 waits", file=sys.stderr, flush=True)
-            while not os.path.exists(os.environ["FAULT_GATE"]):
-                time.sleep(0.02)
-        if fault == 109:
-            time.sleep(3)
-    rows, seconds = _start(self, sequences)()
-    rows = rows.copy()
-    for row, sequence in zip(rows, sequences):
+    taken = []
+
+    def next_faulty_batch():
+        taken.extend(next_batch() or ())
+        for sequence in taken:
+            fault = int((sequence.input_ids == 1).sum()) - 1
+            if fault == 101:
+                raise RuntimeError("a kernel failed")
+            if fault == 102:
+                raise DeviceLost("cpu failed")
+            if fault == 103:
+                raise SystemExit("the thread dies")
+            if fault == 104:
+                os.kill(os.getpid(), signal.SIGSEGV)
+            if fault == 105 and len(taken) > 1 or fault == 106:
+                raise OutOfDeviceMemory("the batch does not fit in the memory of cpu")
+            if fault == 108:
+                print("fault 108 waits", file=sys.stderr, flush=True)
+                while not os.path.exists(os.environ["FAULT_GATE"]):
+                    time.sleep(0.02)
+            if fault == 109:
+                time.sleep(3)
+        return taken
+
+    computed = _compute(self, next_faulty_batch, pause)
+    if computed is None:
+        return None
+    rows = computed.vectors.copy()
+    for row, sequence in zip(rows, taken):
         if int((sequence.input_ids == 1).sum()) - 1 == 107:
             row[3] = float("nan")
-    return lambda: (rows, seconds)
+    return Computed(rows, computed.seconds)
 
 
-Engine.start = _faulty_start
+Engine.compute = _faulty_compute
 """
 
 

@@ -13,6 +13,7 @@ import pytest
 from conftest import REPO
 from nv_embed_client import NVEmbedEncoder
 from nv_embed_client.gateway.__main__ import _parser
+from nv_embed_client.gateway.names import names_of
 
 CLIENT_README = REPO / "client" / "README.md"
 # The recipes need packages that this environment does not have.
@@ -84,9 +85,12 @@ def test_every_option_of_the_gateway_is_documented_with_its_default():
     assert dict(rows) == {name: "" if default in ("None", "False", "[]") else default for name, default in options}
 
 
-def test_the_command_that_starts_the_gateway_is_one_it_understands():
-    blocks = BLOCK.findall(CLIENT_README.read_text(encoding="utf-8"))
+def test_the_commands_that_start_the_gateway_are_ones_it_understands():
+    pages = (CLIENT_README, REPO / "docs" / "gateway.md")
+    blocks = [block for page in pages for block in BLOCK.findall(page.read_text(encoding="utf-8"))]
     commands = [source for _, source, _ in blocks if source.startswith("nv-embed-gateway")]
-    assert len(commands) == 1
-    parsed = _parser().parse_args(shlex.split(commands[0])[1:])
-    assert (parsed.triton_url, parsed.host, parsed.port) == ("localhost:8001", "127.0.0.1", 9000)
+    first, second = (_parser().parse_args(shlex.split(command)[1:]) for command in commands)
+    assert (first.triton_url, first.host, first.port) == ("localhost:8001", "127.0.0.1", 9000)
+    names = names_of("nv-embed-v2", second.alias)
+    assert names["text-embedding-3-large"] == names["nv-embed-v2-query"]
+    assert names["claims"].instruction.endswith("it\nQuery: ")

@@ -17,6 +17,7 @@ from pathlib import Path
 from threading import Lock, Thread
 from typing import Any
 
+import c_python_backend_utils
 import numpy as np
 import triton_python_backend_utils as pb_utils
 from nv_embed.errors import (
@@ -35,12 +36,12 @@ from nv_embed.scheduling.batcher import Batcher
 from nv_embed.scheduling.pace import MIN_BATCH_TOKENS
 from nv_embed.scheduling.policy import BatchLimits
 from nv_embed.settings import Settings
+from nv_embed.shared_memory import SharedMemory
 from nv_embed.watchdog import Watchdog, shared_memory
 
 logger = logging.getLogger("nv_embed")
 
 _DRAIN_SECONDS = 20.0  # of Triton's exit timeout, 30 s by default
-_SHARED_MEMORY_OVERHEAD = 2**20  # Triton's own in each region, and the steps that it grows in
 
 
 class TritonPythonModel:
@@ -170,7 +171,7 @@ class TritonReply:
     def send(self, outcome: Outcome) -> Outcome:
         """Answer, once; returns what was sent."""
         if isinstance(outcome, Answer) and outcome.num_bytes > LARGE_ANSWER_BYTES:
-            outcome = _fitting(outcome)
+            outcome = _shared_memory().refusal(outcome.num_bytes) or outcome
         response = self._response(outcome)
         with self._lock:
             sender, self._sender = self._sender, None
@@ -190,17 +191,14 @@ class TritonReply:
         )
 
 
-def _fitting(answer: Answer) -> Answer | InvalidRequest:
-    """An answer that fits nowhere in the memory shared with Triton is refused: sending it would fail without a word."""
-    free = os.statvfs("/dev/shm")
+def _shared_memory() -> SharedMemory:
+    """As it is now."""
+    outside = os.statvfs("/dev/shm")
     regions = (path for path in shared_memory(os.getpid()) if path.exists())  # somebody may have cleaned /dev/shm up
-    room = max([free.f_bavail * free.f_frsize, *(path.stat().st_size for path in regions)]) - _SHARED_MEMORY_OVERHEAD
-    if answer.num_bytes <= room:
-        return answer
-    return InvalidRequest.of(
-        expected=f"an answer of at most {room} bytes, for which the server has shared memory",
-        got=f"one of {answer.num_bytes} bytes",
-        remedy="split the request, or give the server's /dev/shm more room (docker run --shm-size)",
+    return SharedMemory(
+        region_bytes=sum(path.stat().st_size for path in regions),
+        region_free_bytes=c_python_backend_utils.shared_memory.free_memory(),
+        outside_free_bytes=outside.f_bavail * outside.f_frsize,
     )
 
 

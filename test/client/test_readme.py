@@ -2,9 +2,11 @@
 
 import contextlib
 import io
+import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -63,15 +65,29 @@ def test_every_example_runs_and_prints_what_stands_below_it(page, server, gatewa
 
 
 @pytest.mark.parametrize(
-    "page", [REPO / "README.md", CLIENT_README, REPO / "docs" / "contract.md"], ids=lambda p: p.stem
+    "page",
+    [REPO / "README.md", CLIENT_README, REPO / "docs" / "contract.md", REPO / "docs" / "gateway.md"],
+    ids=lambda p: p.stem,
 )
 def test_no_example_is_overlooked(page):
     text = page.read_text(encoding="utf-8")
     assert 0 < len(examples(page)) == text.count("```python\n") + text.count("\ncurl -s ")
 
 
+def test_every_option_of_the_gateway_is_documented_with_its_default():
+    rows = re.findall(
+        r"^\| `(--[a-z-]+)` \| (?:`(.*?)`)? ?\|", (REPO / "docs/gateway.md").read_text("utf-8"), re.MULTILINE
+    )
+    command = [Path(sys.executable).parent / "nv-embed-gateway", "--help"]
+    page = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "999"})
+    options = re.findall(r"^  (--[a-z-]+).*?\(default: ([^)]*)\)$", page.stdout, re.MULTILINE | re.DOTALL)
+    assert options
+    assert dict(rows) == {name: "" if default in ("None", "False", "[]") else default for name, default in options}
+
+
 def test_the_commands_that_start_the_gateway_are_ones_it_understands():
-    blocks = BLOCK.findall(CLIENT_README.read_text(encoding="utf-8"))
+    pages = (CLIENT_README, REPO / "docs" / "gateway.md")
+    blocks = [block for page in pages for block in BLOCK.findall(page.read_text(encoding="utf-8"))]
     commands = [source for _, source, _ in blocks if source.startswith("nv-embed-gateway")]
     first, second = (_parser().parse_args(shlex.split(command)[1:]) for command in commands)
     assert (first.triton_url, first.host, first.port) == ("localhost:8001", "127.0.0.1", 9000)

@@ -12,7 +12,6 @@ Adapters are modules of their own, each with an extra of the same name: `nv_embe
 from nv_embed_client.async_client import AsyncNVEmbedClient
 from nv_embed_client.client import NVEmbedClient
 from nv_embed_client.connection import TLS
-from nv_embed_client.encoder import NVEmbedEncoder
 from nv_embed_client.errors import (
     AccessDenied,
     ClientClosed,
@@ -27,6 +26,7 @@ from nv_embed_client.errors import (
 )
 from nv_embed_client.instructions import DOCUMENT_INSTRUCTIONS, QUERY_INSTRUCTION, TASK_INSTRUCTIONS, instruction_of
 from nv_embed_client.retry import RetryPolicy
+from nv_embed_client.sentence_transformers import NVEmbedEncoder
 from nv_embed_client.wire import EmbedResult
 
 __version__ = "0.1.0"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nv_embed_client.encoder import NVEmbedEncoder
+from nv_embed_client.sentence_transformers import NVEmbedEncoder
 
 
 class NVEmbedRetriever:

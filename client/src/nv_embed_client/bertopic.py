@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from nv_embed_client.encoder import NVEmbedEncoder
 from nv_embed_client.extras import needs_extra
+from nv_embed_client.sentence_transformers import NVEmbedEncoder
 
 with needs_extra("bertopic"):
     from bertopic.backend import BaseEmbedder
@@ -17,8 +17,7 @@ class NVEmbedBackend(BaseEmbedder):
 
     topic_model = BERTopic(embedding_model=NVEmbedBackend("localhost:8001"))
 
-    Use this and not an `NVEmbedEncoder`: BERTopic goes by the name of a class, and replaces one that it does not know
-    by a model of its own.
+    BERTopic refuses an `NVEmbedEncoder` itself.
     """
 
     def __init__(

@@ -50,6 +50,10 @@ class NVEmbedEmbeddingFunction(EmbeddingFunction[Documents]):
         """Queries, each with its instruction, to one vector each."""
         return list(self._client.embed_queries(input, instruction=self.query_instruction))
 
+    def close(self) -> None:
+        """Give up the connection."""
+        self._client.close()
+
     @staticmethod
     def name() -> str:
         """By which Chroma finds it again."""

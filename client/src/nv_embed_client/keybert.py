@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from nv_embed_client.encoder import NVEmbedEncoder
 from nv_embed_client.extras import needs_extra
+from nv_embed_client.sentence_transformers import NVEmbedEncoder
 
 with needs_extra("keybert"):
     from keybert.backend import BaseEmbedder
@@ -17,8 +17,7 @@ class NVEmbedBackend(BaseEmbedder):
 
     keywords = KeyBERT(NVEmbedBackend("localhost:8001")).extract_keywords(documents)
 
-    Use this and not an `NVEmbedEncoder`: KeyBERT goes by the name of a class, and replaces one that it does not know by
-    a model of its own.
+    KeyBERT refuses an `NVEmbedEncoder` itself.
     """
 
     def __init__(self, model: NVEmbedEncoder | str = "localhost:8001", *, instruction: str = "") -> None:

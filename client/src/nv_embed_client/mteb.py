@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nv_embed_client.encoder import NVEmbedEncoder
 from nv_embed_client.extras import needs_extra
 from nv_embed_client.instructions import instruction_of
+from nv_embed_client.sentence_transformers import NVEmbedEncoder
 
 with needs_extra("mteb"):
     from mteb.models.abs_encoder import AbsEncoder

@@ -1,4 +1,8 @@
-"""`NVEmbedEncoder`: takes the place of a `SentenceTransformer` in code that encodes and compares."""
+"""`NVEmbedEncoder`: takes the place of a `SentenceTransformer` in code that encodes and compares.
+
+This module's name is part of the class's. BERTopic and KeyBERT look for it there: they refuse the encoder because of it,
+where they would silently embed with a model of their own otherwise.
+"""
 
 from __future__ import annotations
 

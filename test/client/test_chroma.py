@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from corpus import DOCUMENTS, QUERIES
 
-chromadb = pytest.importorskip("chromadb", reason="too heavy for this environment: test/recipes.sh has it")
+pytest.importorskip("chromadb", reason="too heavy for this environment: test/recipes.sh has it")
 
+import chromadb
 from nv_embed_client.chroma import NVEmbedEmbeddingFunction
 
 QUESTION = QUERIES["q-bread"]

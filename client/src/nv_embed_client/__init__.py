@@ -5,8 +5,8 @@
     with NVEmbedClient("localhost:8001") as client:
         scores = client.embed_query("...") @ client.embed_documents(["...", "..."]).T
 
-Adapters are modules of their own, each with an extra of the same name: `nv_embed_client.langchain`,
-`nv_embed_client.llama_index`, `nv_embed_client.gateway`.
+Adapters are modules of their own, each with an extra of the same name: `bertopic`, `chroma`, `gateway`, `keybert`,
+`langchain`, `llama_index`, `mteb`, and without an extra `beir`.
 """
 
 from nv_embed_client.async_client import AsyncNVEmbedClient

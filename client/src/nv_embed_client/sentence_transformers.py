@@ -1,7 +1,7 @@
 """`NVEmbedEncoder`: takes the place of a `SentenceTransformer` in code that encodes and compares.
 
-This module's name is part of the class's. BERTopic and KeyBERT look for it there: they refuse the encoder because of it,
-where they would silently embed with a model of their own otherwise.
+The module's name is part of the class's, and BERTopic and KeyBERT look for it there. Because of it they refuse the
+encoder; otherwise they would silently embed with a model of their own.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""`NVEmbedEncoder`: takes the place of a `SentenceTransformer` in code that encodes and compares."""
+"""`NVEmbedEncoder`: takes the place of a `SentenceTransformer` in code that encodes and compares.
+
+The module's name is part of the class's, and BERTopic and KeyBERT look for it there. Because of it they refuse the
+encoder; otherwise they would silently embed with a model of their own.
+"""
 
 from __future__ import annotations
 

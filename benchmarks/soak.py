@@ -31,11 +31,9 @@ import asyncio
 import json
 import os
 import random
-import re
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -65,6 +63,7 @@ from abuse import (
 )
 from bare_engine import BareEngine
 from loads import METHOD, infer_request
+from post_mortem import last_words, stack_of
 from processes import Usage, growth, memory_of, processes_of
 from started_server import ROOT, end_on_sigterm, is_ready, progress, started_server
 from tritonclient.grpc import service_pb2 as pb
@@ -175,7 +174,12 @@ class Soak:
             self.done = True
             for helper in helpers:
                 await helper
-            # Quiet again: the server must still answer, and rightly.
+            # Quiet again: the server must be there, the same as before, and still answer rightly.
+            give_up = time.monotonic() + arguments.answer_seconds
+            await self._look()
+            while not self.up.is_set() and time.monotonic() < give_up:
+                await asyncio.sleep(0.2)
+                await self._look()
             _, run = Client(target, -1).valid_query()
             try:
                 outcome = await asyncio.wait_for(run(), arguments.answer_seconds)
@@ -244,7 +248,7 @@ class Soak:
     def _notice(self, server: int) -> None:
         """A server that is another one than the last, though nobody ended that, replaces one that ended unasked."""
         if self.server not in (None, server):
-            words = last_words(self.log, self.log_size)
+            words = last_words(self.log, self.log_size) if self.log else "nobody knows"
             self.tally.unasked_ends.append(words)
             progress(f"the server ended unasked:\n{words}")
             for core in self._cores():
@@ -256,17 +260,23 @@ class Soak:
         return list(self.folder.glob("core*")) if self.folder else []
 
     async def _watch(self) -> None:
-        """Once a second: memory, and whether the server is there."""
+        """Look once a second."""
         while not self.done:
-            if self.root_pid is not None:
-                ready = await self._is_ready()
-                (self.up.set if ready else self.up.clear)()
-                if ready and (usage := memory_of(self.root_pid)) is not None:
-                    self.usages.append(usage)
-                    self._notice(usage.pid)
-                    self.log_size = self.log.stat().st_size if self.log else 0
+            await self._look()
             await asyncio.sleep(1)
         self.up.set()
+
+    async def _look(self) -> None:
+        """Whether the server is there, and is the same, and how much memory it has."""
+        if self.root_pid is None:
+            return
+        log_size = self.log.stat().st_size if self.log else 0
+        is_ready = await self._is_ready()
+        (self.up.set if is_ready else self.up.clear)()
+        if is_ready and (usage := memory_of(self.root_pid)) is not None:
+            self.usages.append(usage)
+            self._notice(usage.pid)
+            self.log_size = log_size
 
     async def _is_ready(self) -> bool:
         assert self.http_port is not None
@@ -308,30 +318,6 @@ class Soak:
         self.server = server
         self.up.set()
         self.excused_until = time.monotonic() + GRACE_SECONDS
-
-
-def last_words(log: Path | None, since: int) -> str:
-    """What a server logged from a moment at which it was well until its supervisor saw it end."""
-    if log is None:
-        return "its log is elsewhere"
-    with log.open("rb") as file:
-        file.seek(since)
-        text = file.read().decode("utf-8", "replace")
-    before, ended, after = text.partition("supervise.sh: ended with")
-    return before[-4000:] + ended + after.partition("\n")[0]
-
-
-def stack_of(core: Path) -> str:
-    """The stack of the thread that crashed, from a core dump."""
-    with core.open("rb") as file:  # the notes at its beginning name the files that were mapped
-        executable = re.search(rb"/[^\0]+/(tritonserver|triton_python_backend_stub)\0", file.read(2**20))
-    gdb = shutil.which("gdb")
-    if executable is None or gdb is None:
-        return f"{core}: expected gdb and a core of tritonserver or its stub to print a stack; see for yourself"
-    command = [gdb, "-batch", "-ex", "bt 30", executable[0][:-1].decode(), str(core)]
-    said = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False).stdout
-    lines = [line[:200] for line in said.splitlines() if line.startswith(("#", "Program terminated"))]
-    return "\n".join([f"stack in {core}:", *lines])
 
 
 def report(soak: Soak) -> dict[str, Any]:

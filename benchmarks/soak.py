@@ -69,6 +69,7 @@ from started_server import ROOT, end_on_sigterm, is_ready, progress, started_ser
 from tritonclient.grpc import service_pb2 as pb
 
 STREAM_METHOD = "/inference.GRPCInferenceService/ModelStreamInfer"
+LOG_NAME = "server.log"
 MEMORY_GROWTH_LIMIT = 0.05
 GRACE_SECONDS = 2  # in which clients find a server that is ready again
 KILL_SHARE = 0.3  # of the requests; the rest judges memory, once its first quarter is over
@@ -120,11 +121,11 @@ class Soak:
         http_port: int | None,
         root_pid: int | None = None,  # this and what follows: of a server started here
         engine: Any = None,
-        log: Path | None = None,
         folder: Path | None = None,
     ) -> None:
         self.arguments, self.url, self.http_port = arguments, url, http_port
-        self.root_pid, self.engine, self.log, self.folder = root_pid, engine, log, folder
+        self.root_pid, self.engine, self.folder = root_pid, engine, folder
+        self.log = folder / LOG_NAME if folder else None
         self.tally = Tally()
         self.usages: list[Usage] = []
         self.kills: list[dict[str, Any]] = []
@@ -391,17 +392,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "checkpoints" / "nv-embed-mini",
                         help="of the server started here (%(default)s)")  # fmt: skip
     parser.add_argument("--device", default="cpu", help="of the server started here (%(default)s)")
-    parser.add_argument("--log", type=Path, help="of the server started here (none: a temporary folder)")
     arguments = parser.parse_args(argv)
     if arguments.url and arguments.kills:
         parser.error("--kills: expected a server that is started here; leave --url out")
     return arguments
-
-
-async def soak_server(arguments: argparse.Namespace, *server: Any) -> Soak:
-    soak = Soak(arguments, *server)
-    await soak.run()
-    return soak
 
 
 def main() -> int:
@@ -420,13 +414,13 @@ def main() -> int:
                 "RESTART": "always", "MAX_DELAY_SECONDS": "1",
             }  # fmt: skip
             folder = Path(tempfile.mkdtemp(prefix="nv-embed-soak-"))
-            log = arguments.log.resolve() if arguments.log else folder / "server.log"
-            progress(f"starting the server; its log is {log}")
+            progress(f"starting the server; its log is in {folder}")
             os.chdir(folder)  # where a process that crashes leaves its core
             resource.setrlimit(resource.RLIMIT_CORE, (resource.getrlimit(resource.RLIMIT_CORE)[1],) * 2)
-            process, ports = stack.enter_context(started_server(settings, log))
-            server = (f"127.0.0.1:{ports.grpc}", ports.http, process.pid, engine, log, folder)
-        soak = asyncio.run(soak_server(arguments, *server))
+            process, ports = stack.enter_context(started_server(settings, folder / LOG_NAME))
+            server = (f"127.0.0.1:{ports.grpc}", ports.http, process.pid, engine, folder)
+        soak = Soak(arguments, *server)
+        asyncio.run(soak.run())
     result = report(soak)
     if folder and result["passed"]:
         shutil.rmtree(folder)

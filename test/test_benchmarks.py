@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -219,6 +222,32 @@ asyncio.run(main())
     in_the_window = ["still the old one", "not ready", "moment after"]
     assert answer["excused"] == {when: [when in in_the_window] * 2 for when in ("before", *in_the_window, "after")}
     assert answer["passed"] == {"once killed": True, "slow": False, "the same": True, "another": False}
+
+
+def test_soak_prints_how_a_server_ended_that_nobody_ended_and_keeps_its_log(toy):
+    script = f"""
+import asyncio, os, signal, sys, soak
+run = soak.Soak.run
+async def crash(self):
+    while self.tally.requests < 100:
+        await asyncio.sleep(0.1)
+    os.kill(soak.processes_of(self.root_pid)["server"], signal.SIGSEGV)
+async def run_and_crash(self):
+    await asyncio.gather(run(self), crash(self))
+soak.Soak.run = run_and_crash
+sys.argv = ["soak.py", "--checkpoint", {str(toy)!r}, "--requests", "400", "--clients", "8"]
+sys.exit(soak.main())
+"""
+    output, answer = run("-c", script, rc=1)
+    assert answer["unasked_ends"] == 1
+    assert answer["unanswered"] == 0
+    assert "Signal (11) received" in output
+    assert "supervise.sh: ended with exit code 139" in output
+    folder = Path(re.search("log and cores are kept in (.*)", output)[1])
+    assert (folder / "server.log").is_file()
+    for core in folder.glob("end-*"):  # where the kernel writes cores into the working directory
+        assert f"{core}, tritonserver:" in output or "install gdb" in output
+    shutil.rmtree(folder)
 
 
 def test_soak_notices_wrong_rows(toy_server):

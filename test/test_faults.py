@@ -293,8 +293,10 @@ def test_a_lost_device_and_a_dead_thread_answer_everyone_unavailable_and_end_the
     assert message in server.log_text()
 
 
-@pytest.mark.parametrize("with_signal", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_killed_model_process_leaves_no_client_waiting(start_server, with_signal):
+@pytest.mark.parametrize(
+    ("with_signal", "verdict"), [(signal.SIGKILL, "has died with exit code -9"), (signal.SIGSTOP, "has been silent")]
+)
+def test_a_killed_model_process_leaves_no_client_waiting(start_server, with_signal, verdict):
     server = start_server(NV_EMBED_MAX_BATCH_TOKENS="300")
     regions = shared_memory(model_pid(server))
     assert regions
@@ -306,7 +308,7 @@ def test_a_killed_model_process_leaves_no_client_waiting(start_server, with_sign
         os.kill(model_pid(server), with_signal)
         assert {status(outcome) for outcome in first.wait() + clients.wait()} == {"UNAVAILABLE"}
     assert server.process.wait(DEADLINE_SECONDS) != 0
-    assert "nv-embed-v2 watchdog: the model's process" in server.log_text()
+    assert f"nv-embed-v2 watchdog: the model's process {verdict}" in server.log_text()
     eventually(lambda: not any(region.exists() for region in regions))
 
 
@@ -317,6 +319,8 @@ def test_a_segmentation_fault_ends_the_server_and_restart_always_starts_it_again
     eventually(lambda: "supervise.sh: ended with exit code" in server.log_text())
     eventually(server.answers, START_SECONDS)
     assert server.embed_query("again").shape == (1, 64)
+    for words in ("Segmentation fault", "_faulty_compute", "died with exit code -11"):
+        assert words in server.log_text()
     assert server.stop() == 0
 
 

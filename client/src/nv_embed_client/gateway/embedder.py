@@ -17,9 +17,8 @@ from nv_embed_client.gateway.metrics import GatewayMetrics
 from nv_embed_client.gateway.names import Meaning
 from nv_embed_client.gateway.refusals import Refusal
 from nv_embed_client.gateway.settings import GatewaySettings
-from nv_embed_client.wire import Truncate
 from nv_embed_client.retry import RetryPolicy
-from nv_embed_client.wire import EmbedResult
+from nv_embed_client.wire import EmbedResult, Truncate
 
 # A caller is told to come back rather than kept waiting; one more attempt covers a connection that just closed.
 _RETRY = RetryPolicy(max_attempts=2)

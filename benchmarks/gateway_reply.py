@@ -15,22 +15,21 @@ import argparse
 import http.client
 import json
 import multiprocessing
-import os
-import platform
-import signal
-import socket
 import statistics
-import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 from concurrent import futures
+from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
 import orjson
+from machine import machine
+from started_server import START_SECONDS, StartedGateway, free_ports
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 _MAX_MESSAGE_BYTES = 2**31 - 1
@@ -67,17 +66,6 @@ def serve(port: int, dimension: int) -> None:
     server.wait_for_termination()
 
 
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
-
-
 class Asker:
     """One kept-alive connection to the gateway."""
 
@@ -92,6 +80,17 @@ class Asker:
         if response.status != 200:
             raise RuntimeError(f"expected 200 of the gateway; got {response.status}: {answer[:300]!r}")
         return answer
+
+    def once_it_embeds(self, path: str, body: bytes) -> bytes:
+        """The first answer, as soon as the server behind the gateway listens."""
+        end = time.monotonic() + START_SECONDS
+        while True:
+            try:
+                return self.ask(path, body)
+            except RuntimeError:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.1)
 
 
 def waits(port: int, path: str, body: bytes | None, until: Callable[[], bool]) -> list[float]:
@@ -124,31 +123,23 @@ def main() -> int:
     parser.add_argument("--replies", type=int, default=10, help="large replies to measure beside")
     arguments = parser.parse_args()
 
-    triton, port = free_ports(2)
+    (triton,) = free_ports(1)
     server = multiprocessing.get_context("spawn").Process(target=serve, args=(triton, arguments.dimension), daemon=True)
     server.start()
-    command = [sys.executable, "-m", "nv_embed_client.gateway", "--port", str(port)]
-    command += ["--triton-url", f"127.0.0.1:{triton}", "--max-inputs", str(arguments.texts)]
-    gateway = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        end = time.monotonic() + 60
-        while True:
-            try:
-                Asker(port).ask("/health/ready")
-                break
-            except (OSError, RuntimeError, http.client.HTTPException):
-                if gateway.poll() is not None or time.monotonic() > end:
-                    raise RuntimeError(f"expected a ready gateway; got none; run: {' '.join(command)}") from None
-                time.sleep(0.1)
+    max_inputs = ("--max-inputs", str(arguments.texts))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        StartedGateway(Path(folder, "gateway.log"), f"127.0.0.1:{triton}", max_inputs) as gateway,
+    ):
         large = orjson.dumps({"input": ["a text"] * arguments.texts})
-        asker = Asker(port)
-        num_bytes = len(asker.ask("/v1/embeddings", large))
+        asker = Asker(gateway.port)
+        num_bytes = len(asker.once_it_embeds("/v1/embeddings", large))
 
         idle_until = time.perf_counter() + 3
-        alone = measured(port, lambda: time.perf_counter() > idle_until)
+        alone = measured(gateway.port, lambda: time.perf_counter() > idle_until)
         done = threading.Event()
         with futures.ThreadPoolExecutor(1) as pool:
-            pending = pool.submit(measured, port, done.is_set)
+            pending = pool.submit(measured, gateway.port, done.is_set)
             seconds = []
             for _ in range(arguments.replies):
                 begin = time.perf_counter()
@@ -156,11 +147,8 @@ def main() -> int:
                 seconds.append(time.perf_counter() - begin)
             done.set()
             beside = pending.result()
-    finally:
-        gateway.send_signal(signal.SIGTERM)
-        gateway.wait()
-        server.terminate()
-        server.join()
+    server.terminate()
+    server.join()
 
     reply_seconds = statistics.median(seconds)
     print(
@@ -182,7 +170,7 @@ def main() -> int:
                 "longest_wait_ms": {name: round(max(each), 1) for name, each in beside.items()},
                 "median_wait_ms": {name: round(statistics.median(each), 1) for name, each in beside.items()},
                 "median_wait_ms_alone": {name: round(statistics.median(each), 1) for name, each in alone.items()},
-                "machine": {"cpus": os.cpu_count(), "architecture": platform.machine()},
+                "machine": machine(),
             }
         )
     )

@@ -21,8 +21,9 @@ With two or more targets the rounds alternate, in turned order every second roun
 drift of the machine meets all alike. Ratios are taken within a round; their median and range are given. `--compare`
 starts this repository's server and benchmarks/baseline on free ports. `--engine` adds the bare engine, called in a
 process of its own with no server around it: forward passes alone are timed, in full batches and in batches of as
-many requests as there are clients. `--gateway` starts the client's gateway in front of the first server, from this
-Python's environment, where the client must be installed with its extra. Servers get the environment of the caller, NV_EMBED_... settings included.
+many requests as there are clients. `--gateway` starts the client's gateway in front of the first server; the
+client and its extra `gateway` must be installed where this runs. Servers get the environment of the caller, settings
+like NV_EMBED_CACHE_MEBIBYTES included.
 """
 
 from __future__ import annotations

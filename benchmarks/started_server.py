@@ -15,7 +15,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -104,7 +104,12 @@ class Started:
         self.log, self._ready = log, ready
         with log.open("ab") as output:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environ
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environ,
+                start_new_session=True,  # so that it can be killed with all that it started
             )
 
     def answers(self) -> bool:
@@ -123,8 +128,7 @@ class Started:
                 return self
             time.sleep(0.1)
         code = self.process.poll()
-        self.process.kill()
-        self.process.wait()
+        self._kill()
         how = f"none in {START_SECONDS} s" if code is None else f"exit code {code}"
         raise RuntimeError(f"{self.log_text()[-4000:]}\nexpected {self._ready} to answer; got {how}; its log is above")
 
@@ -134,8 +138,12 @@ class Started:
         try:
             return self.process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
-            self.process.kill()
-            return self.process.wait()
+            return self._kill()
+
+    def _kill(self) -> int:
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        return self.process.wait()
 
     def log_text(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace")

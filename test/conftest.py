@@ -88,6 +88,6 @@ def mini_server(tmp_path_factory):
 
 
 def serve(model_path, tmp_path_factory, **environ):
-    server = Server(tmp_path_factory.mktemp("server") / "log.txt", model_path, environ)
-    yield server.wait_until_ready()
-    assert server.stop() == 0, server.log_text()
+    with Server(tmp_path_factory.mktemp("server") / "log.txt", model_path, environ) as server:
+        yield server
+        assert server.stop() == 0, server.log_text()

@@ -132,13 +132,12 @@ def test_an_unsupported_value_is_refused_by_name(keys, value, words):
     assert message.endswith("; take config.json as it was published with the weights, or another checkpoint")
 
 
+ODD = ["64", "float16", "default", "silu", 2**31, 10**400, -1, 0, 64, 64.0]
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9) | st.sampled_from(ODD)
+NAMES = st.sampled_from(["rope_theta", "type"]) | st.text(max_size=5)
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9) | st.sampled_from(
-        ["64", "float16", "default", "silu", 2**31, 10**400, -1, 0, 64, 64.0]
-    ),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["rope_theta", "type"]) | st.text(max_size=5), inner, max_size=3),
-    max_leaves=5,
-)  # fmt: skip
+    LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3), max_leaves=5
+)
 
 
 @given(keys=st.sampled_from(KEYS), value=JSON | st.just(...))

@@ -42,8 +42,8 @@ V1 = "9:name=systemd:/\n4:memory:/docker/ab\n1:cpuacct,cpu:/docker/ab\n0::/"
         ("0::/a/b", {"a/b/cpu.max": "200000 100000", "a/cpu.max": "300000 100000"}, 2),
         (V1, {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, math.inf),
         (V1, {"cpu/cpu.cfs_quota_us": "250000", "cpu/cpu.cfs_period_us": "100000"}, 2.5),  # as a container sees it
-        (V1, {"cpuacct,cpu/docker/ab/cpu.cfs_quota_us": "50000", "cpuacct,cpu/docker/ab/cpu.cfs_period_us": "100000"}, 0.5),
-        (V1, {"cpu/docker/cpu.cfs_quota_us": "400000", "cpu/docker/cpu.cfs_period_us": "100000"}, 4),
+        (V1, {"cpuacct,cpu/docker/cpu.cfs_quota_us": "50000", "cpuacct,cpu/docker/cpu.cfs_period_us": "100000"}, 0.5),
+        (V1, {"cpu/docker/ab/cpu.cfs_quota_us": "400000", "cpu/docker/ab/cpu.cfs_period_us": "100000"}, 4),
     ],
 )  # fmt: skip
 def test_the_lowest_quota_of_all_groups_around_the_process_counts(machine, cgroup, files, cores):

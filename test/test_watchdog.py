@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -98,6 +99,16 @@ def test_silence_means_a_frozen_model_but_only_after_a_first_beat(server, monkey
     threading.Timer(1.0, server.terminate).start()  # after many steps of silence
     assert watchdog.watch(loading, os.pidfd_open(server.pid)) == "the server is gone"
     os.close(writer)
+
+
+def test_the_exit_code_of_a_dead_process_is_known_until_its_parent_asks_for_it():
+    for script, verdict in (("exit(3)", 3), ("import os; os.abort()", -signal.SIGABRT)):
+        with subprocess.Popen([sys.executable, "-c", script]) as process:
+            pidfd = os.pidfd_open(process.pid)
+            select.select([pidfd], [], [])
+            assert watchdog.how_it_ended(process.pid, pidfd) == f" with exit code {verdict}"
+            process.wait()
+            assert watchdog.how_it_ended(process.pid, pidfd) == ""
 
 
 def test_end_kills_what_does_not_heed_its_signal(monkeypatch):

@@ -6,6 +6,7 @@ the texts of any number of requests share a forward pass although Triton itself 
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import locale
 import logging
@@ -50,6 +51,7 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Load and warm up; an exception here ends the server with its message."""
         _log_to_triton()
+        faulthandler.enable()  # a crash inside a library prints every thread's stack into the server's log
         # Triton's Python takes files for ASCII where no locale is set; torch's compiler reads its own, which are not.
         with suppress(locale.Error):
             locale.setlocale(locale.LC_CTYPE, "C.UTF-8")

@@ -34,8 +34,10 @@ _FIRST_BEATS, _FIRST_BEAT_SECONDS = 50, 0.1
 # No honest pause of a Python process is as long. In steps, for a machine or container that was suspended as a whole
 # wakes up to one step that has passed in silence.
 _SILENT_STEPS, _STEP_SECONDS = 4, 2.0
+_EXIT_SECONDS = 1.0  # between a process's pipe closing and its exit code being known
 _GRACE_SECONDS = 4.0  # for the server to end by itself; it would wait 30 s for answers that nobody can give
 _BEAT, _HELP, _GOODBYE = b"-", b"!", b"."
+_DEATH = "the model's process has died"
 _STOPS = b"s"  # the other way: what the watchdog says of the server
 
 
@@ -131,7 +133,7 @@ def watch(pipe: int, server: int, on_step: Callable[[], None] = lambda: None) ->
             if _HELP in words:
                 return "the model asks for a restart"
             if not words:
-                return "the model's process has died"
+                return _DEATH
             has_beaten, silent_steps = True, 0
             on_step()
         elif server in ready:
@@ -145,6 +147,22 @@ def shared_memory(pid: int) -> set[Path]:
     """Files of the memory that a model shares with its server, which removes them unless it is killed."""
     maps = Path(f"/proc/{pid}/maps").read_text(encoding="utf-8", errors="replace")
     return {Path(_SHARED_MEMORY + part.split()[0]) for part in maps.split(_SHARED_MEMORY)[1:]}
+
+
+def how_it_ended(pid: int, process: int) -> str:
+    """Exit code, or signal as a negative number, of a dead process that its parent has not waited for; "" if unknown.
+
+    Args:
+        pid: its number.
+        process: its pidfd.
+    """
+    if not select.select([process], [], [], _EXIT_SECONDS)[0]:
+        return ""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:  # its parent has waited for it
+        return ""
+    return f" with exit code {os.waitstatus_to_exitcode(int(fields[-1]))}"
 
 
 def open_sockets(pid: int) -> frozenset[int] | None:
@@ -198,6 +216,8 @@ def main() -> None:
 
     trouble = watch(sys.stdin.fileno(), server, look)
     if trouble is not None:
+        if trouble == _DEATH:
+            trouble += how_it_ended(int(sys.argv[1]), model)
         now = time.strftime("%Y-%m-%d %H:%M:%S")
         print(f"{now} nv-embed-v2 watchdog: {trouble}; ending what is left", file=sys.stderr, flush=True)
         end(server, signal.SIGTERM)

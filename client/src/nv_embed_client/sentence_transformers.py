@@ -1,4 +1,8 @@
-"""`NVEmbedEncoder`: takes the place of a `SentenceTransformer` in code that encodes and compares."""
+"""`NVEmbedEncoder`: takes the place of a `SentenceTransformer` in code that encodes and compares.
+
+The module's name is part of the class's, and BERTopic and KeyBERT look for it there. Because of it they refuse the
+encoder; otherwise they would silently embed with a model of their own.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,12 @@ import numpy.typing as npt
 from nv_embed_client.client import NVEmbedClient
 from nv_embed_client.errors import InvalidInput
 from nv_embed_client.extras import needs_extra
-from nv_embed_client.instructions import DOCUMENT_INSTRUCTIONS, QUERY_INSTRUCTION, TASK_INSTRUCTIONS
+from nv_embed_client.instructions import (
+    DOCUMENT_INSTRUCTIONS,
+    QUERY_INSTRUCTION,
+    TASK_INSTRUCTIONS,
+    checked_instruction,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +67,8 @@ class NVEmbedEncoder:
             **{f"{task}-document": instruction for task, instruction in DOCUMENT_INSTRUCTIONS.items()},
             **(prompts or {}),
         }
+        for prompt in self.prompts.values():
+            checked_instruction(prompt)
         self.default_prompt_name = default_prompt_name
         self.model_card_data = EvaluationRecord()
 

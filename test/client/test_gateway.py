@@ -232,6 +232,18 @@ def test_without_a_server_it_is_503_with_retry_after_and_live_but_not_ready(logs
     assert "the server behind this gateway is unavailable: " in (logs / "orphan.log").read_text()
 
 
+def test_a_proxy_between_gateway_and_server_is_named_with_the_remedy(server, logs):
+    log = logs / "proxy.log"
+    with (
+        gateway_running(log, server.url, http_proxy="http://me:secret@localhost:9", no_proxy="") as base,
+        httpx.Client(base_url=base, timeout=60, trust_env=False) as http,
+    ):
+        response = post(http)
+    assert_refused(response, 503, "http_proxy", "localhost:9", "add localhost to no_proxy")
+    assert "add localhost to no_proxy" in log.read_text()
+    assert "secret" not in response.text + log.read_text()
+
+
 def test_a_server_without_the_model_is_502_and_the_operators_log_says_why(server, logs):
     log = logs / "absent.log"
     with (

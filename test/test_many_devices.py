@@ -99,7 +99,7 @@ def test_two_engines_share_the_work_of_one_queue_and_give_the_rows_of_one(checkp
             (outcome,) = reply.outcomes
             assert isinstance(outcome, Answer)
             expected = alone.embed(tokenizer.encode(documents, "", truncate=True, first_index=0))
-            np.testing.assert_allclose(outcome.embeddings, expected, atol=1e-5)
+            np.testing.assert_allclose(outcome.embeddings(), expected, atol=1e-5)
     finally:
         batcher.stop()
     shares = [engine.num_tokens / sum(other.num_tokens for other in engines) for engine in engines]

@@ -276,7 +276,8 @@ def test_a_stop_answers_what_is_in_flight_and_ends_with_exit_code_0(start_server
         assert clients.outcomes == [[]]
     assert [outcome.shape for outcome in clients.wait()] == [(301, 64)]
     assert server.process.wait(DEADLINE_SECONDS) == 0
-    assert "Traceback" not in server.log_text()
+    for words in ("Traceback", "Fatal Python error"):  # of the model's process, whose end Triton does not look at
+        assert words not in server.log_text()
 
 
 @pytest.mark.parametrize(("number", "message"), [(102, "DeviceLost"), (103, "a thread of the batcher died")])

@@ -7,6 +7,7 @@ the texts of any number of requests share a forward pass although Triton itself 
 from __future__ import annotations
 
 import faulthandler
+import gc
 import json
 import locale
 import logging
@@ -62,7 +63,8 @@ class TritonPythonModel:
             self._watchdog.stop()
             raise
         self._watchdog.start_beating()
-        Thread(target=self._drain_when_stopping, name="nv-embed-drain", daemon=True).start()
+        self._drains = Thread(target=self._drain_when_stopping, name="nv-embed-drain", daemon=True)
+        self._drains.start()
 
     def _drain_when_stopping(self) -> None:
         """Triton calls `finalize` only when all is answered, but stops the hard way after its exit timeout."""
@@ -155,6 +157,11 @@ class TritonPythonModel:
         """Triton has drained its requests by now; end the threads."""
         self._batcher.stop()
         self._watchdog.stop()
+        self._drains.join(1.0)
+        # Metrics lie in the memory shared with the server. It is gone when the interpreter ends, and collecting them
+        # only then is a segmentation fault.
+        del self._batcher
+        gc.collect()
 
 
 class TritonReply:

@@ -19,9 +19,9 @@ import tritonclient.grpc as triton
 
 ROOT = Path(__file__).parents[1]
 MODEL_NAME = "nv-embed-v2"
-SETTINGS = (  # of serve.sh and the model, but for VENV, which every test shares
+SETTINGS = (  # of serve.sh and the model, but for VENV and GATEWAY_VENV, which every test shares
     "NV_EMBED_", "MODEL_", "DEVICE", "RUNTIME", "ADDRESS", "METRICS_", "IMAGE", "SHM_", "TLS_", "ADMIN_KEY", "RESTART",
-    "MAX_DELAY_SECONDS",
+    "MAX_DELAY_SECONDS", "GATEWAY_PORT", "GATEWAY_HOST", "GATEWAY_A",
 )  # fmt: skip
 START_SECONDS = 180
 STOP_SECONDS = 60
@@ -45,6 +45,7 @@ class Server:
         model_path: Path | None,
         environ: Mapping[str, str] | None = None,
         arguments: Sequence[str] = (),
+        command: Sequence[str | Path] = (ROOT / "serve.sh",),
     ) -> None:
         """Start, without waiting. Settings of the caller's own shell that would change the server are left out."""
         self.log = log
@@ -57,7 +58,7 @@ class Server:
         settings |= environ or {}
         with log.open("wb") as output:
             self.process = subprocess.Popen(
-                [ROOT / "serve.sh", *arguments],
+                [*command, *arguments],
                 stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=settings, cwd=log.parent,
             )  # fmt: skip
         self.url = f"localhost:{self.grpc}"

@@ -121,7 +121,7 @@ import ensurepip')
     options+=(--extra-index-url "$TORCH_CPU_INDEX")
   fi
   if [[ ! -t 2 ]]; then options+=(--quiet); fi  # progress bars are for people
-  echo "Installing into $venv, once: $(sed -n 's/^\([a-z][^ #]*\).*/\1/p' "$@" | paste -sd ' ' -)" >&2
+  echo "Installing into $venv, once: $(sed -n 's/^\([a-z][^ #;]*\).*/\1/p' "$@" | paste -sd ' ' -)" >&2
   "$venv/bin/python" -m pip install --disable-pip-version-check --no-input "${options[@]}" >&2
   if [[ $has_triton == yes ]]; then "$venv/bin/python" "$tools/pip_triton.py" --lay-out; fi
   for file in "$@"; do cp -- "$file" "$(stamp_of "$file")"; done

@@ -56,12 +56,29 @@ class Gateway:
             return np.array([item["embedding"] for item in json.load(response)["data"]], dtype=np.float32)
 
 
+@pytest.fixture
+def start():
+    """Starts servers; whatever is left of them at the end is stopped."""
+    servers = []
+
+    def start(*arguments, **options) -> Server:
+        servers.append(Server(*arguments, **options))
+        return servers[-1].wait_until_ready()
+
+    yield start
+    for server in servers:
+        if server.process.poll() is None:
+            server.stop()
+
+
 def descendants(pid: int) -> dict[int, str]:
     """Command lines of all processes below one, by process."""
     found = {}
     for child in subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False).stdout.split():
         try:
-            found[int(child)] = Path(f"/proc/{child}/cmdline").read_text(encoding="utf-8", errors="replace").replace("\0", " ")
+            found[int(child)] = (
+                Path(f"/proc/{child}/cmdline").read_text(encoding="utf-8", errors="replace").replace("\0", " ")
+            )
         except (FileNotFoundError, ProcessLookupError):
             continue
         found |= descendants(int(child))
@@ -71,12 +88,14 @@ def descendants(pid: int) -> dict[int, str]:
 # --- the gateway beside the server ----------------------------------------------------------------------
 
 
-def test_the_gateway_serves_beside_the_server_is_restarted_with_it_and_both_stop_together(toy, tmp_path, gateway_venv):
+def test_the_gateway_serves_beside_the_server_is_started_again_alone_and_stops_with_it(
+    toy, tmp_path, gateway_venv, start
+):
     gateway = Gateway()
     # A proxy that is none: the gateway may not ask it for the server.
     proxy = {"http_proxy": "http://127.0.0.1:9", "no_proxy": "example.com"}
     settings = gateway.settings(gateway_venv) | proxy | {"RESTART": "always"}
-    server = Server(tmp_path / "log.txt", toy, settings).wait_until_ready()
+    server = start(tmp_path / "log.txt", toy, settings)
     wait_until(gateway.answers)
     assert f"http://127.0.0.1:{gateway.port}/v1" in server.log_text()
     np.testing.assert_allclose(gateway.embed(["a", "b"]), server.embed_documents(["a", "b"]), atol=1e-5)
@@ -176,7 +195,7 @@ def test_who_refuses_its_settings_is_not_started_again():
         b"not UTF-8 \xff",
     ],
 )
-def test_repository_environment_and_checkpoint_may_be_in_a_folder_of_any_name(toy, tmp_path, gateway_venv, name):
+def test_repository_environment_and_checkpoint_may_be_in_a_folder_of_any_name(toy, tmp_path, gateway_venv, start, name):
     folder = tmp_path / os.fsdecode(name)
     repository = folder / "repository"
     for part in ("tools", "model_repository", "client"):
@@ -191,7 +210,7 @@ def test_repository_environment_and_checkpoint_may_be_in_a_folder_of_any_name(to
         "VENV": str(folder / "venv"),
         "RESTART": "always",  # the second server has to find the folders, too
     }
-    server = Server(tmp_path / "log.txt", checkpoint, settings, command=[repository / "serve.sh"]).wait_until_ready()
+    server = start(tmp_path / "log.txt", checkpoint, settings, command=[repository / "serve.sh"])
     wait_until(gateway.answers)
     rows = server.embed_documents(["of any name"])
     np.testing.assert_allclose(gateway.embed(["of any name"]), rows, atol=1e-5)
@@ -228,7 +247,7 @@ def public_folder():
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("setpriv") is None, reason="becoming another user takes root")
-def test_an_environment_made_by_root_serves_another_user_who_can_write_nowhere(toy, public_folder):
+def test_an_environment_made_by_root_serves_another_user_who_can_write_nowhere(toy, public_folder, start):
     python = python_for_everybody()
     if python is None:
         pytest.skip("no Python here that another user could run with Triton")
@@ -258,12 +277,8 @@ def test_an_environment_made_by_root_serves_another_user_who_can_write_nowhere(t
     assert done.returncode == 0, done.stderr
 
     (public_folder / "log").mkdir()
-    server = Server(
-        public_folder / "log" / "log.txt",
-        checkpoint,
-        {"VENV": str(venv)},
-        command=[*AS_NOBODY, repository / "serve.sh"],
-    ).wait_until_ready()
+    command = [*AS_NOBODY, repository / "serve.sh"]
+    server = start(public_folder / "log" / "log.txt", checkpoint, {"VENV": str(venv)}, command=command)
     status = Path(f"/proc/{server.process.pid}/status").read_text(encoding="ascii")
     assert "Uid:\t65534\t65534" in status
     assert server.embed_query("for everybody").shape == (1, 64)

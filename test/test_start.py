@@ -207,10 +207,10 @@ def test_repository_environment_and_checkpoint_may_be_in_a_folder_of_any_name(to
     gateway = Gateway()
     settings = {
         **gateway.settings(folder / "gateway"),
-        "VENV": str(folder / "venv"),
+        "VENV": "venv",  # counts from the folder that serve.sh is called from
         "RESTART": "always",  # the second server has to find the folders, too
     }
-    server = start(tmp_path / "log.txt", checkpoint, settings, command=[repository / "serve.sh"])
+    server = start(folder / "log.txt", checkpoint, settings, command=[repository / "serve.sh"])
     wait_until(gateway.answers)
     rows = server.embed_documents(["of any name"])
     np.testing.assert_allclose(gateway.embed(["of any name"]), rows, atol=1e-5)

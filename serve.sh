@@ -45,19 +45,8 @@ refuse() { printf 'serve.sh: %s\n' "$@" >&2; exit 2; }
 source "$repo/tools/prepare_venv.sh"
 # shellcheck source=tools/gateway.sh
 source "$repo/tools/gateway.sh"
-
-# plain SETTING
-# Triton's Python backend passes paths to a shell unquoted and takes them for ASCII. A path that would not survive that
-# is replaced by one that does: an open file descriptor of this process, which becomes the server or its supervisor.
-plain() {
-  if is_plain "${!1}"; then return; fi
-  local folder
-  exec {folder}<"${!1}"
-  [[ /proc/$$/fd/$folder -ef ${!1} ]] ||
-    refuse "$1: expected a path of plain letters, digits and ._-+=@%,/ because there is no /proc here; got '${!1}'."
-  printf '%s\n' "$1=/proc/$$/fd/$folder stands for '${!1}', which Triton cannot take as it is." >&2
-  printf -v "$1" %s "/proc/$$/fd/$folder"
-}
+# shellcheck source=tools/paths.sh
+source "$repo/tools/paths.sh"
 
 real_model=yes
 if [[ -z $MODEL_PATH ]]; then
@@ -115,12 +104,6 @@ for setting in ADDRESS METRICS_ADDRESS GATEWAY_HOST; do
 done
 HTTP_ADDRESS=$ADDRESS
 tls=() mounts=()
-# bind_mount SOURCE TARGET: in Docker, read-only. The option's value is a line of CSV.
-bind_mount() {
-  local source=source=$1
-  if [[ $1 == *[\",$'\n']* ]]; then source="\"${source//\"/\"\"}\""; fi
-  mounts+=(--mount "type=bind,$source,target=$2,readonly")
-}
 if [[ -n $TLS_CERT$TLS_KEY$TLS_CLIENT_CA ]]; then
   [[ -n $TLS_CERT && -n $TLS_KEY ]] || refuse "TLS: expected both TLS_CERT and TLS_KEY, did not get both."
   for setting in TLS_CERT TLS_KEY TLS_CLIENT_CA; do
@@ -179,6 +162,7 @@ case $RUNTIME in
     ;;
   pip)
     prepare_venv "$VENV" "$repo/model_repository/nv-embed-v2/requirements.txt" "$repo/tools/requirements.txt"
+    if [[ $VENV != /* ]]; then VENV="$PWD/$VENV"; fi
     plain VENV
     plain MODEL_REPOSITORY
     plain MODEL_PATH

@@ -92,7 +92,14 @@ def is_ready(http_port: int) -> bool:
 class Started:
     """A process that says over HTTP when it is ready. As a context: ready when entered, stopped when left."""
 
-    def __init__(self, command: Sequence[str | Path], ready: str, log: Path, environ: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        command: Sequence[str | Path],
+        ready: str,
+        log: Path,
+        environ: Mapping[str, str],
+        cwd: Path | None = None,
+    ) -> None:
         """Start, without waiting.
 
         Args:
@@ -100,6 +107,7 @@ class Started:
             ready: URL of a page that is there once the process serves.
             log: takes all that it prints, after what is there.
             environ: its whole environment.
+            cwd: the folder to run it in; none: this process's.
         """
         self.log, self._ready = log, ready
         with log.open("ab") as output:
@@ -109,6 +117,7 @@ class Started:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=environ,
+                cwd=cwd,
                 start_new_session=True,  # so that it can be killed with all that it started
             )
 
@@ -170,6 +179,8 @@ class StartedServer(Started):
         environ: Mapping[str, str] | None = None,
         arguments: Sequence[str] = (),
         ports: Ports | None = None,
+        command: Sequence[str | Path] = (ROOT / "serve.sh",),
+        cwd: Path | None = None,
     ) -> None:
         """Start, without waiting.
 
@@ -179,14 +190,17 @@ class StartedServer(Started):
             environ: what else is in its environment; none: that of this process.
             arguments: for tritonserver.
             ports: where it listens; none: free ones.
+            command: what starts it.
+            cwd: the folder to run that in; none: this process's.
         """
         self.ports = ports or Ports(*free_ports(3))
         listen = {f"{name.upper()}_PORT": str(getattr(self.ports, name)) for name in ("http", "grpc", "metrics")}
         super().__init__(
-            [ROOT / "serve.sh", *arguments],
+            [*command, *arguments],
             f"http://127.0.0.1:{self.ports.http}/v2/health/ready",
             log,
             {"RUNTIME": "pip"} | dict(os.environ if environ is None else environ) | listen | dict(settings),
+            cwd,
         )
 
 

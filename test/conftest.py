@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -85,6 +87,16 @@ def toy_server_of_64_tokens(toy, tmp_path_factory):
 def mini_server(tmp_path_factory):
     """What `./serve.sh` serves when nothing is given."""
     yield from serve(None, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def gateway_venv() -> Path:
+    """The gateway's environment, so that no start has to wait until it is installed."""
+    venv = Path(os.environ.get("GATEWAY_VENV") or ROOT / ".venv-gateway")
+    script = 'source "$0" && prepare_venv "$@"'
+    command = ["bash", "-c", script, ROOT / "tools/prepare_venv.sh", venv, ROOT / "tools/requirements-gateway.txt"]
+    subprocess.run(command, check=True, timeout=900)
+    return venv
 
 
 def serve(model_path, tmp_path_factory, **environ):

@@ -20,9 +20,9 @@ from started_server import ROOT, START_SECONDS, Ports, StartedServer, free_ports
 __all__ = ["ROOT", "START_SECONDS", "Ports", "free_ports"]  # from here, too
 
 MODEL_NAME = "nv-embed-v2"
-SETTINGS = (  # of serve.sh and the model, but for VENV, which every test shares
+SETTINGS = (  # of serve.sh and the model, but for VENV and GATEWAY_VENV, which every test shares
     "NV_EMBED_", "MODEL_", "DEVICE", "RUNTIME", "ADDRESS", "METRICS_", "IMAGE", "SHM_", "TLS_", "ADMIN_KEY", "RESTART",
-    "MAX_DELAY_SECONDS",
+    "MAX_DELAY_SECONDS", "GATEWAY_PORT", "GATEWAY_HOST", "GATEWAY_A",
 )  # fmt: skip
 DEADLINE_SECONDS = 180  # for what takes a moment: the machine may be busy with anything
 
@@ -37,11 +37,15 @@ class Server(StartedServer):
         environ: Mapping[str, str] | None = None,
         arguments: Sequence[str] = (),
         ports: Ports | None = None,
+        command: Sequence[str | Path] = (ROOT / "serve.sh",),
     ) -> None:
         """Start, without waiting. Settings of the caller's own shell that would change the server are left out."""
         model = {} if model_path is None else {"MODEL_PATH": str(model_path), "DEVICE": "cpu"}
         kept = {name: value for name, value in os.environ.items() if not name.startswith(SETTINGS)}
-        super().__init__(log, model | dict(environ or {}), environ=kept, arguments=arguments, ports=ports)
+        super().__init__(
+            log, model | dict(environ or {}), environ=kept, arguments=arguments, ports=ports, command=command,
+            cwd=log.parent,
+        )  # fmt: skip
         self.http, self.grpc, self.metrics = self.ports.http, self.ports.grpc, self.ports.metrics
         self.url = self.ports.url
         self.client = triton.InferenceServerClient(self.url)

@@ -29,14 +29,12 @@ check_gateway() {
 }
 
 # Puts the gateway before the server's command. The client is not installed but read where it stands, so it is never
-# older than this script.
+# older than this script; neither the folder that serve.sh is called from nor PYTHONPATH may replace its modules.
 add_gateway() {
-  local client_source="$repo/client/src" gateway supervisor=()
+  local start='import sys; sys.path.insert(0, sys.argv.pop(1)); from nv_embed_client.gateway.__main__ import main'
+  local gateway=("$GATEWAY_VENV/bin/python" -I -c "$start; sys.exit(main())" "$repo/client/src" "${gateway_arguments[@]}")
   prepare_venv "$GATEWAY_VENV" "$repo/tools/requirements-gateway.txt"
-  if [[ $client_source == *:* ]]; then plain client_source; fi # PYTHONPATH is a list
-  if [[ $RESTART == always ]]; then supervisor=("$repo/tools/supervise.sh"); fi
-  gateway=(env "PYTHONPATH=$client_source" PYTHONSAFEPATH=1 ${supervisor[@]+"${supervisor[@]}"}
-    "$GATEWAY_VENV/bin/python" -m nv_embed_client.gateway "${gateway_arguments[@]}")
+  if [[ $RESTART == always ]]; then gateway=("$repo/tools/supervise.sh" "${gateway[@]}"); fi
   command=("$GATEWAY_VENV/bin/python" -I "$repo/tools/with_gateway.py" "${#gateway[@]}" "${gateway[@]}" "${command[@]}")
   printf '%s\n' "OpenAI's embeddings API, once the model is loaded:  http://$GATEWAY_HOST:$GATEWAY_PORT/v1" >&2
 }

@@ -7,9 +7,6 @@ TORCH_CPU_INDEX=${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}
 # Without links: what Docker mounts, and one spelling of an environment for all.
 absolute() { (CDPATH='' cd -- "$1" && pwd -P); }
 
-# Succeeds for a path that everything which starts a server passes on unharmed, shells and encodings included.
-is_plain() { local LC_ALL=C; [[ $1 =~ ^[A-Za-z0-9_./@%+=,-]+$ ]]; }
-
 has_gpu() { [[ -e /dev/nvidia0 ]] || nvidia-smi -L >/dev/null 2>&1; }
 
 # choose_python COMMAND...
@@ -43,8 +40,9 @@ prepare_venv() (
   PATH=":$PATH:" PATH=${PATH//":$venv/bin:"/:}
   PATH=${PATH#:} PATH=${PATH%:}
 
+  elsewhere='set VENV (of the gateway: GATEWAY_VENV) to another folder'
   if [[ $venv == *:* ]]; then
-    echo "$venv: expected a path without a colon, which PATH cannot hold: choose another folder." >&2
+    echo "$venv: expected a path without a colon, which PATH cannot hold: $elsewhere." >&2
     exit 2
   fi
   # What is installed needs the Python that Triton's wheel needs, or any that is recent enough.
@@ -64,13 +62,13 @@ import ensurepip')
       found="one whose Python, $(readlink -f -- "$venv/bin/python"), this user cannot run"
     fi
     echo "$venv: expected an environment ready for use or a folder that this user can write to, found $found:" \
-      "let its owner start this once, with a PYTHON that everybody can run, or choose another folder." >&2
+      "let its owner start this once, with a PYTHON that everybody can run, or $elsewhere." >&2
     exit 2
   }
 
   # The lock is on the folder itself, which is never replaced: no lock file to leave behind.
   if ! mkdir -p -- "$venv"; then
-    echo "$venv: expected a folder that this user can make: choose another one." >&2
+    echo "$venv: expected a folder that this user can make: $elsewhere." >&2
     exit 2
   fi
   exec 9<"$venv"
@@ -97,7 +95,7 @@ import ensurepip')
       echo "$(python_version) $build" >"$made_for"
     fi
   elif [[ -z $version ]]; then
-    echo "VENV=$venv is neither empty nor a virtual environment that works: choose another folder." >&2
+    echo "VENV=$venv is neither empty nor a virtual environment that works: $elsewhere." >&2
     exit 2
   fi
 
@@ -121,7 +119,7 @@ import ensurepip')
     options+=(--extra-index-url "$TORCH_CPU_INDEX")
   fi
   if [[ ! -t 2 ]]; then options+=(--quiet); fi  # progress bars are for people
-  echo "Installing into $venv, once: $(sed -n 's/^\([a-z][^ #]*\).*/\1/p' "$@" | paste -sd ' ' -)" >&2
+  echo "Installing into $venv, once: $(sed -n 's/^\([a-z][^ #;]*\).*/\1/p' "$@" | paste -sd ' ' -)" >&2
   "$venv/bin/python" -m pip install --disable-pip-version-check --no-input "${options[@]}" >&2
   if [[ $has_triton == yes ]]; then "$venv/bin/python" "$tools/pip_triton.py" --lay-out; fi
   for file in "$@"; do cp -- "$file" "$(stamp_of "$file")"; done

@@ -13,6 +13,7 @@ from nv_embed.requests import QUERY_INSTRUCTION
 from nv_embed.tokenizer import Tokenizer
 from serving import ROOT
 
+pytestmark = pytest.mark.slow
 MAX_BYTES = 24_000_000
 GREETINGS = [
     "Доброе утро",

@@ -232,6 +232,7 @@ def test_a_gpu_is_lost_only_if_it_answers_no_more(toy, monkeypatch, raised, answ
         raise raised
 
 
+@pytest.mark.slow
 def test_warm_up_finds_how_many_tokens_take_the_time_that_a_batch_may_take(toy, monkeypatch):
     engine = load(toy)
     assert engine.warm_up(1e-6) == 512

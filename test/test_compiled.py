@@ -43,6 +43,7 @@ def num_threads():
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch compiles for a CPU with g++")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own older parts, which its compiler imports
 def test_compiled_layers_give_the_same_rows_for_any_number_of_tokens_without_compiling_again(toy, num_threads):
@@ -61,6 +62,7 @@ def test_compiled_layers_give_the_same_rows_for_any_number_of_tokens_without_com
     np.testing.assert_allclose(fast.embed(one_token), plain.embed(one_token), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch compiles for a CPU with g++")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(("dtype", "least_cosine"), [("int8", 0.999), ("float8", 0.98)])

@@ -12,6 +12,7 @@ from nv_embed.models import read_checkpoint
 from nv_embed.models.nv_embed import QUERY_INSTRUCTION
 from serving import ROOT
 
+pytestmark = pytest.mark.slow
 MAX_BYTES = 24_000_000
 GREETINGS = [
     "Доброе утро",

@@ -413,6 +413,7 @@ def finish(process):
     return process.returncode, message
 
 
+@pytest.mark.slow
 def test_a_prepared_venv_is_left_alone_and_a_failed_install_is_repeated(prepare_venv, tmp_path):
     code, message = finish(prepare_venv("./absent-package\n"))
     assert code != 0
@@ -425,6 +426,7 @@ def test_a_prepared_venv_is_left_alone_and_a_failed_install_is_repeated(prepare_
     assert (code, "Installing" in message) == (0, True)
 
 
+@pytest.mark.slow
 def test_a_venv_that_is_activated_is_made_anew_by_another_python(prepare_venv, tmp_path):
     assert finish(prepare_venv("# nothing\n"))[0] == 0
     (tmp_path / "venv" / "made-for").write_text("3.9.0 cpu\n")
@@ -435,6 +437,7 @@ def test_a_venv_that_is_activated_is_made_anew_by_another_python(prepare_venv, t
 
 
 @pytest.mark.skipif(shutil.which("flock") is None, reason="without flock concurrent starts are not protected")
+@pytest.mark.slow
 def test_of_two_starts_at_once_one_prepares_and_the_other_waits(prepare_venv):
     results = [finish(process) for process in [prepare_venv("# nothing\n") for _ in range(2)]]
     assert [code for code, _ in results] == [0, 0]
@@ -443,6 +446,7 @@ def test_of_two_starts_at_once_one_prepares_and_the_other_waits(prepare_venv):
     assert messages.count("Waiting for another start") == 1
 
 
+@pytest.mark.slow
 def test_an_environment_is_for_every_user_and_says_what_another_user_cannot_do(prepare_venv, tmp_path):
     previous = os.umask(0o077)
     try:
@@ -454,6 +458,7 @@ def test_an_environment_is_for_every_user_and_says_what_another_user_cannot_do(p
         assert path.is_symlink() or path.stat().st_mode & 0o044 == 0o044, path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a [b]*? 'q' \"d\" $HOME & ; \\ é漢", "a\nb"])
 def test_an_environment_in_a_folder_of_any_name_is_made_once_and_made_anew(prepare_venv, tmp_path, name):
     venv = tmp_path / name
@@ -471,6 +476,7 @@ def test_an_environment_in_a_folder_with_a_colon_is_refused(prepare_venv, tmp_pa
     assert f"{tmp_path}/a:b: expected a path without a colon" in message
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_no_virtual_environment_is_neither_cleared_nor_used(prepare_venv, tmp_path):
     (tmp_path / "venv").mkdir()
     (tmp_path / "venv" / "thesis.txt").write_text("the only copy")

@@ -192,6 +192,7 @@ def test_progress_of_a_long_load_is_logged(toy, monkeypatch, caplog):
     assert any("loaded" in line for line in caplog.messages)
 
 
+@pytest.mark.slow
 def test_loading_holds_the_weights_in_memory_once(tmp_path):
     """A 400 MB checkpoint in float32 may add little more than itself to a process's anonymous memory."""
     from reference import Reference, Sizes

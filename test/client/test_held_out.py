@@ -100,8 +100,10 @@ def test_the_served_default_model_is_told_from_a_worse_one(held_out, client, tmp
     def served(texts, instruction=""):
         return client.embed_documents(texts, instruction=instruction)
 
+    noise = np.random.default_rng(0)
+
     def blurred(texts, instruction=""):
-        vectors = served(texts) + np.random.default_rng(0).normal(0, 0.1, (len(texts), 384))
+        vectors = served(texts) + noise.normal(0, 0.1, (len(texts), 384))
         return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
     def shortened(texts, instruction=""):

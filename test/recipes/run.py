@@ -244,6 +244,7 @@ def embedding_atlas(recipe: Recipe, small: Place, full: Place) -> str:
 Check = Callable[[Recipe, Place, Place], str]
 # Title on the page: package, and what is checked. A recipe without a check fails.
 CHECKS: dict[str, tuple[str, Check]] = {
+    "No end-of-sequence token": ("nv-embed-client", as_on_the_page),
     "OpenAI, Python": ("openai", search),
     "OpenAI, JavaScript": ("npm:openai", search),
     "LangChain": ("langchain-core", search),

@@ -90,8 +90,8 @@ def test_a_folder_that_is_not_there_is_refused_by_its_settings_name(serve, setti
 def test_help_names_every_variable_with_its_default_and_starts_nothing(serve, tmp_path, option):
     done = serve(option, programs=["tritonserver"])
     assert done.returncode == 0
-    settings = (REPO / "README.md").read_text(encoding="utf-8").partition("Of `serve.sh`:")[2].partition("; `./")[0]
-    named = set(re.findall(r"[A-Z_]{3,}", settings))
+    settings = (REPO / "docs" / "settings.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"^\| `([A-Z_]+)`", settings, re.M))
     assert named == set(re.findall(r"^([A-Z_]+)=", done.stdout, re.M))
     assert "HTTP_PORT=8000 " in done.stdout
     assert "Arguments go to tritonserver" in done.stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -14,24 +15,56 @@ import pytest
 from nv_embed import watchdog
 
 
-def test_listening_ports_are_those_of_the_process_and_of_no_connection():
-    before = watchdog.listening_ports(os.getpid())
+def inode(sock: socket.socket) -> int:
+    return os.fstat(sock.fileno()).st_ino
+
+
+def test_open_sockets_and_listening_ones_are_told_apart():
     with ExitStack() as stack:
         listeners = [stack.enter_context(socket.create_server(("127.0.0.1", 0)))]
         with suppress(OSError):  # a machine without IPv6
             listeners.append(stack.enter_context(socket.create_server(("::1", 0), family=socket.AF_INET6)))
-        ports = {listener.getsockname()[1] for listener in listeners}
-        with socket.create_connection(listeners[0].getsockname()):
-            assert watchdog.listening_ports(os.getpid()) - before == ports
-        assert not ports & watchdog.listening_ports(os.getppid())
-    assert watchdog.listening_ports(os.getpid()) == before
+        connection = stack.enter_context(socket.create_connection(listeners[0].getsockname()))
+        doors = {inode(listener) for listener in listeners}
+        assert watchdog.open_sockets(os.getpid()) >= {*doors, inode(connection)}
+        assert watchdog.listening_sockets(os.getpid()) >= doors
+        assert inode(connection) not in watchdog.listening_sockets(os.getpid())
+        assert not doors & watchdog.open_sockets(os.getppid())
+    assert not doors & watchdog.open_sockets(os.getpid())
 
 
-def test_doors_are_closing_when_a_port_is_missing_twice_for_it_may_be_missed_once(monkeypatch):
-    looks = iter([{1, 2}, {1, 2, 3}, {1, 3}, {1, 2, 3}, {1, 3}, {1}, set()])
-    monkeypatch.setattr(watchdog, "listening_ports", lambda pid: frozenset(next(looks)))
+def test_doors_are_closing_once_when_a_listening_socket_is_closed_but_not_a_connection():
     doors = watchdog.Doors(os.getpid())
-    assert [doors.are_closing() for _ in range(7)] == [False] * 5 + [True, False]
+    with socket.create_server(("127.0.0.1", 0)) as other, socket.create_server(("127.0.0.1", 0)) as door:
+        assert not doors.are_closing()
+        with socket.create_connection(door.getsockname()), door.accept()[0]:
+            assert not doors.are_closing()
+        assert not doors.are_closing()
+        door.close()
+        assert doors.are_closing()
+        assert not doors.are_closing()
+        other.close()
+        assert not doors.are_closing()
+
+
+def test_doors_are_not_closing_however_often_the_kernels_table_misses_one(monkeypatch):
+    doors = watchdog.Doors(os.getpid())
+    with socket.create_server(("127.0.0.1", 0)) as door:
+        assert not doors.are_closing()
+        with monkeypatch.context() as patch:
+            patch.setattr(watchdog, "listening_sockets", lambda pid: frozenset())
+            assert not any(doors.are_closing() for _ in range(5))
+            patch.setattr(watchdog, "open_sockets", lambda pid: None)  # nor when nothing can be seen
+            assert not any(doors.are_closing() for _ in range(5))
+        door.close()
+        assert doors.are_closing()
+
+
+def test_a_process_that_is_gone_shows_nothing():
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    assert watchdog.open_sockets(process.pid) is None
+    assert watchdog.listening_sockets(process.pid) == frozenset()
 
 
 @pytest.fixture
@@ -66,6 +99,16 @@ def test_silence_means_a_frozen_model_but_only_after_a_first_beat(server, monkey
     threading.Timer(1.0, server.terminate).start()  # after many steps of silence
     assert watchdog.watch(loading, os.pidfd_open(server.pid)) == "the server is gone"
     os.close(writer)
+
+
+def test_the_exit_code_of_a_dead_process_is_known_until_its_parent_asks_for_it():
+    for script, verdict in (("exit(3)", 3), ("import os; os.abort()", -signal.SIGABRT)):
+        with subprocess.Popen([sys.executable, "-c", script]) as process:
+            pidfd = os.pidfd_open(process.pid)
+            select.select([pidfd], [], [])
+            assert watchdog.how_it_ended(process.pid, pidfd) == f" with exit code {verdict}"
+            process.wait()
+            assert watchdog.how_it_ended(process.pid, pidfd) == ""
 
 
 def test_end_kills_what_does_not_heed_its_signal(monkeypatch):

@@ -9,6 +9,7 @@ from conftest import REPO
 ENCODER = "import nv_embed_client; nv_embed_client.NVEmbedEncoder().similarity([[1.0]], [[1.0]])"
 
 
+@pytest.mark.slow  # each imports much in a process of its own
 @pytest.mark.parametrize(
     ("extra", "missing", "statement"),
     [

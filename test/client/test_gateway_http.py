@@ -1,5 +1,6 @@
 """The gateway as HTTP: browsers, probes, paths, upgrades, compressed bodies, a page without the internet."""
 
+import asyncio
 import gzip
 import os
 import re
@@ -9,6 +10,7 @@ from html.parser import HTMLParser
 import httpx
 import pytest
 from conftest import gateway_running
+from nv_embed_client.gateway import GatewaySettings, create_app
 
 ORIGIN = "https://app.example.org"
 BODY = {"model": "nv-embed-v2", "input": "a"}
@@ -63,6 +65,28 @@ def test_a_page_in_a_browser_can_read_answers_and_errors(for_browsers):
         assert "Retry-After" in answer.headers["access-control-expose-headers"]
     foreign = for_browsers.post("/v1/embeddings", json=BODY, headers={**headers, "Origin": "https://evil.example.org"})
     assert "access-control-allow-origin" not in foreign.headers
+
+
+def test_a_defect_is_500_that_a_page_in_a_browser_can_read():
+    app = create_app(GatewaySettings(cors_origins=(ORIGIN,)))
+
+    def defect():
+        raise RuntimeError("a detail")
+
+    app.add_api_route("/defect", defect)
+
+    async def asked():
+        # Without a server around it, the error would come out here; uvicorn logs it.
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as http:
+            return await http.get("/defect", headers={"Origin": ORIGIN}), await http.get("/metrics")
+
+    answer, metrics = asyncio.run(asked())
+    assert answer.status_code == 500
+    assert "operator's log" in answer.json()["error"]["message"]
+    assert "a detail" not in answer.text
+    assert answer.headers["access-control-allow-origin"] == ORIGIN
+    assert 'nv_embed_gateway_requests_total{path="other",status="500"} 1.0' in metrics.text
 
 
 def test_any_origin_can_be_allowed_and_none_is_by_default(server, http, logs):

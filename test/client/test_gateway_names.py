@@ -1,5 +1,6 @@
 """How a request to the gateway says what its texts are: names of models, aliases, instructions, prompts."""
 
+import json
 from itertools import combinations
 
 import httpx
@@ -111,12 +112,13 @@ def test_parts_of_a_request_that_contradict_each_other_are_400(http, body, param
     assert "leave one of them out" in error["message"]
 
 
-@pytest.mark.parametrize("instruction", ["\0", "Instruct: find\0 it\nQuery: "])
-def test_a_nul_in_an_instruction_is_400_and_says_where(http, instruction):
-    answer = http.post("/v1/embeddings", json={"input": TEXT, "instruction": instruction})
+@pytest.mark.parametrize("broken", ["\0", "\ud800"])
+def test_an_instruction_that_the_server_would_not_get_whole_is_400_and_says_where(http, broken):
+    body = {"input": TEXT, "instruction": f"Instruct: find{broken} it\nQuery: "}
+    answer = http.post("/v1/embeddings", content=json.dumps(body), headers={"Content-Type": "application/json"})
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "instruction"
-    assert f"at position {instruction.index(chr(0))}" in answer.json()["error"]["message"]
+    assert "at position 14; take it out" in answer.json()["error"]["message"]
 
 
 def test_an_unknown_prompt_is_400_and_the_known_ones_are_named(http):

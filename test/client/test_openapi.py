@@ -42,7 +42,7 @@ def run_schemathesis(base: str, folder: Path, *arguments: str) -> str:
         [*command, "--seed", "1", "--no-color", "--generation-database", "none"],
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=1800,  # more than ten times what it takes on a quiet machine
         cwd=folder,  # it leaves a database behind
         check=False,
     )
@@ -51,7 +51,7 @@ def run_schemathesis(base: str, folder: Path, *arguments: str) -> str:
 
 
 def test_the_gateway_does_what_its_page_says(gateway, tmp_path):
-    report = run_schemathesis(gateway, tmp_path, "--max-examples", "40")
+    report = run_schemathesis(gateway, tmp_path, "--max-examples", "20")
     assert "Tested: 13" in report
     assert "No issues found" in report
 

@@ -11,7 +11,7 @@ Adapters are modules of their own, each with an extra of the same name: `bertopi
 
 from nv_embed_client.async_client import AsyncNVEmbedClient
 from nv_embed_client.client import NVEmbedClient
-from nv_embed_client.connection import TLS
+from nv_embed_client.connection import TLS, Settings
 from nv_embed_client.errors import (
     AccessDenied,
     ClientClosed,
@@ -24,10 +24,12 @@ from nv_embed_client.errors import (
     ServerFailure,
     Unavailable,
 )
+from nv_embed_client.grpc_transport import GrpcTransport
 from nv_embed_client.instructions import DOCUMENT_INSTRUCTIONS, QUERY_INSTRUCTION, TASK_INSTRUCTIONS, instruction_of
 from nv_embed_client.retry import RetryPolicy
 from nv_embed_client.sentence_transformers import NVEmbedEncoder
-from nv_embed_client.wire import EmbedResult
+from nv_embed_client.transport import MockTransport, Transport
+from nv_embed_client.wire import EmbedRequest, EmbedResult
 
 __version__ = "0.1.0"
 
@@ -35,9 +37,14 @@ __all__ = [
     "NVEmbedClient",
     "AsyncNVEmbedClient",
     "NVEmbedEncoder",
+    "EmbedRequest",
     "EmbedResult",
+    "Transport",
+    "GrpcTransport",
+    "MockTransport",
     "RetryPolicy",
     "TLS",
+    "Settings",
     "QUERY_INSTRUCTION",
     "TASK_INSTRUCTIONS",
     "DOCUMENT_INSTRUCTIONS",

@@ -13,7 +13,7 @@ class Chunk:
     """The texts of one request, in the order of the call."""
 
     indices: tuple[int, ...]  # positions within the texts of the call
-    texts: tuple[bytes, ...]  # UTF-8
+    texts: tuple[str, ...]
 
     def halves(self) -> tuple[Chunk, Chunk]:
         """Two chunks of at least one text each."""
@@ -31,8 +31,8 @@ class Chunk:
         return re.sub(r"\btext (\d+)\b", position, message)
 
 
-def utf8(text: object, index: int) -> bytes:
-    """A text as it is sent.
+def num_bytes_of(text: object, index: int) -> int:
+    """The length of a text in UTF-8.
 
     Raises:
         InvalidInput: it is no `str`, or holds half a surrogate pair.
@@ -42,7 +42,7 @@ def utf8(text: object, index: int) -> bytes:
             expected="a str as every text", got=f"{type(text).__name__} as text {index}", remedy="convert it to str"
         )
     try:
-        return text.encode()
+        return len(text.encode())
     except UnicodeEncodeError as error:
         raise InvalidInput.of(
             expected="valid Unicode",
@@ -58,20 +58,24 @@ class Chunker:
         """
         Args:
             max_texts: of one chunk.
-            max_bytes: of one chunk, the instruction counted once for each text as the server does; a single text
-                may have more, for only the server knows its own limit.
+            max_bytes: of one chunk, the instruction counted once for each text as the server does. A single text may
+                have more, because only the server knows its own limit.
             instruction_bytes: what each text brings beside its own.
         """
         self._max_texts = max_texts
         self._max_bytes = max_bytes
         self._instruction_bytes = instruction_bytes
         self._indices: list[int] = []
-        self._texts: list[bytes] = []
+        self._texts: list[str] = []
         self._num_bytes = 0
 
-    def add(self, index: int, text: bytes) -> Chunk | None:
-        """Take one text; give the chunk before it when that is full."""
-        num_bytes = len(text) + self._instruction_bytes
+    def add(self, index: int, text: str) -> Chunk | None:
+        """Take one text; give the chunk before it when that is full.
+
+        Raises:
+            InvalidInput: the text cannot be sent.
+        """
+        num_bytes = num_bytes_of(text, index) + self._instruction_bytes
         full = len(self._texts) >= self._max_texts or self._num_bytes + num_bytes > self._max_bytes
         chunk = self.rest() if full else None
         self._indices.append(index)

@@ -1,119 +1,189 @@
-"""What the sync and the async client have in common: everything that is not I/O."""
+"""What both clients do, each method once, as a plan; how a plan is carried out is all that they differ in."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
-from nv_embed_client.connection import TLS, Connection
-from nv_embed_client.errors import ClientClosed, InvalidInput
-from nv_embed_client.job import Call, InputType, Job, Limits, Truncate
-from nv_embed_client.retry import RetryPolicy
-from nv_embed_client.wire import EmbedResult
+from nv_embed_client import flow
+from nv_embed_client.connection import Connection, Settings
+from nv_embed_client.errors import ClientClosed
+from nv_embed_client.exchange import Exchange, Plan, Together, alone
+from nv_embed_client.flow import Deadline
+from nv_embed_client.grpc_transport import GrpcTransport
+from nv_embed_client.job import Call, Job
+from nv_embed_client.transport import Transport
+from nv_embed_client.wire import EmbedResult, InputType, Truncate
 
-DEFAULT_URL = "localhost:8001"
-DEFAULT_MODEL_NAME = "nv-embed-v2"
-_DEFAULT_RETRY = RetryPolicy()
+T = TypeVar("T")
+
+_CLOSED = -1  # arrives when the client is closed; requests have numbers from 0
 
 
-class ClientCore:
-    """Settings of a client, and the jobs it makes of calls."""
+def as_method_of(name: str, method: Callable[..., Any], plan: Callable[..., Any]) -> None:
+    """Have the method of a client that carries out a plan look like it: its documentation and its arguments."""
+    functools.update_wrapper(method, plan)
+    method.__name__ = plan.__name__.removeprefix("_")
+    method.__qualname__ = f"{name}.{method.__name__}"
+    signature = inspect.signature(plan)
+    returned = str(signature.return_annotation).removeprefix("Plan[").removesuffix("]")
+    vars(method)["__signature__"] = signature.replace(return_annotation=returned)
 
-    def __init__(
-        self,
-        url: str = DEFAULT_URL,
-        *,
-        model_name: str = DEFAULT_MODEL_NAME,
-        tls: TLS | None = None,
-        headers: Mapping[str, str] | None = None,
-        request_timeout: float = 120.0,
-        max_in_flight: int = 4,
-        max_texts_per_request: int = 256,
-        max_bytes_per_request: int = 256 * 2**10,
-        retry: RetryPolicy = _DEFAULT_RETRY,
-    ) -> None:
-        """Connects on first use.
 
-        Args:
-            url: the server's gRPC address, host:port.
-            model_name: as Triton knows it.
-            tls: None for a connection in the clear; `TLS()` for one checked against the system's certificates.
-            headers: sent with every request, names in lower case: for Triton's restricted protocols, for a proxy.
-            request_timeout: seconds for one request, its retries included. A call of many texts is many requests;
-                its own `timeout` bounds all of it.
-            max_in_flight: requests of one call on their way at the same time.
-            max_texts_per_request: no request of a call has more.
-            max_bytes_per_request: of UTF-8, the instruction counted once for each text; a longer text goes alone. The
-                default is about the largest batch that a server computes at once: it merges requests, so more gains
-                nothing, and a slow device may take longer than `request_timeout`.
-            retry: when to try again what a busy, stopping or absent server refused.
+class Core(Settings):
+    """The settings of a client, its transport, and the plans of its methods.
 
-        Raises:
-            InvalidInput: a setting makes no sense.
-        """
-        for name, value in {
-            "request_timeout": request_timeout,
-            "max_in_flight": max_in_flight,
-            "max_texts_per_request": max_texts_per_request,
-            "max_bytes_per_request": max_bytes_per_request,
-        }.items():
-            if not value > 0:
-                raise InvalidInput.of(expected=f"{name} of more than 0", got=str(value), remedy="correct it")
-        self._connection = Connection(url, model_name, tls, dict(headers or {}))
-        self._limits = Limits(max_texts_per_request, max_bytes_per_request, request_timeout)
-        self._max_in_flight = max_in_flight
-        self._retry = retry
+    A copy, also one that was pickled, has the settings and makes a connection of its own.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self._closed = False
-        self._dimension: int | None = None
-        self._prepare()
+        self._known_dimension: int | None = None
+        self._connect()
 
-    def _prepare(self) -> None:
-        """Make what a subclass needs beside the settings."""
-        raise NotImplementedError
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_link", "_calls")}
 
-    @property
-    def url(self) -> str:
-        """The server's address."""
-        return self._connection.url
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._connect()
 
-    @property
-    def model_name(self) -> str:
-        """The model's name as Triton knows it."""
-        return self._connection.model_name
+    def _connect(self) -> None:
+        self._link: Transport = self.transport or GrpcTransport(
+            Connection(self.url, self.model_name, self.tls, self.headers)
+        )
+        self._calls: set[Callable[[int], None]] = set()  # how the calls on their way are told that something arrived
 
-    def _job(
+    def _embed_query(
+        self,
+        text: str,
+        *,
+        instruction: str | None = None,
+        truncate: Truncate = "END",
+        timeout: float | None = None,
+    ) -> Plan[npt.NDArray[np.float32]]:
+        """One query with the standard instruction before it, or with `instruction`: [1, dim]."""
+        return (yield from self._embed_as(Call("query", instruction, truncate, timeout=timeout), [text])).embeddings
+
+    def _embed_queries(
         self,
         texts: Iterable[str],
         *,
-        input_type: InputType,
-        instruction: str | None,
-        truncate: Truncate,
-        token_counts: bool,
-        progress: bool,
-        timeout: float | None,
-        max_texts_per_request: int | None,
-    ) -> Job:
-        self._check_open()
-        call = Call(input_type, instruction, truncate, token_counts, progress, timeout)
-        limits = self._limits
-        if max_texts_per_request is not None:
-            if max_texts_per_request < 1:
-                raise InvalidInput.of(
-                    expected="max_texts_per_request of at least 1", got=str(max_texts_per_request), remedy="correct it"
-                )
-            limits = Limits(max_texts_per_request, limits.max_bytes_per_request, limits.request_timeout_seconds)
-        return Job(texts, call, limits, self._retry)
+        instruction: str | None = None,
+        truncate: Truncate = "END",
+        progress: bool = False,
+        timeout: float | None = None,
+    ) -> Plan[npt.NDArray[np.float32]]:
+        """Any number of queries, each as `embed_query` has it: [n, dim], in input order."""
+        call = Call("query", instruction, truncate, progress=progress, timeout=timeout)
+        return (yield from self._embed_as(call, texts)).embeddings
+
+    def _embed_documents(
+        self,
+        texts: Iterable[str],
+        *,
+        instruction: str | None = None,
+        truncate: Truncate = "END",
+        progress: bool = False,
+        timeout: float | None = None,
+    ) -> Plan[npt.NDArray[np.float32]]:
+        """Any number of documents, without instruction unless one is given: [n, dim], in input order."""
+        call = Call("passage", instruction, truncate, progress=progress, timeout=timeout)
+        return (yield from self._embed_as(call, texts)).embeddings
+
+    def _embed(
+        self,
+        texts: Iterable[str],
+        *,
+        input_type: InputType = "passage",
+        instruction: str | None = None,
+        truncate: Truncate = "END",
+        token_counts: bool = False,
+        progress: bool = False,
+        timeout: float | None = None,
+        max_texts_per_request: int | None = None,
+    ) -> Plan[EmbedResult]:
+        """What the other methods are made of.
+
+        Args:
+            texts: any iterable of any length; it is read as requests are sent.
+            input_type: "query" puts the standard instruction before each text.
+            instruction: replaces that of either type; the whole text before the query, template included.
+            truncate: "END" cuts a text that is too long for the model, "NONE" has it refused.
+            token_counts: also give the tokens of each text.
+            progress: show a progress bar.
+            timeout: seconds for the whole call; by default each of its requests has the client's `request_timeout`.
+            max_texts_per_request: instead of the client's.
+
+        Raises:
+            PartialFailure: some texts have embeddings and others do not. It holds the embeddings and names the others.
+            NVEmbedError: no text has an embedding.
+        """
+        call = Call(input_type, instruction, truncate, token_counts, progress, timeout, max_texts_per_request)
+        return (yield from self._embed_as(call, texts))
+
+    def _dimension(self, timeout: float | None = None) -> Plan[int]:
+        """Of the embeddings; asks the server once, by embedding one text, within `timeout` seconds."""
+        if self._known_dimension is None:
+            yield from self._embed_as(Call(timeout=timeout), [""])
+        assert self._known_dimension is not None
+        return self._known_dimension
+
+    def _is_ready(self) -> Plan[bool]:
+        """Whether the server answers and the model is loaded."""
+        return (yield from alone(flow.probe()))
+
+    def _wait_until_ready(self, timeout: float = 600.0) -> Plan[None]:
+        """Return as soon as the model is ready.
+
+        Raises:
+            DeadlineExceeded: it is not within `timeout` seconds.
+        """
+        yield from alone(flow.wait_until_ready(Deadline.after(timeout), self.url))
+
+    def _embed_as(self, call: Call, texts: Iterable[str]) -> Plan[EmbedResult]:
+        job = Job(texts, call, self)
+        try:
+            yield Together((job.flow(chunk) for chunk in job.chunks()), self.max_in_flight, job.record)
+            result = job.result()
+        finally:
+            job.close()
+        if result is None:
+            shape = (0, (yield from self._dimension(call.timeout)))
+            return EmbedResult(np.empty(shape, np.float32), np.empty(0, np.int32) if call.token_counts else None)
+        self._known_dimension = result.embeddings.shape[1]
+        return result
+
+    @contextmanager
+    def _exchange(self, plan: Plan[T], arrived: Callable[[int], None]) -> Iterator[Exchange[T]]:
+        """A call on its way, which closing the client ends."""
+        self._calls.add(arrived)
+        exchange = Exchange(plan, self._link, arrived)
+        try:
+            self._check_open()
+            yield exchange
+        finally:
+            self._calls.discard(arrived)
+            exchange.close()
+
+    def _receive(self, exchange: Exchange[T], number: int) -> None:
+        if number == _CLOSED:
+            raise ClientClosed("expected an open client; got one that was closed meanwhile; make a new one")
+        exchange.receive(number)
+
+    def _close(self) -> None:
+        self._closed = True
+        for arrived in tuple(self._calls):
+            arrived(_CLOSED)
+        self._link.close()
 
     def _check_open(self) -> None:
         if self._closed:
             raise ClientClosed("expected an open client; got one that was closed; make a new one")
-
-    def _remember(self, result: EmbedResult) -> EmbedResult:
-        self._dimension = result.embeddings.shape[1]
-        return result
-
-
-def empty_result(dimension: int, *, token_counts: bool) -> EmbedResult:
-    """What no texts give: [0, dim]."""
-    return EmbedResult(np.empty((0, dimension), np.float32), np.empty(0, np.int32) if token_counts else None)

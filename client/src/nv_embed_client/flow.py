@@ -1,7 +1,7 @@
 """What a request needs of the network, step by step, as generators that do no I/O themselves.
 
-A flow yields a `Step`; whoever runs it carries the step out and sends the outcome back in, or throws what
-tritonclient raised. The sync and the async client differ in nothing but how they carry out three kinds of step.
+A flow yields a `Step`; `exchange` has the step carried out and sends the outcome back in, or throws the `NVEmbedError`
+that came of it.
 """
 
 from __future__ import annotations
@@ -12,20 +12,18 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
-from tritonclient.utils import InferenceServerException
-
-from nv_embed_client.errors import DeadlineExceeded, Unavailable
+from nv_embed_client.errors import DeadlineExceeded, NVEmbedError, Unavailable
 from nv_embed_client.retry import RetryPolicy
-from nv_embed_client.wire import EmbedResult, InferRequest, error_of
+from nv_embed_client.wire import EmbedRequest, EmbedResult
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Send the request; the outcome is tritonclient's reply."""
+    """Send the request; the outcome is an `EmbedResult`."""
 
-    request: InferRequest
+    request: EmbedRequest
     timeout_seconds: float
 
 
@@ -67,7 +65,7 @@ class Deadline:
         return self if other is None or self.at <= other.at else other
 
 
-def embed(request: InferRequest, deadline: Deadline, retry: RetryPolicy) -> Flow[EmbedResult]:
+def embed(request: EmbedRequest, deadline: Deadline, retry: RetryPolicy) -> Flow[EmbedResult]:
     """One request, tried again while the server is unavailable and time is left.
 
     Raises:
@@ -79,11 +77,10 @@ def embed(request: InferRequest, deadline: Deadline, retry: RetryPolicy) -> Flow
         if remaining <= 0:
             raise DeadlineExceeded("expected time left for the request; got none; give the call a longer timeout")
         try:
-            return request.decode((yield Send(request, remaining)))
-        except InferenceServerException as raw:
-            error = error_of(raw)
-        if not isinstance(error, Unavailable):
-            raise error
+            result: EmbedResult = yield Send(request, remaining)
+            return result
+        except Unavailable as unavailable:
+            error = unavailable
         pause = retry.pause_seconds(attempt, random.random())
         if pause is None or pause >= deadline.remaining_seconds():
             raise Unavailable(f"{error} (attempt {attempt}, the last)")
@@ -97,13 +94,7 @@ def probe(timeout_seconds: float = _PROBE_SECONDS) -> Flow[bool]:
     Raises:
         NVEmbedError: something else than an absent, stopping or starting server.
     """
-    try:
-        return bool((yield AskReady(timeout_seconds)))
-    except InferenceServerException as raw:
-        error = error_of(raw)
-    if isinstance(error, Unavailable | DeadlineExceeded):
-        return False
-    raise error
+    return (yield from _why_not_ready(timeout_seconds)) is None
 
 
 def wait_until_ready(deadline: Deadline, where: str) -> Flow[None]:
@@ -115,14 +106,24 @@ def wait_until_ready(deadline: Deadline, where: str) -> Flow[None]:
     """
     # Triton offers no readiness to subscribe to, so this asks, ever more slowly.
     policy, attempt = RetryPolicy(max_attempts=2**31, max_pause_seconds=1.0), 1
-    while not (yield from probe(min(_PROBE_SECONDS, max(deadline.remaining_seconds(), 0.1)))):
+    while True:
+        reason = yield from _why_not_ready(min(_PROBE_SECONDS, max(deadline.remaining_seconds(), 0.1)))
+        if reason is None:
+            return
         pause = policy.pause_seconds(attempt, random.random())
         assert pause is not None
         remaining = deadline.remaining_seconds()
         if remaining <= 0:
             raise DeadlineExceeded(
-                f"expected a ready model at {where}; got none in time; check the address and the server's log, "
-                "or wait longer: large weights take minutes to load"
+                f"expected a ready model at {where}; got none in time (the last answer: {reason}); check the address "
+                "and the server's log, or wait longer: large weights take minutes to load"
             )
         yield Sleep(min(pause, remaining))
         attempt += 1
+
+
+def _why_not_ready(timeout_seconds: float) -> Flow[NVEmbedError | str | None]:
+    try:
+        return None if (yield AskReady(timeout_seconds)) else "the model is not loaded"
+    except (Unavailable, DeadlineExceeded) as error:
+        return error

@@ -1,4 +1,4 @@
-"""The instructions that NV-Embed-v2 was published with; data, no behaviour.
+"""The instructions that NV-Embed-v2 was published with, and what an instruction may be.
 
 An instruction is the whole text before a query, template included. It takes part in the attention and is left out
 of the pooling. Documents have none.
@@ -8,10 +8,41 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
+from nv_embed_client.errors import InvalidInput
+
 
 def instruction_of(task: str) -> str:
     """The published template around the description of a task; the trailing space is part of it."""
     return f"Instruct: {task}\nQuery: "
+
+
+def checked_instruction(instruction: str | None) -> str | None:
+    """The same instruction, if it can be sent.
+
+    Raises:
+        InvalidInput: it is no `str`, holds half a surrogate pair, or a NUL.
+    """
+    if instruction is None:
+        return None
+    if not isinstance(instruction, str):
+        raise InvalidInput.of(
+            expected="a str as instruction", got=type(instruction).__name__, remedy="convert it to str"
+        )
+    try:
+        instruction.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidInput.of(
+            expected="valid Unicode as instruction",
+            got=f"an unpaired surrogate at position {error.start}",
+            remedy="correct it",
+        ) from None
+    if "\0" in instruction:
+        raise InvalidInput.of(
+            expected="an instruction without NUL, because Triton would cut it there",
+            got=f"a NUL at position {instruction.index(chr(0))}",
+            remedy="take it out",
+        )
+    return instruction
 
 
 QUERY_INSTRUCTION = instruction_of("Given a question, retrieve passages that answer the question")

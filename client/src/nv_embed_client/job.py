@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from tqdm.auto import tqdm
 
 from nv_embed_client import flow
-from nv_embed_client.chunking import Chunk, Chunker, utf8
+from nv_embed_client.chunking import Chunk, Chunker
+from nv_embed_client.connection import Settings
 from nv_embed_client.errors import Failure, InvalidInput, NVEmbedError, PartialFailure, ServerFailure
 from nv_embed_client.flow import Deadline, Flow
-from nv_embed_client.instructions import QUERY_INSTRUCTION
-from nv_embed_client.retry import RetryPolicy
-from nv_embed_client.wire import EmbedResult, InferRequest
-
-InputType: TypeAlias = Literal["query", "passage"]
-Truncate: TypeAlias = Literal["END", "NONE"]
+from nv_embed_client.instructions import QUERY_INSTRUCTION, checked_instruction
+from nv_embed_client.wire import EmbedRequest, EmbedResult
+from nv_embed_client.wire import InputType as InputType
+from nv_embed_client.wire import Truncate as Truncate
 
 _FAILURES_OF_THE_SERVER = 3  # so many texts in a row, each failed alone, are not the texts' doing
 
@@ -28,12 +27,13 @@ _FAILURES_OF_THE_SERVER = 3  # so many texts in a row, each failed alone, are no
 class Call:
     """What a caller asks for, beside the texts."""
 
-    input_type: InputType
-    instruction: str | None  # None: the server's own for a query, nothing for a passage
-    truncate: Truncate
-    with_token_counts: bool
-    progress: bool
-    timeout_seconds: float | None  # for the whole call
+    input_type: InputType = "passage"
+    instruction: str | None = None  # None: the server's own for a query, nothing for a passage
+    truncate: Truncate = "END"
+    token_counts: bool = False
+    progress: bool = False
+    timeout: float | None = None  # seconds for the whole call
+    max_texts_per_request: int | None = None  # None: the client's
 
     def __post_init__(self) -> None:
         if self.input_type not in ("query", "passage"):
@@ -46,49 +46,27 @@ class Call:
                 got=repr(self.truncate),
                 remedy="'END' cuts a text that is too long, 'NONE' has it refused",
             )
-        try:
-            (self.instruction or "").encode()
-        except UnicodeEncodeError as error:
-            raise InvalidInput.of(
-                expected="valid Unicode as instruction",
-                got=f"an unpaired surrogate at position {error.start}",
-                remedy="correct it",
-            ) from None
-        if self.timeout_seconds is not None and not self.timeout_seconds > 0:
+        checked_instruction(self.instruction)
+        if self.timeout is not None and not self.timeout > 0:
             raise InvalidInput.of(
                 expected="a timeout of more than 0 seconds",
-                got=str(self.timeout_seconds),
+                got=str(self.timeout),
                 remedy="leave it out for the client's default",
             )
+        if self.max_texts_per_request is not None and self.max_texts_per_request < 1:
+            raise InvalidInput.of(
+                expected="max_texts_per_request of at least 1", got=str(self.max_texts_per_request), remedy="correct it"
+            )
 
-    def request(self, texts: tuple[bytes, ...]) -> InferRequest:
+    def request(self, texts: tuple[str, ...]) -> EmbedRequest:
         """The request of one chunk."""
-        parameters: dict[str, str] = {} if self.truncate == "END" else {"truncate": self.truncate}
-        instruction, input_name = self.instruction, "documents"
-        if self.input_type == "query":
-            if len(texts) == 1:
-                input_name = "query"
-            elif instruction is None:
-                # The server takes one `query` a request; documents with its instruction get the same vectors.
-                instruction = QUERY_INSTRUCTION
-        if instruction is not None:
-            parameters["instruction"] = instruction
-        return InferRequest(input_name, texts, parameters, self.with_token_counts)
+        return EmbedRequest(texts, self.input_type, self.instruction, self.truncate, self.token_counts)
 
     def instruction_bytes(self) -> int:
         """What each text counts beside its own bytes."""
         if self.instruction is not None:
             return len(self.instruction.encode())
         return len(QUERY_INSTRUCTION) if self.input_type == "query" else 0
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """How much of a call goes into one request, and how long that may take."""
-
-    max_texts_per_request: int
-    max_bytes_per_request: int
-    request_timeout_seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,9 +96,9 @@ class _Patience:
 
 
 class Job:
-    """The texts of one call on their way. Used by one thread or task; only its flows may run elsewhere."""
+    """The texts of one call on their way. Used by one thread or task."""
 
-    def __init__(self, texts: Iterable[str], call: Call, limits: Limits, retry: RetryPolicy) -> None:
+    def __init__(self, texts: Iterable[str], call: Call, settings: Settings) -> None:
         """
         Raises:
             InvalidInput: `texts` is a single str.
@@ -131,9 +109,8 @@ class Job:
             )
         self._texts = texts
         self._call = call
-        self._limits = limits
-        self._retry = retry
-        self._deadline = None if call.timeout_seconds is None else Deadline.after(call.timeout_seconds)
+        self._settings = settings
+        self._deadline = None if call.timeout is None else Deadline.after(call.timeout)
         self._num_texts = 0  # taken from the caller
         self._complete = False
         self._given_up: NVEmbedError | None = None  # why nothing more is sent
@@ -147,14 +124,14 @@ class Job:
     def chunks(self) -> Iterator[Chunk]:
         """The requests to send, as the caller's texts come. Ends early when the server is gone."""
         chunker = Chunker(
-            max_texts=self._limits.max_texts_per_request,
-            max_bytes=self._limits.max_bytes_per_request,
+            max_texts=self._call.max_texts_per_request or self._settings.max_texts_per_request,
+            max_bytes=self._settings.max_bytes_per_request,
             instruction_bytes=self._call.instruction_bytes(),
         )
         for index, text in enumerate(self._texts):
             self._num_texts = index + 1
             try:
-                chunk = chunker.add(index, utf8(text, index))
+                chunk = chunker.add(index, text)
             except InvalidInput as error:
                 self.record([Failure((index,), error)])
                 continue
@@ -171,7 +148,7 @@ class Job:
 
     def flow(self, chunk: Chunk) -> Flow[list[Outcome]]:
         """One request, from the first attempt to what became of each text, in their order. Raises no `NVEmbedError`."""
-        deadline = Deadline.after(self._limits.request_timeout_seconds).earlier(self._deadline)
+        deadline = Deadline.after(self._settings.request_timeout).earlier(self._deadline)
         outcomes: list[Outcome] = []
         patience = _Patience()
         ended: NVEmbedError | None = None
@@ -183,7 +160,7 @@ class Job:
                 outcomes.append(Failure(chunk.indices, ended))
                 continue
             try:
-                result = yield from flow.embed(self._call.request(chunk.texts), deadline, self._retry)
+                result = yield from flow.embed(self._call.request(chunk.texts), deadline, self._settings.retry)
             except (InvalidInput, ServerFailure) as error:
                 # One text may fail its whole request, too long for NONE or for the device: find it, so that the
                 # others get through.
@@ -227,7 +204,7 @@ class Job:
             return None
         dimension = self._embedded[0].result.embeddings.shape[1]
         embeddings: npt.NDArray[np.float32] = np.full((self._num_texts, dimension), np.nan, np.float32)
-        token_counts = np.zeros(self._num_texts, np.int32) if self._call.with_token_counts else None
+        token_counts = np.zeros(self._num_texts, np.int32) if self._call.token_counts else None
         while self._embedded:  # popped, so that each reply is freed as it is copied
             part = self._embedded.pop()
             rows = list(part.indices)

@@ -7,7 +7,7 @@ from typing import Any
 from nv_embed_client.async_client import AsyncNVEmbedClient
 from nv_embed_client.client import NVEmbedClient
 from nv_embed_client.extras import needs_extra
-from nv_embed_client.per_loop import ClientPerLoop
+from nv_embed_client.instructions import checked_instruction
 
 with needs_extra("langchain"):
     from langchain_core.embeddings import Embeddings
@@ -26,9 +26,9 @@ class NVEmbedEmbeddings(Embeddings):
             query_instruction: replaces the standard one before each query.
             settings: the other settings of `NVEmbedClient`.
         """
-        self._query_instruction = query_instruction
+        self._query_instruction = checked_instruction(query_instruction)
         self._client = NVEmbedClient(url, **settings)
-        self._async_clients = ClientPerLoop(lambda: AsyncNVEmbedClient(url, **settings))
+        self._async_client = AsyncNVEmbedClient(url, **settings)
 
     def embed_query(self, text: str) -> list[float]:
         """A query, with its instruction."""
@@ -40,12 +40,11 @@ class NVEmbedEmbeddings(Embeddings):
 
     async def aembed_query(self, text: str) -> list[float]:
         """A query, with its instruction."""
-        client = self._async_clients.get()
-        return _floats(await client.embed_query(text, instruction=self._query_instruction))[0]
+        return _floats(await self._async_client.embed_query(text, instruction=self._query_instruction))[0]
 
     async def aembed_documents(self, texts: list[str]) -> list[list[float]]:
         """Documents, any number."""
-        return _floats(await self._async_clients.get().embed_documents(texts))
+        return _floats(await self._async_client.embed_documents(texts))
 
 
 def _floats(embeddings: Any) -> list[list[float]]:

@@ -7,7 +7,7 @@ from typing import Any
 from nv_embed_client.async_client import AsyncNVEmbedClient
 from nv_embed_client.client import NVEmbedClient
 from nv_embed_client.extras import needs_extra
-from nv_embed_client.per_loop import ClientPerLoop
+from nv_embed_client.instructions import checked_instruction
 
 with needs_extra("llama-index"):
     from llama_index.core.base.embeddings.base import BaseEmbedding
@@ -22,13 +22,13 @@ class NVEmbedEmbedding(BaseEmbedding):
 
     url: str = Field(default="localhost:8001", description="The server's gRPC address.")
     query_instruction: str | None = Field(default=None, description="Replaces the standard one before each query.")
-    # A field, for what is none is lost when LlamaIndex copies or pickles this; kept out of what it writes down.
+    # A field, because LlamaIndex loses everything else when it copies or pickles this; not in what it writes down.
     client_settings: dict[str, Any] = Field(
         default_factory=dict, exclude=True, repr=False, description="The other settings of `NVEmbedClient`."
     )
 
     _client: NVEmbedClient = PrivateAttr()
-    _async_clients: ClientPerLoop = PrivateAttr()
+    _async_client: AsyncNVEmbedClient = PrivateAttr()
 
     def __init__(
         self,
@@ -49,11 +49,12 @@ class NVEmbedEmbedding(BaseEmbedding):
             client_settings: the other settings of `NVEmbedClient`.
             fields: the other fields of `BaseEmbedding`.
         """
+        checked_instruction(query_instruction)
         fields.update(url=url, query_instruction=query_instruction, client_settings=client_settings or {})
         super().__init__(model_name=model_name, embed_batch_size=embed_batch_size, **fields)
         settings = {"model_name": model_name, **self.client_settings}
         self._client = NVEmbedClient(url, **settings)
-        self._async_clients = ClientPerLoop(lambda: AsyncNVEmbedClient(url, **settings))
+        self._async_client = AsyncNVEmbedClient(url, **settings)
 
     @classmethod
     def class_name(cls) -> str:
@@ -70,14 +71,13 @@ class NVEmbedEmbedding(BaseEmbedding):
         return _floats(self._client.embed_documents(texts))
 
     async def _aget_query_embedding(self, query: str) -> list[float]:
-        client = self._async_clients.get()
-        return _floats(await client.embed_query(query, instruction=self.query_instruction))[0]
+        return _floats(await self._async_client.embed_query(query, instruction=self.query_instruction))[0]
 
     async def _aget_text_embedding(self, text: str) -> list[float]:
         return (await self._aget_text_embeddings([text]))[0]
 
     async def _aget_text_embeddings(self, texts: list[str]) -> list[list[float]]:
-        return _floats(await self._async_clients.get().embed_documents(texts))
+        return _floats(await self._async_client.embed_documents(texts))
 
 
 def _floats(embeddings: Any) -> list[list[float]]:

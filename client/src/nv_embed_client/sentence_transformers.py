@@ -16,7 +16,12 @@ import numpy.typing as npt
 from nv_embed_client.client import NVEmbedClient
 from nv_embed_client.errors import InvalidInput
 from nv_embed_client.extras import needs_extra
-from nv_embed_client.instructions import DOCUMENT_INSTRUCTIONS, QUERY_INSTRUCTION, TASK_INSTRUCTIONS
+from nv_embed_client.instructions import (
+    DOCUMENT_INSTRUCTIONS,
+    QUERY_INSTRUCTION,
+    TASK_INSTRUCTIONS,
+    checked_instruction,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -62,6 +67,8 @@ class NVEmbedEncoder:
             **{f"{task}-document": instruction for task, instruction in DOCUMENT_INSTRUCTIONS.items()},
             **(prompts or {}),
         }
+        for prompt in self.prompts.values():
+            checked_instruction(prompt)
         self.default_prompt_name = default_prompt_name
         self.model_card_data = EvaluationRecord()
 

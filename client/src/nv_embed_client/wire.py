@@ -1,15 +1,13 @@
-"""The server's tensors, parameters and error codes; the only file that knows them. Sends nothing itself."""
+"""A request and its result, and the server's tensors, parameters and error codes; no other file knows these."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from tritonclient.grpc import InferInput, InferRequestedOutput
-from tritonclient.utils import InferenceServerException
+from tritonclient.grpc import service_pb2
 
 from nv_embed_client.errors import (
     AccessDenied,
@@ -20,6 +18,10 @@ from nv_embed_client.errors import (
     ServerFailure,
     Unavailable,
 )
+from nv_embed_client.instructions import QUERY_INSTRUCTION
+
+InputType: TypeAlias = Literal["query", "passage"]
+Truncate: TypeAlias = Literal["END", "NONE"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,52 +35,80 @@ class EmbedResult:
 
 
 @dataclass(frozen=True, slots=True)
-class InferRequest:
-    """One request: what `infer` of either tritonclient is called with."""
+class EmbedRequest:
+    """One request, a part of a call or all of it."""
 
-    input_name: str  # query or documents
-    texts: Sequence[bytes]
-    parameters: Mapping[str, str]
-    with_token_counts: bool
+    texts: tuple[str, ...]
+    input_type: InputType = "passage"
+    instruction: str | None = None
+    """None: the model's standard instruction for queries, nothing for passages."""
+    truncate: Truncate = "END"
+    token_counts: bool = False
 
-    def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of `infer`, without those of the connection."""
-        array = np.array(self.texts, dtype=np.object_)
-        if self.input_name == "documents":
-            array = array.reshape(1, -1)
-        tensor = InferInput(self.input_name, list(array.shape), "BYTES")
-        tensor.set_data_from_numpy(array)
-        names = ["embeddings", "token_counts"] if self.with_token_counts else ["embeddings"]
-        return {
-            "inputs": [tensor],
-            "outputs": [InferRequestedOutput(name) for name in names],
-            "parameters": dict(self.parameters),
-        }
+    def message(self, model_name: str) -> Any:
+        """The same as Triton's protocol has it."""
+        input_name, instruction = "documents", self.instruction
+        if self.input_type == "query":
+            if len(self.texts) == 1:
+                input_name = "query"
+            elif instruction is None:
+                # The server takes one `query` a request; documents with its instruction get the same vectors.
+                instruction = QUERY_INSTRUCTION
+        message = service_pb2.ModelInferRequest(model_name=model_name)
+        num_texts = len(self.texts)
+        message.inputs.add(
+            name=input_name, datatype="BYTES", shape=[num_texts] if input_name == "query" else [1, num_texts]
+        )
+        encoded = [text.encode() for text in self.texts]
+        message.raw_input_contents.append(b"".join(len(text).to_bytes(4, "little") + text for text in encoded))
+        for name in ["embeddings", "token_counts"] if self.token_counts else ["embeddings"]:
+            message.outputs.add(name=name)
+        if instruction is not None:
+            message.parameters["instruction"].string_param = instruction
+        if self.truncate != "END":
+            message.parameters["truncate"].string_param = self.truncate
+        return message
 
-    def decode(self, reply: Any) -> EmbedResult:
-        """The arrays of a reply, views of its buffer.
+    def result(self, reply: Any) -> EmbedResult:
+        """The arrays of Triton's reply, views of its buffers.
 
         Raises:
             ServerFailure: they are not what this request must be answered with.
         """
-        embeddings = reply.as_numpy("embeddings")
-        token_counts = reply.as_numpy("token_counts") if self.with_token_counts else None
-        num_texts = len(self.texts)
-        if embeddings is None or embeddings.ndim != 2 or len(embeddings) != num_texts or embeddings.dtype != np.float32:
-            got = "none" if embeddings is None else f"{embeddings.dtype} {list(embeddings.shape)}"
+        arrays: dict[str, npt.NDArray[Any]] = {}
+        types = {"embeddings": ("FP32", np.float32), "token_counts": ("INT32", np.int32)}
+        for output, content in zip(reply.outputs, reply.raw_output_contents, strict=False):
+            datatype, dtype = types.get(output.name, (None, None))
+            if datatype == output.datatype:
+                arrays[output.name] = np.frombuffer(content, dtype).reshape(tuple(output.shape))
+        empty = np.empty(0, np.float32)
+        return self.checked(EmbedResult(arrays.get("embeddings", empty), arrays.get("token_counts")))
+
+    def checked(self, result: EmbedResult) -> EmbedResult:
+        """The same result, if it can be the answer to this request.
+
+        Raises:
+            ServerFailure: it cannot.
+        """
+        embeddings, num_texts = result.embeddings, len(self.texts)
+        if embeddings.ndim != 2 or len(embeddings) != num_texts or embeddings.dtype != np.float32:
             raise ServerFailure(
-                f"expected embeddings of {num_texts} texts as float32 [{num_texts}, dim]; got {got}; "
-                "check that the server serves NV-Embed-v2 under this model name"
+                f"expected embeddings of {num_texts} texts as float32 [{num_texts}, dim]; got {embeddings.dtype} "
+                f"{list(embeddings.shape)}; check that the server serves NV-Embed-v2 under this model name"
             )
-        if self.with_token_counts and (token_counts is None or token_counts.shape != (num_texts,)):
+        if self.token_counts and (result.token_counts is None or result.token_counts.shape != (num_texts,)):
             raise ServerFailure(f"expected {num_texts} token counts; got others; update the server")
-        return EmbedResult(embeddings, token_counts)
+        return result
 
 
-def error_of(raw: InferenceServerException) -> NVEmbedError:
-    """The typed error of what tritonclient raised."""
-    code = str(raw.status() or "").removeprefix("StatusCode.")
-    message = str(raw.message() or code or "no message")
+def error_of(code: str, message: str) -> NVEmbedError:
+    """The typed error of a gRPC status.
+
+    Args:
+        code: its name, such as UNAVAILABLE.
+        message: its details.
+    """
+    message = message or code
     match code:
         case "INVALID_ARGUMENT":
             return InvalidInput(message)
@@ -101,4 +131,4 @@ def error_of(raw: InferenceServerException) -> NVEmbedError:
         case "NOT_FOUND":
             return ModelNotFound(message)
         case _:
-            return ServerFailure(f"{code}: {message}" if code else message)
+            return ServerFailure(f"{code}: {message}")

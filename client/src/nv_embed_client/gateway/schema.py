@@ -140,14 +140,15 @@ class EmbeddingsRequest(BaseModel):
 
     @field_validator("instruction")
     @classmethod
-    def _no_nul(cls, value: str | None) -> str | None:
-        if value is not None and "\0" in value:
-            raise refused(
-                "instruction",
-                expected="an instruction without NUL, at which the server would cut it off",
-                got=f"one at position {value.index(chr(0))}",
-                remedy="take it out",
-            )
+    def _sendable(cls, value: str | None) -> str | None:
+        for index, character in enumerate(value or ""):
+            if character == "\0" or "\ud800" <= character <= "\udfff":
+                raise refused(
+                    "instruction",
+                    expected="an instruction in Unicode without NUL, at which the server would cut it off",
+                    got=f"{'NUL' if character == chr(0) else 'half a surrogate pair'} at position {index}",
+                    remedy="take it out",
+                )
         return value
 
     @field_validator("truncate", mode="before")

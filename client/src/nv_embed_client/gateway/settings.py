@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from nv_embed_client.connection import TLS, Connection
-from nv_embed_client.core import DEFAULT_MODEL_NAME, DEFAULT_URL
+from nv_embed_client.connection import DEFAULT_MODEL_NAME, DEFAULT_URL, TLS, Connection
 from nv_embed_client.errors import InvalidInput
 from nv_embed_client.gateway.names import names_of
 

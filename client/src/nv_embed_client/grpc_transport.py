@@ -1,0 +1,233 @@
+"""The transport that speaks gRPC to Triton.
+
+It uses gRPC's thread-based channels for the async client too, because asyncio channels do not survive a fork: in a
+child of a process that has one open, new ones hang or crash.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from nv_embed_client.errors import AccessDenied, DeadlineExceeded, NVEmbedError, Unavailable
+from nv_embed_client.proxy import proxy_hint
+from nv_embed_client.transport import Transport
+from nv_embed_client.wire import EmbedRequest, EmbedResult, error_of
+
+if TYPE_CHECKING:
+    from nv_embed_client.connection import Connection
+
+_MAX_MESSAGE_BYTES = 2**31 - 1  # gRPC's default of 4 MiB is 255 rows of 4096
+_CHANNEL_ARGUMENTS = (
+    ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+    # gRPC's default grows to two minutes between attempts to connect: long after a restarted server is back.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    # Despite its name how long an attempt to connect may take, TLS included; after a refusal it delays nothing.
+    ("grpc.min_reconnect_backoff_ms", 5000),
+    # Else gRPC gives a new channel the connection of an old one, also when that is dead.
+    ("grpc.use_local_subchannel_pool", 1),
+)
+# A connection that has said nothing for so long is asked for a sign of life, by a small request. HTTP/2's pings would
+# do the same, but a server with default settings ends a connection that pings too often, and all requests on it.
+_SILENCE_SECONDS = 4.0
+_SIGN_SECONDS = 3.0  # a server that takes longer for it is asked over a new connection too
+
+
+@dataclass(eq=False)
+class _Sent:
+    """A request on its way."""
+
+    method: str
+    message: Any
+    read: Callable[[Any], Any]
+    begun: float
+    until: float
+    future: Future[Any] = field(default_factory=Future)
+
+
+class _Line:
+    """One channel, and what is on its way over it."""
+
+    def __init__(self, connection: Connection) -> None:
+        tls, options = connection.tls, list(_CHANNEL_ARGUMENTS)
+        if tls is None:
+            self.channel = grpc.insecure_channel(connection.url, options)
+        else:
+            credentials = grpc.ssl_channel_credentials(
+                tls.read("root_certificates"), tls.read("private_key"), tls.read("certificate_chain")
+            )
+            self.channel = grpc.secure_channel(connection.url, credentials, options)
+        self.stub = service_pb2_grpc.GRPCInferenceServiceStub(self.channel)
+        self.proxy_hint = proxy_hint(connection.url)  # gRPC, too, reads the environment now
+        self.last_sign = time.monotonic()
+        self.in_doubt = False
+        self.calls: dict[_Sent, Any] = {}
+
+
+class GrpcTransport(Transport):
+    """Connects on first use, anew in each process that uses it, and anew when a connection is found dead.
+
+    Load balancers, NATs and nodes forget connections without telling anybody. So a connection that is silent while
+    requests wait is asked for a sign of life. If it gives none and a new connection does, the requests move there. A
+    request that ends by its deadline on a connection that was silent all the time also has the next one begin anew.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._metadata = tuple((connection.headers or {}).items())
+        self._closed = False
+        self._line: _Line | None = None
+        self._forget_inherited()
+
+    def embed(self, request: EmbedRequest, timeout_seconds: float) -> Future[EmbedResult]:
+        """Send a request; the future ends within `timeout_seconds`."""
+        return self._send("ModelInfer", request.message(self._connection.model_name), request.result, timeout_seconds)
+
+    def is_ready(self, timeout_seconds: float) -> Future[bool]:
+        """Ask whether the model is ready; the future ends within `timeout_seconds`."""
+        message = service_pb2.ModelReadyRequest(name=self._connection.model_name)
+        return self._send("ModelReady", message, lambda reply: bool(reply.ready), timeout_seconds)
+
+    def check(self) -> float | None:
+        """Doubt the connection if it is silent. Seconds until that is due."""
+        line = self._line
+        if line is None or line.in_doubt or not line.calls:
+            return _SILENCE_SECONDS
+        seconds = line.last_sign + _SILENCE_SECONDS - time.monotonic()
+        if seconds > 0:
+            return seconds
+        line.in_doubt = True
+
+        def asked(alive: bool, code: str) -> None:
+            if code == "DEADLINE_EXCEEDED":
+                self._replace_if_dead(line)
+            else:
+                line.in_doubt = False
+
+        self._ask_for_a_sign(line, asked)
+        return _SILENCE_SECONDS
+
+    def close(self) -> None:
+        """End the connection and what is on its way over it."""
+        self._closed = True
+        line, self._line = self._line, None
+        # Closing an inherited channel would wait for threads that only the parent has.
+        if line is not None and self._pid == os.getpid():
+            line.channel.close()
+
+    def _forget_inherited(self) -> None:
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._line = None
+
+    def _send(self, method: str, message: Any, read: Callable[[Any], Any], timeout_seconds: float) -> Future[Any]:
+        if self._pid != os.getpid():
+            self._forget_inherited()
+        now = time.monotonic()
+        sent = _Sent(method, message, read, now, now + timeout_seconds)
+        with self._lock:
+            if self._line is None and not self._closed:
+                self._line = _Line(self._connection)
+            line = self._line
+        if line is None:
+            sent.future.set_exception(_closed())
+        else:
+            self._start(sent, line)
+        return sent.future
+
+    def _start(self, sent: _Sent, line: _Line) -> None:
+        method = getattr(line.stub, sent.method)
+        try:
+            call: Any = method.future(sent.message, timeout=sent.until - time.monotonic(), metadata=self._metadata)
+        except ValueError:  # the channel was closed meanwhile
+            if sent.future.set_running_or_notify_cancel():
+                sent.future.set_exception(_closed())
+            return
+        line.calls[sent] = call
+        sent.future.add_done_callback(lambda future: call.cancel() if future.cancelled() else None)
+        call.add_done_callback(lambda ended: self._ended(sent, line, ended))
+
+    def _ended(self, sent: _Sent, line: _Line, call: Any) -> None:
+        """Runs in a thread of gRPC's."""
+        if sent not in line.calls or line.calls[sent] is not call:  # it has moved
+            return
+        del line.calls[sent]
+        code = call.code().name
+        if _is_a_sign(code):
+            line.last_sign = time.monotonic()
+        elif code == "DEADLINE_EXCEEDED" and line.last_sign <= sent.begun:
+            self._retire(line)
+        if not sent.future.set_running_or_notify_cancel():
+            return
+        try:
+            if code != "OK":
+                raise self._error_of(code, call.details() or "", line)
+            sent.future.set_result(sent.read(call.result()))
+        except Exception as error:
+            sent.future.set_exception(error)
+
+    def _ask_for_a_sign(self, line: _Line, asked: Callable[[bool, str], None]) -> None:
+        """Ask whether the server lives; `asked` is called with whether it answered, and with the code."""
+
+        def ended(call: Any) -> None:
+            code = call.code().name
+            restricted = isinstance(error_of(code, call.details() or ""), AccessDenied)
+            asked(_is_a_sign(code) or restricted, code)
+
+        message = service_pb2.ServerLiveRequest()
+        try:
+            call = line.stub.ServerLive.future(message, timeout=_SIGN_SECONDS, metadata=self._metadata)
+        except ValueError:  # closed meanwhile
+            return
+        call.add_done_callback(ended)
+
+    def _replace_if_dead(self, line: _Line) -> None:
+        """`line` gave no sign of life: ask over a new one, and use that if the server answers there."""
+        try:
+            fresh = _Line(self._connection)
+        except NVEmbedError:  # a certificate is gone
+            line.in_doubt = False
+            return
+
+        def asked(alive: bool, code: str) -> None:
+            line.in_doubt = False  # if the server answers nobody, a new line helps nobody
+            if alive:
+                self._retire(line, fresh)
+                for sent, call in list(line.calls.items()):
+                    if line.calls.pop(sent, None) is call:
+                        call.cancel()
+                        self._start(sent, fresh)
+
+        self._ask_for_a_sign(fresh, asked)
+
+    def _retire(self, line: _Line, successor: _Line | None = None) -> None:
+        """Begin nothing more over `line`. What is on its way stays, and its channel ends when the last of it does."""
+        with self._lock:
+            if self._line is line:
+                self._line = None if self._closed else successor
+
+    @staticmethod
+    def _error_of(code: str, details: str, line: _Line) -> NVEmbedError:
+        error = error_of(code, details)
+        if line.proxy_hint is not None and isinstance(error, Unavailable | DeadlineExceeded):
+            return type(error)(f"{error}; {line.proxy_hint}")
+        return error
+
+
+def _closed() -> Unavailable:
+    return Unavailable("expected an open connection; got one that was closed; make a new transport")
+
+
+def _is_a_sign(code: str) -> bool:
+    """Whether a request that ended so shows that its connection lives: gRPC gives the others by itself, too."""
+    return code not in ("UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED")

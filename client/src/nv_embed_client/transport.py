@@ -1,0 +1,95 @@
+"""What carries requests to a server: the interface, and a mock for tests without a server."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from nv_embed_client.errors import NVEmbedError
+from nv_embed_client.wire import EmbedRequest, EmbedResult
+
+
+class Transport(ABC):
+    """Carries the requests of both clients, the sync and the async one; any number of threads may use it at once.
+
+    No method waits: what takes time is a future. Its exception is an `NVEmbedError`; cancelling it cancels the request.
+    """
+
+    @abstractmethod
+    def embed(self, request: EmbedRequest, timeout_seconds: float) -> Future[EmbedResult]:
+        """Send a request; the future ends within `timeout_seconds`."""
+
+    @abstractmethod
+    def is_ready(self, timeout_seconds: float) -> Future[bool]:
+        """Ask whether the model is ready; the future ends within `timeout_seconds`."""
+
+    def check(self) -> float | None:
+        """Look after the connections; called while calls wait. Seconds until it is due again, None for never."""
+        return None
+
+    def close(self) -> None:  # noqa: B027 - most have nothing to give up
+        """Give up the connections; the client ends its calls itself."""
+
+
+Answer: TypeAlias = EmbedResult | npt.ArrayLike | Future[EmbedResult]
+
+
+class MockTransport(Transport):
+    """A server that is not there, to test code that uses a client.
+
+    client = NVEmbedClient(transport=MockTransport())
+    client = NVEmbedClient(transport=MockTransport(lambda request: [[1.0, 0.0]] * len(request.texts)))
+
+    Attributes:
+        requests: all that were sent, in order.
+        ready: what `is_ready` answers.
+    """
+
+    def __init__(self, handler: Callable[[EmbedRequest], Answer] | None = None, *, dimension: int = 4096) -> None:
+        """
+        Args:
+            handler: answers a request with vectors [n, dim], with an `EmbedResult`, with a future of one, or raises an
+                `NVEmbedError`. None: unit vectors of random numbers, always the same for the same text and instruction.
+            dimension: of the vectors without a handler.
+        """
+        self._handler = handler
+        self._dimension = dimension
+        self.requests: list[EmbedRequest] = []
+        self.ready = True
+
+    def embed(self, request: EmbedRequest, timeout_seconds: float) -> Future[EmbedResult]:
+        """Record the request and answer it."""
+        self.requests.append(request)
+        future: Future[EmbedResult] = Future()
+        try:
+            answer: Any = self._random_vectors(request) if self._handler is None else self._handler(request)
+            if isinstance(answer, Future):
+                return answer
+            if not isinstance(answer, EmbedResult):
+                words = [len(text.split()) for text in request.texts]
+                answer = EmbedResult(np.asarray(answer, np.float32), np.array(words, np.int32))
+            future.set_result(request.checked(answer))
+        except NVEmbedError as error:
+            future.set_exception(error)
+        return future
+
+    def is_ready(self, timeout_seconds: float) -> Future[bool]:
+        """Answer `ready`."""
+        future: Future[bool] = Future()
+        future.set_result(self.ready)
+        return future
+
+    def _random_vectors(self, request: EmbedRequest) -> npt.NDArray[np.float32]:
+        rows = np.empty((len(request.texts), self._dimension), np.float32)
+        for row, text in zip(rows, request.texts, strict=True):
+            text_as_seen = f"{request.input_type} {request.instruction} {text}".encode(errors="surrogatepass")
+            seed = hashlib.blake2b(text_as_seen, digest_size=8).digest()
+            numbers = np.random.default_rng(int.from_bytes(seed, "little")).standard_normal(self._dimension)
+            row[:] = numbers / np.linalg.norm(numbers)
+        return rows

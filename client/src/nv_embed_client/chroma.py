@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nv_embed_client.client import NVEmbedClient
-from nv_embed_client.core import DEFAULT_MODEL_NAME, DEFAULT_URL
+from nv_embed_client.connection import DEFAULT_MODEL_NAME, DEFAULT_URL
 from nv_embed_client.extras import needs_extra
 
 with needs_extra("chroma"):

@@ -17,7 +17,7 @@ from nv_embed_client.gateway.metrics import GatewayMetrics
 from nv_embed_client.gateway.names import Meaning
 from nv_embed_client.gateway.refusals import Refusal
 from nv_embed_client.gateway.settings import GatewaySettings
-from nv_embed_client.job import Truncate
+from nv_embed_client.wire import Truncate
 from nv_embed_client.retry import RetryPolicy
 from nv_embed_client.wire import EmbedResult
 
@@ -25,8 +25,7 @@ from nv_embed_client.wire import EmbedResult
 _RETRY = RetryPolicy(max_attempts=2)
 _PAGE_SECONDS = 5.0  # what describes the gateway does not wait longer for a server that is busy
 _HUNG_UP = 499  # never seen by anybody but the metrics
-# More tokens than any model here takes. The server refuses it before it computes anything.
-_TOO_LONG = "word " * 2**17
+_TOO_MANY_WORDS = 2**17  # more tokens than any model here takes
 
 
 class Embedder:
@@ -121,19 +120,16 @@ class Embedder:
     async def max_text_tokens(self) -> int:
         """The longest text that the server takes without cutting it, learnt from how it refuses one too long."""
         if self._max_text_tokens is None:
+            too_long = ["word " * _TOO_MANY_WORDS]  # refused before anything is computed
             try:
-                result = await self._client.embed(
-                    [_TOO_LONG], truncate="NONE", token_counts=True, timeout=_PAGE_SECONDS
-                )
+                result = await self._client.embed(too_long, truncate="NONE", token_counts=True, timeout=_PAGE_SECONDS)
                 assert result.token_counts is not None
                 self._max_text_tokens = int(result.token_counts[0])
-            except InvalidInput as error:
-                found = re.search(r"at most (\d+) tokens", str(error))
-                if found is None:
-                    raise refusals.of_client_error(error, [_TOO_LONG], _PAGE_SECONDS) from error
-                self._max_text_tokens = int(found[1])
             except NVEmbedError as error:
-                raise refusals.of_client_error(error, [_TOO_LONG], _PAGE_SECONDS) from error
+                found = re.search(r"at most (\d+) tokens", str(error)) if isinstance(error, InvalidInput) else None
+                if found is None:
+                    raise refusals.of_client_error(error, too_long, _PAGE_SECONDS) from error
+                self._max_text_tokens = int(found[1])
         return self._max_text_tokens
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nv_embed_client.core import DEFAULT_MODEL_NAME
+from nv_embed_client.connection import DEFAULT_MODEL_NAME
 from nv_embed_client.errors import InvalidInput
 from nv_embed_client.gateway.refusals import Refusal
 from nv_embed_client.instructions import TASK_INSTRUCTIONS
-from nv_embed_client.job import InputType
+from nv_embed_client.wire import InputType
 
 _PUBLISHED_NAME = "nvidia/NV-Embed-v2"
 _INSTRUCTION_START = "Instruct:"

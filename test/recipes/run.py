@@ -39,9 +39,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "recipes.md"
 sys.path[:0] = [str(ROOT / "test" / "client"), str(ROOT / "benchmarks")]
 
-from conftest import gateway_running  # noqa: E402
 from corpus import DOCUMENTS, QUERIES, RELEVANT  # noqa: E402
-from started_server import end_on_sigterm, started_server  # noqa: E402
+from started_server import StartedGateway, StartedServer, end_on_sigterm  # noqa: E402
 
 BLOCK = re.compile(r"^```(python|js|html|bash)\n(.*?)^```\n(?:\s*```text\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
 NUMBER = re.compile(r"-?\d+\.\d+")
@@ -49,7 +48,6 @@ SECONDS = 600
 TOLERANCE = 0.02  # of a printed score: processors round differently
 # Nothing here may wait for an internet that is not there, or find what another run left behind.
 SETTINGS = {
-    "HF_HUB_OFFLINE": "1",
     "ANONYMIZED_TELEMETRY": "False",
     "HAYSTACK_TELEMETRY_ENABLED": "False",
     "LITELLM_LOCAL_MODEL_COST_MAP": "True",
@@ -244,6 +242,7 @@ def embedding_atlas(recipe: Recipe, small: Place, full: Place) -> str:
 Check = Callable[[Recipe, Place, Place], str]
 # Title on the page: package, and what is checked. A recipe without a check fails.
 CHECKS: dict[str, tuple[str, Check]] = {
+    "No end-of-sequence token": ("nv-embed-client", as_on_the_page),
     "OpenAI, Python": ("openai", search),
     "OpenAI, JavaScript": ("npm:openai", search),
     "LangChain": ("langchain-core", search),
@@ -301,13 +300,12 @@ def serving(name: str, checkpoint: Path, shared: str, logs: Path, path: str, nod
     """A server and a gateway, each with a folder of its own for the recipes."""
     folder = logs / name
     folder.mkdir()
-    settings = {"MODEL_PATH": str(checkpoint), "DEVICE": "cpu"}
-    with ExitStack() as stack:
-        _, ports = stack.enter_context(started_server(settings, logs / f"{name}-server.log"))
-        origin = stack.enter_context(pages(folder))
-        url = f"localhost:{ports.grpc}"
-        gateway = gateway_running(logs / f"{name}-gateway.log", url, "--cors-origin", origin)
-        yield Place(shared, url, stack.enter_context(gateway), origin, folder, path, node)
+    with (
+        StartedServer(logs / f"{name}-server.log", {"MODEL_PATH": str(checkpoint), "DEVICE": "cpu"}) as server,
+        pages(folder) as origin,
+        StartedGateway(logs / f"{name}-gateway.log", server.ports.url, ["--cors-origin", origin]) as gateway,
+    ):
+        yield Place(shared, server.ports.url, gateway.url, origin, folder, path, node)
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""How a device divides a pass: a GPU not at all, a CPU so that other work may come between the pieces."""
+"""How a device divides a pass. A GPU does not; a CPU does, so that other work may come between the pieces."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Whole:
 
 
 class Pieces:
-    """One pass, interrupted by `pause` each time that some work is done. Short batches never come so far."""
+    """One pass, which calls `pause` whenever so much work is done. A short batch ends before."""
 
     def __init__(self, pause: Callable[[], None], num_threads: int) -> None:
         """num_threads: that share an operation."""
@@ -63,4 +63,4 @@ class Pieces:
         self._since_pause = 0
 
     def little_left(self) -> None:
-        """See `Work`: who computes on the CPU chooses its next batch when it is done."""
+        """See `Work`. A thread of the CPU chooses its next batch when it has computed this one."""

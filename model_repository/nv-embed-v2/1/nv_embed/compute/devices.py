@@ -74,8 +74,8 @@ class Cpu:
 class Gpu:
     """Computes one batch after the other, whichever thread brings it.
 
-    Each batch puts a mark where little of it is left to compute. The next batch is asked for when the device has reached
-    that mark. So the host has prepared it by the time the device is free, and yet it is not chosen much earlier.
+    Each batch puts a mark where little of it is left to compute. The next batch is asked for when the device has
+    reached that mark. So the host has prepared it by the time the device is free, and it is not chosen much earlier.
     """
 
     def __init__(self, torch_device: torch.device) -> None:

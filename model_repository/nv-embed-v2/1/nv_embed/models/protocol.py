@@ -32,11 +32,17 @@ class PackedBatch:
     pooled_seqlens: tuple[int, ...]  # pooled tokens of each sequence, at least 1
 
 
+FEWEST_ROWS = 192  # of a matrix product: with fewer, it is slower
+
+
 class Work(Protocol):
     """How a device wants a pass to be computed."""
 
-    def pieces(self, num_rows: int, multiply_adds: int) -> Iterable[slice]:
-        """The rows to compute at a time, in order, when each costs so many multiply-adds; may raise between them."""
+    def pieces(self, num_rows: int, multiply_adds: int, fewest_rows: int = FEWEST_ROWS) -> Iterable[slice]:
+        """The rows to compute at a time, in order, when each costs so many multiply-adds; may raise between them.
+
+        A piece has `fewest_rows` or more, unless the end comes first.
+        """
 
     def little_left(self) -> None:
         """Take note that little of the pass is left to compute."""

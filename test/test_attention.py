@@ -6,7 +6,7 @@ import pytest
 import torch
 from nv_embed.compute.attention import attend_each, choose_attention, prove
 from nv_embed.errors import DeviceError
-from nv_embed.models.protocol import Heads
+from nv_embed.models.protocol import Heads, PackedBatch
 from torch.nn import functional
 
 CPU = torch.device("cpu")
@@ -56,6 +56,21 @@ def test_a_kernel_that_computes_attention_is_accepted():
 def test_a_kernel_that_computes_something_else_is_refused(kernel):
     with pytest.raises(ValueError, match="differs from the reference"):
         prove(kernel, HEADS, CPU, torch.float32)
+
+
+@pytest.mark.parametrize("num_rows", [1, 7, 50, 100, 139])
+def test_attention_in_pieces_of_heads_and_queries_is_attention(num_rows):
+    class Few:
+        def pieces(self, total, multiply_adds, fewest_rows=1):
+            return [slice(start, min(start + num_rows, total)) for start in range(0, total, num_rows)]
+
+    seqlens = (1, 5, 70, 33)
+    nothing = torch.empty(0, dtype=torch.int32)
+    batch = PackedBatch(nothing, nothing, nothing, max(seqlens), seqlens, nothing, seqlens)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(sum(seqlens), heads, 8, generator=generator) for heads in (6, 2, 2))
+    expected = attend_masked(q, k, v, batch, Few())
+    torch.testing.assert_close(attend_each(q, k, v, batch, Few()), expected, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.gpu

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Iterator
 from importlib import import_module
 
 import torch
@@ -19,27 +20,46 @@ from nv_embed.models.protocol import Attend, Heads, PackedBatch, Work
 
 logger = logging.getLogger(__name__)
 
+_FEWEST_QUERIES = 768  # of a piece: with fewer, the CPU's kernel takes smaller blocks
 _LARGEST_DIFFERENCE = 0.05  # of a kernel in half precision from float32, of values up to 4
 _OLDEST_CAPABILITY = (8, 0)  # of GPUs that flash attention runs on: Ampere
 
 
 def attend_each(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, work: Work) -> Tensor:
-    """One sequence after the other, on any device: what every other kernel is compared with."""
+    """One sequence after the other, on any device: what every other kernel is compared with.
+
+    A text too long for one piece is attended head by head, because a kernel is faster with many queries of one head
+    than with few of all.
+    """
     out = torch.empty_like(q)
+    num_kv_heads, groups = k.shape[1], q.shape[1] // k.shape[1]
     start = 0
     for seqlen in batch.seqlens:
-        # [1, heads, seqlen, head_dim]: SDPA wants the sequence next to last
-        k_text, v_text = (x[start : start + seqlen].transpose(0, 1)[None] for x in (k, v))
-        if q.is_cuda:  # where its only kernel for grouped heads is missing, it would hold every score
-            groups = q.shape[1] // k.shape[1]
-            k_text, v_text = (x.repeat_interleave(groups, dim=1) for x in (k_text, v_text))
-        for queries in work.pieces(seqlen, 2 * seqlen * q.shape[1] * q.shape[2]):
-            rows = slice(start + queries.start, start + queries.stop)
-            q_text = q[rows].transpose(0, 1)[None]
-            attended = functional.scaled_dot_product_attention(q_text, k_text, v_text, enable_gqa=not q.is_cuda)
-            out[rows] = attended[0].transpose(0, 1)
+        tokens = slice(start, start + seqlen)
+        cost = 2 * seqlen * groups * q.shape[2]
+        for piece in work.pieces(num_kv_heads * seqlen, cost, fewest_rows=_FEWEST_QUERIES):
+            for heads, queries in _parts(piece, num_kv_heads, seqlen):
+                rows = slice(start + queries.start, start + queries.stop)
+                q_heads = slice(heads.start * groups, heads.stop * groups)
+                # [1, heads, seqlen, head_dim]: SDPA wants the sequence next to last
+                q_part = q[rows, q_heads].transpose(0, 1)[None]
+                k_part, v_part = (x[tokens, heads].transpose(0, 1)[None] for x in (k, v))
+                if q.is_cuda:  # where its only kernel for grouped heads is missing, it would hold every score
+                    k_part, v_part = (x.repeat_interleave(groups, dim=1) for x in (k_part, v_part))
+                attended = functional.scaled_dot_product_attention(q_part, k_part, v_part, enable_gqa=not q.is_cuda)
+                out[rows, q_heads] = attended[0].transpose(0, 1)
         start += seqlen
     return out
+
+
+def _parts(piece: slice, num_kv_heads: int, seqlen: int) -> Iterator[tuple[slice, slice]]:
+    """Heads and queries of a piece, which counts the queries of the first head, then those of the second, and so on."""
+    if piece.stop - piece.start == num_kv_heads * seqlen:
+        yield slice(0, num_kv_heads), slice(0, seqlen)
+        return
+    for head in range(piece.start // seqlen, -(-piece.stop // seqlen)):
+        first = head * seqlen
+        yield slice(head, head + 1), slice(max(piece.start - first, 0), min(piece.stop - first, seqlen))
 
 
 def choose_attention(name: str, heads: Heads, device: torch.device, dtype: torch.dtype) -> Attend:

@@ -74,9 +74,8 @@ class Cpu:
 class Gpu:
     """Computes one batch after the other, whichever thread brings it.
 
-    The device itself says whose turn it is: each batch puts a mark where little of it is left to compute. The next
-    batch is asked for when the device has come there. So the host's work for it is done by the time the device is free,
-    and yet it is not chosen much before.
+    Each batch puts a mark where little of it is left to compute. The next batch is asked for when the device has
+    reached that mark. So the host has prepared it by the time the device is free, and it is not chosen much earlier.
     """
 
     def __init__(self, torch_device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""How a device divides a pass: a GPU not at all, a CPU so that other work may come between the pieces."""
+"""How a device divides a pass. A GPU does not; a CPU does, so that other work may come between the pieces."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-# About 0.2 s for one core, less for matrix products, more for attention.
+from nv_embed.models.protocol import FEWEST_ROWS
+
+# About 0.15 s for one core.
 _MULTIPLY_ADDS = 5_000_000_000
-_FEWEST_ROWS = 192  # of a piece: with fewer, matrix products and attention are slower
 
 
 def nothing() -> None:
@@ -21,7 +22,7 @@ class Whole:
 
     on_little_left: Callable[[], None] = nothing
 
-    def pieces(self, num_rows: int, multiply_adds: int) -> Iterable[slice]:
+    def pieces(self, num_rows: int, multiply_adds: int, fewest_rows: int = FEWEST_ROWS) -> Iterable[slice]:
         """See `Work`."""
         return (slice(0, num_rows),)
 
@@ -31,7 +32,7 @@ class Whole:
 
 
 class Pieces:
-    """One pass, interrupted by `pause` each time that some work is done. Short batches never come so far."""
+    """One pass, which calls `pause` whenever so much work is done. A short batch ends before."""
 
     def __init__(self, pause: Callable[[], None], num_threads: int) -> None:
         """num_threads: that share an operation."""
@@ -41,9 +42,9 @@ class Pieces:
         self.paused_seconds = 0.0
         self.error: BaseException | None = None  # that `pause` raised
 
-    def pieces(self, num_rows: int, multiply_adds: int) -> Iterator[slice]:
+    def pieces(self, num_rows: int, multiply_adds: int, fewest_rows: int = FEWEST_ROWS) -> Iterator[slice]:
         """See `Work`."""
-        most_rows = max(self._most // multiply_adds, _FEWEST_ROWS)
+        most_rows = max(self._most // multiply_adds, fewest_rows)
         for start in range(0, num_rows, most_rows):
             rows = slice(start, min(start + most_rows, num_rows))
             work = (rows.stop - start) * multiply_adds
@@ -63,4 +64,4 @@ class Pieces:
         self._since_pause = 0
 
     def little_left(self) -> None:
-        """See `Work`: who computes on the CPU chooses its next batch when it is done."""
+        """See `Work`. A thread of the CPU chooses its next batch when it has computed this one."""

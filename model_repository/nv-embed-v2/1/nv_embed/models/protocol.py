@@ -32,11 +32,17 @@ class PackedBatch:
     pooled_seqlens: tuple[int, ...]  # pooled tokens of each sequence, at least 1
 
 
+FEWEST_ROWS = 192  # of a matrix product: with fewer, it is slower
+
+
 class Work(Protocol):
     """How a device wants a pass to be computed."""
 
-    def pieces(self, num_rows: int, multiply_adds: int) -> Iterable[slice]:
-        """The rows to compute at a time, in order, when each costs so many multiply-adds; may raise between them."""
+    def pieces(self, num_rows: int, multiply_adds: int, fewest_rows: int = FEWEST_ROWS) -> Iterable[slice]:
+        """The rows to compute at a time, in order, when each costs so many multiply-adds; may raise between them.
+
+        A piece has `fewest_rows` or more, unless the end comes first.
+        """
 
     def little_left(self) -> None:
         """Take note that little of the pass is left to compute."""
@@ -187,12 +193,24 @@ class TextEncoder(Protocol[SequenceType]):
         """Tokenize texts, each behind the instruction; see `nv_embed.tokenizer.Tokenizer.encode`."""
 
 
-class Checkpoint(Protocol):
-    """What `config.json` says, and what kind of checkpoint it is."""
+class Described(Protocol):
+    """What requests and answers need to know of a model."""
 
     @property
     def dimension(self) -> int:
         """Numbers of a vector."""
+
+    @property
+    def query_instruction(self) -> str:
+        """Stands before a query when the request names none."""
+
+    @property
+    def document_instruction(self) -> str:
+        """The same of documents."""
+
+
+class Checkpoint(Described, Protocol):
+    """What `config.json` says, and what kind of checkpoint it is."""
 
     @property
     def hidden_size(self) -> int:
@@ -202,14 +220,6 @@ class Checkpoint(Protocol):
     def dtype(self) -> str:
         """Of the weights on disk: a torch dtype's name."""
 
-    @property
-    def query_instruction(self) -> str:
-        """Stands before a query when the request names none."""
-
-    @property
-    def document_instruction(self) -> str:
-        """The same of documents."""
-
     def tokenizer(self, folder: Path, max_sequence_tokens: int) -> TextEncoder[TokenSequence]:
         """Read the folder's tokenizer; raises CheckpointError."""
 
@@ -217,20 +227,8 @@ class Checkpoint(Protocol):
         """Without values, on whatever device is current."""
 
 
-class LibraryModel(TextEncoder[SequenceType], Protocol[SequenceType]):
+class LibraryModel(Described, TextEncoder[SequenceType], Protocol[SequenceType]):
     """A model that another library has loaded. Its sequences hold what that library reads."""
-
-    @property
-    def dimension(self) -> int:
-        """Numbers of a vector."""
-
-    @property
-    def query_instruction(self) -> str:
-        """Stands before a query when the request names none."""
-
-    @property
-    def document_instruction(self) -> str:
-        """The same of documents."""
 
     def embed(self, sequences: Sequence[SequenceType], work: Work) -> Tensor:
         """[S, dimension] float32 rows of length 1, in the order of the sequences, on its device."""

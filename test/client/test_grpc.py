@@ -242,7 +242,7 @@ def test_a_call_that_ends_by_its_deadline_without_a_byte_has_the_next_begin_anew
 
 
 def test_a_server_that_answers_nobody_is_not_flooded_with_connections(balancer):
-    with NVEmbedClient(balancer.url, request_timeout=20, retry=ONCE) as client:
+    with NVEmbedClient(balancer.url, request_timeout=12, retry=ONCE) as client:
         client.embed_query("before")
         balancer.silent = True
         balancer.forget()

@@ -47,7 +47,7 @@ def test_every_block_runs_and_prints_what_stands_below_it(server, gateway, defau
         if default_checkpoint:
             assert_same_output(output, expected)
     namespace["model"].close()
-    assert num_run == 8
+    assert num_run >= 8
 
 
 def test_the_command_that_starts_the_gateway_is_one_it_understands():

@@ -8,6 +8,7 @@ import pytest
 from corpus import DOCUMENTS, QUERIES
 from langchain_core.documents import Document
 from langchain_core.vectorstores import InMemoryVectorStore
+from nv_embed_client import InvalidInput
 from nv_embed_client.langchain import NVEmbedEmbeddings
 
 
@@ -61,3 +62,8 @@ def test_a_query_instruction_can_be_set(server, client):
     expected = client.embed_query("text", instruction="Find: ")[0]
     np.testing.assert_allclose(embeddings.embed_query("text"), expected, atol=1e-5)
     np.testing.assert_allclose(asyncio.run(embeddings.aembed_query("text")), expected, atol=1e-5)
+
+
+def test_an_instruction_with_a_nul_is_refused():
+    with pytest.raises(InvalidInput, match="NUL"):
+        NVEmbedEmbeddings(query_instruction="Find\0: ")

@@ -1,13 +1,13 @@
 """The LlamaIndex adapter in LlamaIndex's own in-memory index."""
 
 import asyncio
-import pickle
 
 import numpy as np
 import pytest
 from corpus import DOCUMENTS, QUERIES
 from llama_index.core import VectorStoreIndex
 from llama_index.core.schema import TextNode
+from nv_embed_client import InvalidInput
 from nv_embed_client.llama_index import NVEmbedEmbedding
 
 
@@ -61,9 +61,6 @@ def test_its_settings_are_fields(server, client):
     assert described["model_name"] == "nv-embed-v2"
 
 
-def test_a_copy_in_another_process_has_the_clients_settings(server):
-    settings = {"headers": {"x-key": "secret"}}
-    embedding = NVEmbedEmbedding(server.url, client_settings=settings)
-    copy = pickle.loads(pickle.dumps(embedding))
-    assert copy._client._connection.headers == settings["headers"]
-    assert "secret" not in str(embedding.to_dict()) + repr(embedding)
+def test_an_instruction_with_a_nul_is_refused():
+    with pytest.raises(InvalidInput, match="NUL"):
+        NVEmbedEmbedding(query_instruction="Find\0: ")

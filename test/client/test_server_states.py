@@ -6,12 +6,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
+import numpy as np
 import pytest
 import trustme
 from conftest import TOY, Address, free_ports, gateway_running, serving
 from nv_embed_client import TLS, AccessDenied, InvalidInput, NVEmbedClient, RetryPolicy, Unavailable
-from nv_embed_client.wire import InferRequest
-from tritonclient.grpc import InferenceServerClient
+from tritonclient.grpc import InferenceServerClient, InferInput
 from tritonclient.utils import InferenceServerException
 
 PATIENT = RetryPolicy(max_attempts=200, max_pause_seconds=0.5)
@@ -71,15 +71,18 @@ def test_a_key_without_its_certificate_is_refused():
         TLS(private_key="key.pem")
     with pytest.raises(InvalidInput, match=r"root_certificates; got 'absent.pem': No such file"):
         TLS("absent.pem")
+    with pytest.raises(InvalidInput, match=r"root_certificates; got .*null byte"):
+        TLS("a\0b.pem")
 
 
 def ask_until(stop: threading.Event, address: Address, seen: set[tuple[str, bool]]) -> None:
     """What Triton itself answers, noted until told to stop."""
-    request = InferRequest("query", (b"raw",), {}, False)
+    query = InferInput("query", [1], "BYTES")
+    query.set_data_from_numpy(np.array([b"raw"], np.object_))
     with InferenceServerClient(address.url) as raw:
         while not stop.wait(0.05):
             try:
-                raw.infer("nv-embed-v2", client_timeout=5, **request.arguments())
+                raw.infer("nv-embed-v2", [query], client_timeout=5)
             except InferenceServerException as error:
                 seen.add((error.status(), "no available versions" in error.message()))
 

@@ -44,7 +44,7 @@ class Sleep:
 Step: TypeAlias = Send | AskReady | Sleep
 Flow: TypeAlias = Generator[Step, Any, T]
 
-_PROBE_SECONDS = 5.0
+_PROBE_SECONDS = 10.0  # longer than a transport needs to replace a dead connection
 
 
 @dataclass(frozen=True, slots=True)

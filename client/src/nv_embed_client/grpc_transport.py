@@ -6,12 +6,14 @@ child of a process that has one open, new ones hang or crash.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -39,8 +41,14 @@ _CHANNEL_ARGUMENTS = (
 )
 # A connection that has said nothing for so long is asked for a sign of life, by a small request. HTTP/2's pings would
 # do the same, but a server with default settings ends a connection that pings too often, and all requests on it.
-_SILENCE_SECONDS = 4.0
-_SIGN_SECONDS = 3.0  # a server that takes longer for it is asked over a new connection too
+_SILENCE_SECONDS = 3.0
+_SIGN_SECONDS = 2.0  # a server that takes longer for it is asked over a new connection too
+
+
+class _Sign(Enum):
+    LIFE = auto()  # the server answered
+    NONE = auto()  # nothing came
+    ENDED = auto()  # gRPC itself says that the connection has ended, or never began
 
 
 @dataclass(eq=False)
@@ -108,13 +116,7 @@ class GrpcTransport(Transport):
             return seconds
         line.in_doubt = True
 
-        def asked(alive: bool, code: str) -> None:
-            if code == "DEADLINE_EXCEEDED":
-                self._replace_if_dead(line)
-            else:
-                line.in_doubt = False
-
-        self._ask_for_a_sign(line, asked)
+        self._ask_for_a_sign(line, lambda sign: self._compare(line) if sign is _Sign.NONE else self._trust(line))
         return _SILENCE_SECONDS
 
     def close(self) -> None:
@@ -176,39 +178,55 @@ class GrpcTransport(Transport):
         except Exception as error:
             sent.future.set_exception(error)
 
-    def _ask_for_a_sign(self, line: _Line, asked: Callable[[bool, str], None]) -> None:
-        """Ask whether the server lives; `asked` is called with whether it answered, and with the code."""
+    def _ask_for_a_sign(self, line: _Line, asked: Callable[[_Sign], None]) -> None:
+        """Ask over `line` whether the server lives; `asked` is called with what came, in a thread of gRPC's."""
 
         def ended(call: Any) -> None:
             code = call.code().name
-            restricted = isinstance(error_of(code, call.details() or ""), AccessDenied)
-            asked(_is_a_sign(code) or restricted, code)
+            # A server that keeps this question to others answers UNAVAILABLE, and so does gRPC for no server.
+            if _is_a_sign(code) or isinstance(error_of(code, call.details() or ""), AccessDenied):
+                asked(_Sign.LIFE)
+            else:
+                asked(_Sign.NONE if code == "DEADLINE_EXCEEDED" else _Sign.ENDED)
 
-        message = service_pb2.ServerLiveRequest()
-        try:
-            call = line.stub.ServerLive.future(message, timeout=_SIGN_SECONDS, metadata=self._metadata)
-        except ValueError:  # closed meanwhile
-            return
-        call.add_done_callback(ended)
+        with contextlib.suppress(ValueError):  # closed meanwhile
+            call = line.stub.ServerLive.future(
+                service_pb2.ServerLiveRequest(), timeout=_SIGN_SECONDS, metadata=self._metadata
+            )
+            call.add_done_callback(ended)
 
-    def _replace_if_dead(self, line: _Line) -> None:
-        """`line` gave no sign of life: ask over a new one, and use that if the server answers there."""
+    def _trust(self, line: _Line) -> None:
+        line.last_sign = time.monotonic()
+        line.in_doubt = False
+
+    def _compare(self, line: _Line) -> None:
+        """`line` gave no sign. If a new one does and `line`, asked again after that, does not, move to the new one."""
         try:
             fresh = _Line(self._connection)
         except NVEmbedError:  # a certificate is gone
-            line.in_doubt = False
+            self._trust(line)
             return
 
-        def asked(alive: bool, code: str) -> None:
-            line.in_doubt = False  # if the server answers nobody, a new line helps nobody
-            if alive:
-                self._retire(line, fresh)
-                for sent, call in list(line.calls.items()):
-                    if line.calls.pop(sent, None) is call:
-                        call.cancel()
-                        self._start(sent, fresh)
+        def asked_again(sign: _Sign) -> None:
+            if sign is _Sign.NONE:
+                self._move(line, fresh)
+            else:
+                self._trust(line)
 
-        self._ask_for_a_sign(fresh, asked)
+        def asked_fresh(sign: _Sign) -> None:
+            if sign is _Sign.LIFE:
+                self._ask_for_a_sign(line, asked_again)
+            else:  # the server answers nobody: a new line does not help
+                self._trust(line)
+
+        self._ask_for_a_sign(fresh, asked_fresh)
+
+    def _move(self, line: _Line, fresh: _Line) -> None:
+        self._retire(line, fresh)
+        for sent, call in list(line.calls.items()):
+            if line.calls.pop(sent, None) is call:
+                call.cancel()
+                self._start(sent, fresh)
 
     def _retire(self, line: _Line, successor: _Line | None = None) -> None:
         """Begin nothing more over `line`. What is on its way stays, and its channel ends when the last of it does."""

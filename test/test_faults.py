@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -228,6 +229,27 @@ def test_a_segmentation_fault_ends_the_server_and_restart_always_starts_it_again
     for words in ("Segmentation fault", "_faulty_start", "died with exit code -11", "supervise.sh: ended with exit"):
         assert words in server.log_text()
     assert server.stop() == 0
+
+
+def test_a_server_that_hangs_in_its_handler_of_a_crash_is_killed_and_leaves_no_client_waiting(
+    toy, tmp_path, faulty_settings
+):
+    log = tmp_path / "log"
+    os.mkfifo(log)
+    reader = os.open(log, os.O_RDWR | os.O_NONBLOCK)
+    server = Server(log, toy, faulty_settings | {"NV_EMBED_MAX_BATCH_TOKENS": "300"}).wait_until_ready()
+    clients = Clients(server, [[fault(108) + str(i) for i in range(20)]])  # 3 s for each
+    time.sleep(1)  # for it to arrive
+    with suppress(BlockingIOError):  # the handler prints, and waits for ever when nobody reads a full pipe
+        while True:
+            os.write(reader, b"-")
+    try:
+        server.process.send_signal(signal.SIGSEGV)
+        assert [status(outcome) for outcome in clients.wait()] == ["UNAVAILABLE"]
+        assert server.process.wait(ANSWER_SECONDS) == -signal.SIGKILL
+    finally:
+        server.process.kill()
+        os.close(reader)
 
 
 def test_sigterm_with_more_work_than_there_is_time_answers_it_unavailable_and_ends_with_exit_code_0(start):

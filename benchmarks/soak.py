@@ -252,13 +252,15 @@ class Soak:
             words = last_words(self.log, self.log_size) if self.log else "nobody knows"
             self.tally.unasked_ends.append(words)
             progress(f"the server ended unasked:\n{words}")
-            for core in self._cores():
-                core.rename(core.with_name(f"end-{len(self.tally.unasked_ends)}.{core.name}"))
             self.server = server
 
-    def _cores(self) -> list[Path]:
-        """Core dumps that the kernel wrote since they were last renamed or removed."""
-        return list(self.folder.glob("core*")) if self.folder else []
+    def _keep_cores(self) -> None:
+        """Give core dumps names of their own, because the next may have the same; one that was asked for goes."""
+        for core in self.folder.glob("core*") if self.folder else []:
+            if self.server is None:
+                core.unlink()
+            else:
+                core.rename(core.with_name(f"crash-{time.strftime('%H-%M-%S')}-{core.name}"))
 
     async def _watch(self) -> None:
         """Look once a second."""
@@ -271,6 +273,7 @@ class Soak:
         """Whether the server is there, and is the same, and how much memory it has."""
         if self.root_pid is None:
             return
+        self._keep_cores()
         log_size = self.log.stat().st_size if self.log else 0
         is_ready = await self._is_ready()
         (self.up.set if is_ready else self.up.clear)()
@@ -314,8 +317,7 @@ class Soak:
         seconds = time.monotonic() - killed
         self.kills.append({"whom": whom, "signal": with_signal.name, "seconds_until_ready": round(seconds, 1)})
         progress(f"kill {len(self.kills)}: {whom} {with_signal.name}, ready again after {seconds:.1f} s")
-        for core in self._cores():
-            core.unlink()
+        self._keep_cores()
         self.server = server
         self.up.set()
         self.excused_until = time.monotonic() + GRACE_SECONDS
@@ -370,7 +372,7 @@ def report(soak: Soak) -> dict[str, Any]:
         print(f"wrong code, {count} times: {key!a}")
     for words in tally.unasked_ends:
         print(f"the server ended unasked; its last words:\n{words}")
-    for core in sorted(soak.folder.glob("end-*")) if soak.folder else []:
+    for core in sorted(soak.folder.glob("crash-*")) if soak.folder else []:
         print(stack_of(core))
     return result
 

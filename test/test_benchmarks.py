@@ -245,7 +245,7 @@ sys.exit(soak.main())
     assert "supervise.sh: ended with exit code 139" in output
     folder = Path(re.search("log and cores are kept in (.*)", output)[1])
     assert (folder / "server.log").is_file()
-    for core in folder.glob("end-*"):  # where the kernel writes cores into the working directory
+    for core in folder.glob("crash-*"):  # where the kernel writes cores into the working directory
         assert f"{core}, tritonserver:" in output or "install gdb" in output
     shutil.rmtree(folder)
 

@@ -9,10 +9,11 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -264,6 +265,24 @@ def test_more_than_may_wait_is_answered_unavailable_at_once_and_metrics_tell(sta
     assert metrics["nv_embed_batch_tokens_sum"] == metrics["nv_embed_tokens_total"] > 0
 
 
+@pytest.mark.slow
+def test_queries_are_answered_beside_a_long_text_whose_work_ends_when_its_client_leaves(start_server):
+    server = start_server()  # one core computes: who holds it holds the server
+    long = "0 1 " * 40_000  # cut to 32,768 tokens, which take this core many seconds
+    clients, num_queries = Clients(server, [[long]]), 0
+    while not clients.outcomes[0]:
+        started = time.monotonic()
+        server.embed_query(f"question {num_queries}")
+        assert time.monotonic() - started < 10
+        num_queries += 1
+    assert [status(outcome) for outcome in clients.wait()] == ["OK"]
+    assert num_queries > 2
+    with pytest.raises(triton.InferenceServerException) as caught:
+        server.infer(documents=[f"another {long}"], timeout=2)
+    assert caught.value.status() == "StatusCode.DEADLINE_EXCEEDED"
+    eventually(lambda: server.metrics_now()["nv_embed_dropped_texts_total"] == 1)
+
+
 # --- the server ends, to be restarted -------------------------------------------------------------------
 
 
@@ -323,6 +342,26 @@ def test_a_segmentation_fault_ends_the_server_and_restart_always_starts_it_again
     for words in ("Segmentation fault", "_faulty_compute", "died with exit code -11"):
         assert words in server.log_text()
     assert server.stop() == 0
+
+
+def test_a_server_that_hangs_in_its_handler_of_a_crash_is_killed_and_leaves_no_client_waiting(
+    toy, tmp_path, faulty_repository
+):
+    log = tmp_path / "log"
+    os.mkfifo(log)
+    reader = os.open(log, os.O_RDWR | os.O_NONBLOCK)
+    with FaultyServer(log, toy, faulty_repository) as server:
+        others = texts(30)
+        num_tokens = server.num_tokens(others)
+        clients = Clients(server, [[fault(108)], others])
+        server.wait_for_waiting(num_tokens)
+        with suppress(BlockingIOError):  # the handler prints, and waits for ever when nobody reads a full pipe
+            while True:
+                os.write(reader, b"-")
+        server.process.send_signal(signal.SIGSEGV)
+        assert [status(outcome) for outcome in clients.wait()] == ["UNAVAILABLE"] * 2
+        assert server.process.wait(DEADLINE_SECONDS) == -signal.SIGKILL
+    os.close(reader)
 
 
 def test_sigterm_with_more_work_than_there_is_time_answers_it_unavailable_and_ends_with_exit_code_0(start_server):

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from contextlib import ExitStack, suppress
 
 import pytest
@@ -109,6 +110,42 @@ def test_the_exit_code_of_a_dead_process_is_known_until_its_parent_asks_for_it()
             assert watchdog.how_it_ended(process.pid, pidfd) == f" with exit code {verdict}"
             process.wait()
             assert watchdog.how_it_ended(process.pid, pidfd) == ""
+
+
+def test_a_crash_handler_hangs_when_its_signal_stays_blocked_for_longer_than_printing_takes(monkeypatch):
+    monkeypatch.setattr(watchdog, "_GRACE_SECONDS", 0.2)
+    with subprocess.Popen([sys.executable, "-c", BLOCKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
+        server.stdout.readline()
+        handler = watchdog.CrashHandler(server.pid)  # SIGSEGV is blocked already: whoever started it did that
+        assert not any(handler.hangs() or time.sleep(0.1) for _ in range(5))
+        server.stdin.write(b"\n")
+        server.stdin.flush()
+        server.stdout.readline()  # now a thread blocks SIGABRT
+        assert not handler.hangs()
+        time.sleep(0.3)
+        assert handler.hangs()
+        server.stdin.close()
+        server.stdout.readline()  # unblocked: it had only been slow
+        assert not handler.hangs()
+        server.kill()
+
+
+# Blocks SIGSEGV; at a line SIGABRT in a thread; at the end of its input it unblocks that.
+BLOCKER = """
+import signal, sys, threading, time
+def mask(how, signals):
+    signal.pthread_sigmask(how, signals)
+    print(flush=True)
+def work():
+    sys.stdin.readline()
+    mask(signal.SIG_BLOCK, [signal.SIGABRT])
+    sys.stdin.read()
+    mask(signal.SIG_UNBLOCK, [signal.SIGABRT])
+    time.sleep(60)
+mask(signal.SIG_BLOCK, [signal.SIGSEGV])
+threading.Thread(target=work).start()
+time.sleep(60)
+"""
 
 
 def test_end_kills_what_does_not_heed_its_signal(monkeypatch):

@@ -148,6 +148,15 @@ time.sleep(60)
 """
 
 
+def test_signals_that_are_blocked_for_a_moment_at_the_first_look_hide_no_later_crash(monkeypatch):
+    looks = iter([watchdog.blocked_signals(os.getpid()) | {signal.SIGABRT}, frozenset(), {signal.SIGABRT}])
+    monkeypatch.setattr(watchdog, "blocked_signals", lambda pid: frozenset(next(looks)))
+    monkeypatch.setattr(watchdog, "_GRACE_SECONDS", -1.0)
+    handler = watchdog.CrashHandler(os.getpid())
+    assert not handler.hangs()
+    assert handler.hangs()
+
+
 def test_end_kills_what_does_not_heed_its_signal(monkeypatch):
     monkeypatch.setattr(watchdog, "_GRACE_SECONDS", 0.2)
     script = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(60)"

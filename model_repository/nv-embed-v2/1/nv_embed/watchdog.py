@@ -1,14 +1,14 @@
-"""Ends the server when the model's process dies or freezes, and the other way round; knows no requests.
+"""Ends the server when the model's process dies or freezes, and the model when the server dies; knows no requests.
 
 Triton 24.10 does not notice that a model's process is gone: its clients wait for ever and readiness stays green. So
 the model starts a process that holds the other end of a pipe. The pipe closing without a goodbye means death; once a
 second a beat comes through it, and silence means a stopped or frozen process. Either way the server is ended: its
-clients see the connection break, and whatever supervises the server starts a new one. And a server that is killed
-leaves behind neither a model that still loads nor the memory that both shared.
+clients see the connection break, and whatever supervises the server starts a new one. After a server that was killed,
+neither a model that still loads nor the memory that both shared is left.
 
 A server that crashes may hang instead of ending: Triton's handler of a crash allocates memory to print the stack, and
-waits for ever if the crash came while memory was allocated. No client gets an answer then. It shows in the threads'
-signal masks, so they are looked at here.
+waits for ever if the crash came while memory was allocated. No client gets an answer then. The threads' signal
+masks show it, so this process looks at them.
 
 A server that stops closes its doors first, long before it tells the model. Nothing else shows it, and it may not be
 asked: a call into it (pb_utils.is_model_ready) while it tears down crashes the model's process. So this process looks
@@ -34,10 +34,10 @@ from pathlib import Path
 _LISTENING = "0A"  # TCP_LISTEN in the kernel's tables
 _SHARED_MEMORY = "/dev/shm/triton_python_backend_shm_region_"  # as this model's backend names it
 _BEAT_SECONDS = 1.0
-# At first more often: of a server that stops as soon as it serves nobody would have seen its ports open.
+# More often at first, to see the ports open even of a server that stops as soon as it serves.
 _FIRST_BEATS, _FIRST_BEAT_SECONDS = 50, 0.1
-# No honest pause of a Python process is as long. In steps, for a machine or container that was suspended as a whole
-# wakes up to one step that has passed in silence.
+# No healthy Python process pauses this long. Counted in steps, because a machine or container that was suspended as a
+# whole wakes up to a single silent step.
 _SILENT_STEPS, _STEP_SECONDS = 4, 2.0
 _EXIT_SECONDS = 1.0  # between a process's pipe closing and its exit code being known
 _SPEECH_SECONDS = 1.0
@@ -56,7 +56,7 @@ class Watchdog:
         """Start watching this process and its parent, the server. Silence is no concern before `start_beating`."""
         python = shutil.which("python3")  # inside Triton sys.executable is not Python
         assert python is not None, "Triton itself finds this process's Python by PATH"
-        # A session of its own: Ctrl-C in a terminal is for the server, not for who watches it.
+        # A session of its own: Ctrl-C in a terminal is for the server, not for the watchdog.
         self._process = subprocess.Popen(
             [python, "-I", __file__, str(os.getpid()), str(os.getppid())],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, start_new_session=True,
@@ -104,8 +104,8 @@ class Watchdog:
 class Doors:
     """The sockets on which a server listens.
 
-    That one is closed shows in the server's descriptors. The kernel's table of listening sockets is no evidence,
-    because it changes while it is read and may miss one: a look at it can only add a door.
+    The server's descriptors show that one is closed. The kernel's table of listening sockets is no evidence, because
+    it changes while it is read and may miss one. So a look at it can only add a door.
     """
 
     def __init__(self, pid: int) -> None:
@@ -128,13 +128,15 @@ class CrashHandler:
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
-        self._blocked_from_the_start = blocked_signals(pid)
+        self._always_blocked = blocked_signals(pid)
         self._running_since = math.inf
 
     def hangs(self) -> bool:
         """Look; whether it has been running for longer than printing a stack takes."""
         now = time.monotonic()
-        is_running = bool((blocked_signals(self._pid) - self._blocked_from_the_start).intersection(_CRASHES))
+        blocked = blocked_signals(self._pid)
+        self._always_blocked &= blocked  # not what the first look saw: whoever starts a thread blocks all for a moment
+        is_running = bool((blocked - self._always_blocked).intersection(_CRASHES))
         self._running_since = min(self._running_since, now) if is_running else math.inf
         return now - self._running_since > _GRACE_SECONDS
 

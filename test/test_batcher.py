@@ -811,6 +811,20 @@ def test_every_series_that_is_ever_counted_is_known_beforehand():
     assert outcomes == {"ok"} | errors
 
 
+def test_an_engine_that_breaks_before_it_has_a_batch_ends_its_thread_instead_of_trying_for_ever():
+    class Broken(FakeEngine):
+        def compute(self, next_batch, pause):
+            assert self.started.acquire(timeout=WAIT_SECONDS)
+            raise RuntimeError("no turn")
+
+    engine, fatal = Broken(), threading.Event()
+    with running(engine, on_fatal=fatal.set) as batcher:
+        waiting = submit(batcher, 90)
+        engine.started.release(2)
+        assert isinstance(waiting.outcome(), Unavailable)
+        assert fatal.wait(WAIT_SECONDS)
+
+
 def test_a_broken_way_back_stops_no_other_answer():
     class DeadlyReply(FakeReply):
         def send(self, outcome):

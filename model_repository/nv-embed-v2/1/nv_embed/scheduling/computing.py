@@ -1,4 +1,4 @@
-"""What a computing thread does: passes of one engine, and between the pieces of a long one short batches of others."""
+"""What a computing thread does: the passes of one engine, and short batches between the pieces of a long pass."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Computed(Protocol):
 
     @property
     def seconds(self) -> float:
-        """That the device spent on them."""
+        """Time that the device spent on them."""
 
 
 class Engine(Protocol):
@@ -94,6 +94,8 @@ class Computing:
             self._ledger.tell(partial(ledger.given_up, batch))
             return True
         except Exception:
+            if not batch.entries:
+                raise  # no batch is to blame, and the texts of one that was about to be chosen may be lost
             logger.exception("computing a batch of %d texts failed", len(batch.entries))
             failure = ComputeFailed("computing this request failed; the server's log says why")
             self._ledger.tell(partial(ledger.failed, batch, failure))
@@ -105,7 +107,7 @@ class Computing:
             self._ledger.tell(partial(ledger.computed, batch, _rows(batch, computed.vectors)))
             self._announce()
             return True
-        # Only here is the error gone, and with it the tensors of the failed batch that its stack kept alive.
+        # Only here, outside `except`, is the error gone. Its stack kept the tensors of the failed batch alive.
         if len(batch.entries) > 1:
             logger.warning("%s; computing them in halves", reason)
             self._metrics.add(Metric.OUT_OF_MEMORY)
@@ -130,7 +132,5 @@ def _rows(batch: Batch, vectors: npt.NDArray[np.float32]) -> list[Vector | None]
     is_finite = np.isfinite(vectors).all(axis=1)
     for sequence, is_good in zip(batch.sequences, is_finite, strict=True):
         if not is_good:
-            logger.error(
-                "the vector of a text of %d tokens is not finite; another dtype may hold it", sequence.num_tokens
-            )
+            logger.error("the vector of a text of %d tokens is not finite; try another dtype", sequence.num_tokens)
     return [vector.copy() if is_good else None for vector, is_good in zip(vectors, is_finite, strict=True)]

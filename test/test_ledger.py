@@ -342,6 +342,15 @@ def test_a_vector_that_came_into_the_cache_while_a_text_waited_is_not_computed_a
     assert new_ledger.tally.num_cached_texts == 1
 
 
+def test_texts_of_halves_that_nobody_waits_for_any_more_count_as_dropped(new_ledger):
+    request, _ = submitted(new_ledger, 10, 20, 30)
+    batch, _ = new_ledger.chosen(10_000, 0)
+    new_ledger.did_not_fit(batch, "too many")
+    new_ledger.cancelled(request)
+    assert new_ledger.chosen(10_000, 0)[0].entries == []
+    assert new_ledger.tally.num_dropped_texts == 3
+
+
 def test_what_is_finished_keeps_nothing_large_although_its_deadline_is_far(new_ledger):
     request, _ = submitted(new_ledger, 10, 20, timeout=1e6)
     (answer,) = new_ledger.cancelled(request)

@@ -6,8 +6,8 @@ batcher, holds one lock around it, so any interleaving of threads is a sequence 
     submitted -> tokenized (slice by slice) -> chosen -> computed
                  refused, cancelled, expired, failed or stopping may end a request at any moment
 
-A text is computed for its request alone, with two exceptions: its vector may be in the cache, when it is tokenized or
-when its turn comes, and equal texts in one batch are computed once.
+Each text is computed for its own request, with two exceptions. The cache may hold its vector when it is tokenized or
+when its turn comes. And equal texts in one batch are computed once.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _MOST_KNOWN_TEXTS = 1024  # in one batch: they cost no computing, but each costs
 
 @dataclass(slots=True)
 class Tally:
-    """What happened since somebody took it, for the metrics."""
+    """Counts since they were last taken, for the metrics."""
 
     num_cached_texts: int = 0
     num_dropped_texts: int = 0
@@ -77,7 +77,7 @@ class Ledger:
     def submitted(
         self, request: EmbedRequest, reply: Reply, now: float, num_unsent_texts: int = 0
     ) -> tuple[Request, Answers]:
-        """A request came. `num_unsent_texts`: of answers that wait to be sent, because they take memory too."""
+        """A request came. Texts of answers that are not sent yet, `num_unsent_texts`, count too: they take memory."""
         flow = self._query_flow if request.is_query else Flow(weight=1)
         new = Request(request, reply, now, flow, next_question=now + _FIRST_QUESTION_SECONDS)
         self.requests.add(new)
@@ -151,13 +151,15 @@ class Ledger:
         """An engine is about to be free: the next batch, empty if nothing that is wanted waits.
 
         Args:
-            max_tokens: of the batch; a single larger text comes alone.
+            max_tokens: of the batch; a larger text comes alone.
             num_idle_engines: others that have nothing to do.
-            with_long: False: no text that takes much longer than a batch.
+            with_long: False leaves out texts that take much longer than a batch.
         """
         batch, answers = Batch(), Answers()
         while self._halves and with_long and not batch.entries:
-            batch.entries = [texts for texts in map(_wanted, self._halves.popleft()) if texts]
+            half = self._halves.popleft()
+            batch.entries = [texts for texts in map(_wanted, half) if texts]
+            self.tally.num_dropped_texts += sum(map(len, half)) - sum(map(len, batch.entries))
         for texts in batch.entries:
             self._count_chosen(batch, texts[0])
         if batch.entries:
@@ -211,8 +213,8 @@ class Ledger:
 
     def failed(self, batch: Batch, error: RequestError) -> Answers:
         """A batch could not be computed."""
-        texts = (text for texts in batch.entries for text in texts)
-        return [answer for text in texts for answer in self._finish(text.request, error)]
+        requests = (text.request for texts in batch.entries for text in texts)
+        return [answer for request in requests for answer in self._finish(request, error)]
 
     def did_not_fit(self, batch: Batch, reason: str) -> Answers:
         """A batch did not fit on the device: its halves are chosen next. A single text has nothing to halve."""
@@ -224,7 +226,7 @@ class Ledger:
         return self._fail(batch.entries[0], OutOfDeviceMemory, message)
 
     def given_up(self, batch: Batch) -> Answers:
-        """A batch was left in the midst of computing because nobody waited for it."""
+        """A batch was given up while it was computed, because nobody waited for it any more."""
         self.tally.num_dropped_texts += sum(map(len, batch.entries))
         return []
 
@@ -244,7 +246,7 @@ class Ledger:
         return self._finish(request, Answer(vectors, [text.sequence.num_tokens for text in request.texts]))
 
     def _fail(self, texts: Sequence[Text], kind: type[RequestError], message: str) -> Answers:
-        """The requests of equal texts end with an error of their own, which may call the text {text}."""
+        """End the requests of equal texts with an error. {text} in its message becomes 'text N'."""
         errors = ((text.request, kind(message.replace("{text}", f"text {text.index}"))) for text in texts)
         return [answer for request, error in errors for answer in self._finish(request, error)]
 
@@ -252,7 +254,7 @@ class Ledger:
 
     def cancelled(self, request: Request) -> Answers:
         """Nobody waits for this request any more."""
-        return self._finish(request, Cancelled("the request was cancelled while it waited to be computed"))
+        return self._finish(request, Cancelled("the request was cancelled before it was answered"))
 
     @property
     def next_timer(self) -> float:
@@ -271,7 +273,7 @@ class Ledger:
                 continue
             if request.next_question <= now:
                 questions.append(request)
-                # More and more seldom: a question costs as much as a tenth of a short query.
+                # More and more rarely, because a question costs a tenth of a short query.
                 request.next_question = now + max(_FIRST_QUESTION_SECONDS, (now - request.arrived) / 4)
             self._set_timer(request)
         return answers, questions
@@ -291,7 +293,7 @@ class Ledger:
         if not request.is_started:
             yield request.arrived + self._limits.max_queue_seconds, "max_queue_milliseconds"
         if (seconds := request.spec.timeout_seconds) is not None:
-            # With its length, because Triton counts microseconds, which are easily taken for milliseconds.
+            # The message names the length, because Triton counts microseconds and callers may mean milliseconds.
             yield request.arrived + seconds, f"the request's timeout of {1000 * seconds:g} ms"
         yield self._refuse_at, "the time the server has to stop"
 

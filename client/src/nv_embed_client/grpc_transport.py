@@ -161,9 +161,8 @@ class GrpcTransport(Transport):
 
     def _ended(self, sent: _Sent, line: _Line, call: Any) -> None:
         """Runs in a thread of gRPC's."""
-        if sent not in line.calls or line.calls[sent] is not call:  # it has moved
+        if line.calls.pop(sent, None) is None:  # it has moved
             return
-        del line.calls[sent]
         code = call.code().name
         if _is_a_sign(code):
             line.last_sign = time.monotonic()

@@ -53,7 +53,7 @@ class TritonPythonModel:
         """Load and warm up; an exception here ends the server with its message."""
         _log_to_triton()
         faulthandler.enable()  # a crash inside a library prints every thread's stack into the server's log
-        # Triton's Python takes files for ASCII where no locale is set; torch's compiler reads its own, which are not.
+        # Without a locale, Triton's Python reads files as ASCII. Torch's compiler reads its own, which are not ASCII.
         with suppress(locale.Error):
             locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
         self._watchdog = Watchdog()
@@ -71,12 +71,12 @@ class TritonPythonModel:
         if self._watchdog.wait_for_stop():
             num_unanswered = self._batcher.num_unanswered
             self._batcher.drain(_DRAIN_SECONDS)
-            # Past Triton's log, which tears down too. A stop that takes long although nothing is unanswered here
-            # waits for something of Triton's own.
+            # Not through Triton's log, which ends too. If nothing is unanswered here and the stop still takes long,
+            # Triton waits for something of its own.
             print(f"nv-embed: the server stops; requests not yet answered: {num_unanswered}", file=sys.stderr)
 
     def _load(self, parameters: dict[str, dict[str, str]]) -> None:
-        # These import torch, and Triton's own look at this file does not wait for that.
+        # These import torch, which takes long. Triton also imports this file only to look at it.
         from nv_embed.compute.loading import load_engines
         from nv_embed.compute.warm_up import SAMPLE_TEXT, warm_up
         from nv_embed.models import read_checkpoint
@@ -105,7 +105,7 @@ class TritonPythonModel:
                 warm_up(engine, sample, target_seconds, MIN_BATCH_TOKENS, config.max_batch_tokens)
                 for engine in dict.fromkeys(engines)
             )
-        except (StartupError, OSError) as error:  # OSError: a file that this user may not read, say; it names the file
+        except (StartupError, OSError) as error:  # OSError: such as a file that this user may not read
             raise pb_utils.TritonModelException(f"the server does not start: {error}") from None
         self._instructions = Instructions(checkpoint.query_instruction, checkpoint.document_instruction)
         self._request_limits = RequestLimits(config.max_request_documents, config.max_request_bytes)
@@ -158,8 +158,8 @@ class TritonPythonModel:
         self._batcher.stop()
         self._watchdog.stop()
         self._drains.join(1.0)
-        # Metrics lie in the memory shared with the server. It is gone when the interpreter ends, and collecting them
-        # only then is a segmentation fault.
+        # Metrics live in memory shared with the server. That is gone when the interpreter ends, and to collect them
+        # then is a segmentation fault.
         del self._batcher
         gc.collect()
 

@@ -22,12 +22,7 @@ class Metric(Enum):
 
     REQUESTS = "requests_total", "counter", "Requests answered, by kind and outcome", ()
     REQUEST_SECONDS = "request_seconds_total", "counter", "Time from arrival to outcome, summed over requests", ()
-    TEXTS = (
-        "texts_total",
-        "counter",
-        "Texts by source of their vectors: computed or cached",
-        (),
-    )
+    TEXTS = "texts_total", "counter", "Texts by source of their vectors: computed or cached", ()
     TOKENS = "tokens_total", "counter", "Tokens computed", ()
     BATCH_TOKENS = "batch_tokens", "histogram", "Tokens in a batch", _TOKENS
     BATCH_TEXTS = "batch_texts", "histogram", "Texts in a batch", _TEXTS
@@ -59,7 +54,7 @@ _LABELS: dict[Metric, dict[str, tuple[str, ...]]] = {
     Metric.REQUEST_SECONDS: {"kind": _INPUTS},
     Metric.TEXTS: {"source": ("computed", "cached")},
 }
-# Every series there can be. One that is absent until it first counts neither a dashboard nor an alert can see.
+# Every series that there can be. Dashboards and alerts cannot see one that is absent until it first counts.
 SERIES: tuple[tuple[Metric, Labels], ...] = tuple(
     (metric, tuple(zip(_LABELS.get(metric, {}), values, strict=True)))
     for metric in Metric

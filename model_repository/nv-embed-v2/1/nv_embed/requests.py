@@ -1,7 +1,7 @@
 """Raw input arrays to an `EmbedRequest`, or `InvalidRequest`; knows neither the tokenizer nor Triton.
 
 An `EmbedRequest` in hand is the proof that its texts are valid UTF-8 and within the limits on documents and bytes.
-Limits in tokens are the tokenizer's, for only it can count them.
+Limits in tokens are the tokenizer's, because only it can count them.
 """
 
 from __future__ import annotations

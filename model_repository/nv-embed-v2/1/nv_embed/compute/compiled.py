@@ -84,7 +84,7 @@ def compile_network(network: Network, choice: str, device: torch.device) -> bool
         logger.info("%s: layers compiled in %.0f s", device, time.monotonic() - started)
         return True
     finally:
-        # A batch that torch would have to compile for again, of one token alone, say, is computed as it stands.
+        # What torch would have to compile again for, such as a batch of a single token, runs uncompiled.
         torch.compiler.set_stance("eager_on_recompile")
 
 

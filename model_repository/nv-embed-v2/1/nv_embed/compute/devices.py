@@ -21,8 +21,8 @@ from nv_embed.errors import DeviceError, DeviceLost, OutOfDeviceMemory, in_short
 from nv_embed.models.protocol import Work
 from nv_embed.sequence import SequenceType
 
-# What is said when memory runs out and it is not torch's own allocator that noticed: by the CUDA runtime and what torch
-# compiled, by cuBLAS, by cuBLAS of a new thread, on a CPU.
+# Words of errors when memory runs out and torch's own allocator is not what noticed: of the CUDA runtime and what torch
+# compiled, of cuBLAS, of cuBLAS in a new thread, on a CPU.
 _OUT_OF_MEMORY = "out of memory", "ALLOC_FAILED", "cublasCreate", "DefaultCPUAllocator"
 
 
@@ -152,7 +152,7 @@ def existing_device(name: str) -> Device:
 
 
 def _why_no_cuda() -> str:
-    """What torch says of it: that it was built without, or that the driver is missing or too old."""
+    """Torch's own words: it was built without CUDA, or the driver is missing or too old."""
     try:
         torch.cuda.init()  # type: ignore[no-untyped-call]
     except (AssertionError, RuntimeError) as error:
@@ -161,7 +161,7 @@ def _why_no_cuda() -> str:
 
 
 def _event(*, enable_timing: bool = False) -> torch.cuda.Event:
-    """One that is waited for asleep."""
+    """One for which a thread waits asleep, not spinning."""
     return torch.cuda.Event(enable_timing=enable_timing, blocking=True)  # type: ignore[no-untyped-call]
 
 

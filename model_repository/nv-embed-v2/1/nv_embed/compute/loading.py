@@ -48,12 +48,12 @@ def load_engine(
         dtype: see `Precision.choose`.
         attention: see `choose_attention`.
         compile_layers: see `compile_network`.
-        max_sequence_tokens: a CPU must have memory for texts of so many tokens,
-        num_batches: and for so many of them at a time.
+        max_sequence_tokens: length of the longest texts, for which a CPU must have memory; 0: that is not checked.
+        num_batches: how many of them are computed at a time.
 
     Raises:
         DeviceError: the device is absent, its free memory too small, the attention kernel or a compiler missing, or the
-            precision not to be had or too coarse.
+            precision not supported or too coarse.
         CheckpointError: files or tensors are missing, damaged or of another model.
     """
     target = existing_device(device)
@@ -90,7 +90,7 @@ def load_engines(
 
     Entries for the same device are the same engine. A GPU has two: one thread starts a batch while the other one waits
     for its own. If only the CPU is named, and once, it has one entry for all cores if the network is wide, and one for
-    each core, up to 8, if it is narrow; else as many as it was named.
+    each core, up to 8, if it is narrow. Otherwise it has an entry each time that it is named.
     """
     if "cpu" in devices:  # first of all, because what is compiled is compiled for a number of threads
         num_cores = max(min(torch.get_num_threads(), math.ceil(min(most_cores(), 2**16))), 1)
@@ -111,7 +111,7 @@ def load_engines(
 def _check_memory(
     device: Device, precision: Precision, network: Network, num_texts: int, max_sequence_tokens: int
 ) -> None:
-    """That there is room for the weights, and for the activations of so many longest texts at a time."""
+    """Raise DeviceError if there is no room for the weights and the activations of `num_texts` longest texts."""
     weights = precision.num_bytes(network)
     one_text = max_sequence_tokens * network.numbers_per_token * precision.dtype.itemsize + _PIECE_BYTES
     needed, free = int((weights + num_texts * one_text) * _MEMORY_HEADROOM), device.free_memory()

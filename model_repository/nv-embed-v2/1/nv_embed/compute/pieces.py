@@ -32,7 +32,7 @@ class Whole:
 
 
 class Pieces:
-    """One pass, which calls `pause` whenever so much work is done. A short batch ends before."""
+    """One pass, which calls `pause` after each fraction of a second of work. A short batch ends before that."""
 
     def __init__(self, pause: Callable[[], None], num_threads: int) -> None:
         """num_threads: that share an operation."""

@@ -77,7 +77,7 @@ class Float8Matrix(nn.Module):
         # Not functional.scaled_mm, the same by its public name: torch 2.11 cannot compile that.
         product: Tensor = torch._scaled_mm(
             rounded.to(_FLOAT8), self.weight.t(), scale, self.scale.t(), out_dtype=x.dtype,
-            use_fast_accum=True,  # some bits less, as is usual where nothing is trained
+            use_fast_accum=True,  # fewer bits, as is usual where nothing is trained
         )  # fmt: skip
         return product
 
@@ -145,7 +145,7 @@ def round_matrices(layer: nn.Module, kind: type[Int8Matrix] | type[Float8Matrix]
 class Rounding:
     """Puts 8-bit matrices into a network, layer by layer as each is filled, and finds what that does to vectors.
 
-    Sample texts run through every layer twice: as it was, and rounded, behind layers that are rounded, too. So the
+    Sample texts run through every layer twice: before it is rounded, and after, behind other rounded layers. So the
     whole network is compared with itself although memory never holds it in full.
     """
 

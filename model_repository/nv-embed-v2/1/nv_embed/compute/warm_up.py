@@ -38,7 +38,7 @@ def warm_up(
     """
 
     def embed(num_tokens: int) -> float:
-        """Returns the seconds that so many tokens take, found with a whole number of sequences."""
+        """Seconds for `num_tokens`, scaled from those of a whole number of sequences."""
         num_sequences = max(num_tokens // sequence.num_tokens, 1)
         started = time.monotonic()
         engine.embed([sequence] * num_sequences)

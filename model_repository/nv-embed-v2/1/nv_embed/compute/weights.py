@@ -107,7 +107,7 @@ class _Progress:
 
 
 def _open(folder: Path, stack: ExitStack) -> dict[str, Any]:
-    """Memory-map every shard; name -> unread slice. `safe_open` has no public type for the latter."""
+    """Memory-map every shard; name -> unread slice. `safe_open` has no public type for a slice."""
     tensors: dict[str, Any] = {}
     for path in _shards(folder):
         path.open("rb").close()  # an OSError says what keeps this user from it; the library's do not

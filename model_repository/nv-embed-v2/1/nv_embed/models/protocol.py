@@ -39,7 +39,7 @@ class Work(Protocol):
     """How a device wants a pass to be computed."""
 
     def pieces(self, num_rows: int, multiply_adds: int, fewest_rows: int = FEWEST_ROWS) -> Iterable[slice]:
-        """The rows to compute at a time, in order, when each costs so many multiply-adds; may raise between them.
+        """The rows to compute at a time, in order, when each costs `multiply_adds`; may raise between them.
 
         A piece has `fewest_rows` or more, unless the end comes first.
         """

@@ -1,4 +1,4 @@
-"""Sends answers from a thread of its own, large ones last; metrics between; knows neither queue, engine nor Triton."""
+"""Sends answers, and metrics between them, from a thread of its own; knows neither queue, engine nor Triton."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from nv_embed.scheduling.vector_cache import Vector
 
 logger = logging.getLogger(__name__)
 
-LARGE_ANSWER_BYTES = 2**20  # one of more is copied for so long that ...
-_LARGE_WAITS_SECONDS = 1.0  # ... others that come at most this much later pass it
+LARGE_ANSWER_BYTES = 2**20  # a larger one takes long to copy ...
+_LARGE_WAITS_SECONDS = 1.0  # ... so those that come within this time pass it
 _PUBLISH_SECONDS = 0.2  # from an event to its metrics
 
 
@@ -41,7 +41,7 @@ class Answer:
         return len(self.vectors) * self.vectors[0].nbytes
 
     def embeddings(self) -> npt.NDArray[np.float32]:
-        """[N, dim], put together anew at each call."""
+        """[N, dim], a new array at each call."""
         return np.concatenate(self.vectors).reshape(len(self.vectors), -1)
 
 
@@ -74,7 +74,7 @@ class Outbox:
             metrics: where answers are counted.
             collect: called a few times a second while something happens; what it returns is published.
             publish: takes one update of a metric.
-            on_lost: called when an answer could not be sent, for then its client can be told nothing any more.
+            on_lost: called when an answer could not be sent, because nothing can reach its client any more.
         """
         self._metrics = metrics
         self._collect = collect
@@ -147,7 +147,7 @@ class Outbox:
             now = time.monotonic()
             if now >= collect_at and not updates:
                 updates.extend(self._collect())
-                # Once more after the last event, for what other threads count just after they announced it.
+                # Once more after the last event, because other threads may count just after they announced it.
                 collect_at, is_news = (now + _PUBLISH_SECONDS if is_news else math.inf), False
             wait = 0.0 if updates else collect_at - now
             try:
@@ -160,7 +160,7 @@ class Outbox:
                 collect_at, is_news = min(collect_at, time.monotonic() + _PUBLISH_SECONDS), True
                 event()
                 del event  # and with it the answer
-            # One at a time, for each costs as much as a short query: an answer waits for no more than that.
+            # One at a time, because each costs as much as a short query. An answer waits for no more than that.
             if updates:
                 self._publish_safely(updates.popleft())
         for update in [*updates, *self._collect()]:

@@ -86,7 +86,7 @@ class Batcher:
 
     @property
     def num_unanswered(self) -> int:
-        """Requests without an answer, settled ones included that are still to be sent."""
+        """Requests without an answer, including those whose answer is not sent yet."""
         return len(self._ledger.ledger.requests) + self._outbox.num_unsent
 
     def drain(self, seconds: float) -> None:
@@ -96,7 +96,7 @@ class Batcher:
     def stop(self) -> None:
         """Answer whatever is unfinished as unavailable, and return when that is sent.
 
-        A batch that is being computed, for nobody any more, is waited for at most 3 s.
+        It waits at most 3 s for batches that are being computed. Their requests are answered by then.
         """
         self._end()
         until = time.monotonic() + _LAST_BATCH_SECONDS
@@ -138,7 +138,7 @@ class Batcher:
         self._on_fatal()
 
     def _guard(self, duty: Callable[[], None]) -> None:
-        """Run a thread; should it ever break, leave nobody without an answer."""
+        """Do the duty of a thread. If that breaks, answer everybody."""
         try:
             duty()
         except BaseException:

@@ -88,7 +88,7 @@ class FairQueue(Generic[Item]):
         self._queue(flow)
 
     def _drop_unwanted(self, heap: list[tuple[float, int, Flow]]) -> None:
-        """Let a heap begin with a flow whose first item is wanted, or be empty."""
+        """Drop items until the heap is empty or begins with a flow whose first item is wanted."""
         while heap and not (heap[0][-1].waiting and self._is_wanted(heap[0][-1].waiting[0][0])):
             _, _, flow = heapq.heappop(heap)
             while flow.waiting and not self._is_wanted(flow.waiting[0][0]):

@@ -12,8 +12,8 @@ _SMOOTHING = 0.2  # the weight of the latest batch: one stall of the machine mus
 class Pace:
     """A token budget that follows the engine's speed.
 
-    The speed found at the start is that of short texts and, as a rule, of an idle machine. Beside other work, and with
-    long texts, whose attention costs more, a batch of as many tokens takes longer, and every query waits for it.
+    The speed found at the start is that of short texts and, usually, of an idle machine. Beside other work, or with
+    long texts, whose attention costs more, the same number of tokens takes longer, and every query waits for it.
     """
 
     def __init__(self, most_tokens: int, target_seconds: float | None) -> None:

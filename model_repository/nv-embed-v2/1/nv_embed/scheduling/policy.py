@@ -34,14 +34,14 @@ def room(limit: int, *, is_query: bool) -> int:
 
 
 def share(num_waiting_tokens: int, num_idle_engines: int) -> int:
-    """Tokens for one engine while others have nothing to do: together they finish sooner what waits."""
+    """Tokens for one engine while others have nothing to do, so that together they finish sooner."""
     return max(math.ceil(num_waiting_tokens / (num_idle_engines + 1)), MIN_BATCH_TOKENS)
 
 
 def may_interrupt(own_seconds: float, others_seconds: float) -> bool:
     """Whether a pass of this many seconds so far lets short batches go first.
 
-    A pass keeps at least half of the time of its thread. So a long text delays nobody by minutes, and short ones do
-    not delay it by more than as much again. A pass of usual length is not interrupted.
+    A pass keeps at least half of the time of its thread. So a long text delays nobody by minutes, and short ones at
+    most double its time. A pass of usual length is not interrupted.
     """
     return own_seconds >= _USUAL_PASS_SECONDS and others_seconds < own_seconds

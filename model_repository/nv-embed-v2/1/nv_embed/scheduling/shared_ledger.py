@@ -15,12 +15,12 @@ from nv_embed.scheduling.states import Answers, Batch, Request
 
 
 class SharedLedger:
-    """Each method takes the lock, for as long as one event of the ledger takes, and gives it back while it waits."""
+    """Each method holds the lock for one event of the ledger, and releases it while it waits."""
 
     def __init__(self, limits: BatchLimits, outbox: Outbox) -> None:
         self._outbox = outbox
         self._lock = Lock()
-        self.ledger = Ledger(limits)  # numbers alone may be read without the lock
+        self.ledger = Ledger(limits)  # only its numbers may be read without the lock
         self._work = Condition(self._lock)  # there is something to compute, or the end has come
         self._time = Condition(self._lock)  # something is due earlier than what `questions` waits for
         self._wakes_at = math.inf
@@ -43,7 +43,7 @@ class SharedLedger:
                 self._work.notify()
 
     def choose(self, max_tokens: Callable[[], int]) -> Batch | None:
-        """Wait for work and return a batch of at most so many tokens when it comes; None when the end has come."""
+        """Wait for work and return a batch of at most `max_tokens()` tokens; None when the end has come."""
         with self._lock:
             while True:
                 self._num_idle += 1
@@ -59,7 +59,7 @@ class SharedLedger:
                     return batch
 
     def choose_short(self, max_tokens: int) -> Batch | None:
-        """A batch of texts that are not long, None if there is none now."""
+        """A batch of texts that are not long; None if there is none now."""
         with self._lock:
             while not self._is_over and self.ledger.has_short_work:
                 batch, answers = self.ledger.chosen(max_tokens, self._num_idle, with_long=False)
@@ -69,7 +69,7 @@ class SharedLedger:
             return None
 
     def questions(self) -> list[Request] | None:
-        """Wait until some requests should be asked whether they are cancelled; refuse meanwhile what waits too long.
+        """Wait until some requests should be asked whether they are cancelled. Meanwhile, refuse what waits too long.
 
         None when the end has come.
         """
@@ -84,13 +84,13 @@ class SharedLedger:
             return None
 
     def stop_at(self, seconds: float) -> None:
-        """Refuse what is unfinished so many seconds from now."""
+        """Refuse what is still unfinished `seconds` from now."""
         with self._lock:
             self.ledger.stopping(time.monotonic() + seconds)
             self._wake_clock()
 
     def end(self) -> None:
-        """Refuse all that is unfinished, now and from now on, and let everybody who waits here return."""
+        """Refuse every unfinished and every later request, and let all threads that wait here return."""
         with self._lock:
             self._is_over = True
             self._send(self.ledger.stopped())

@@ -4,23 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 from nv_embed.requests import EmbedRequest
 from nv_embed.scheduling.answers import Outcome, Reply
 from nv_embed.scheduling.fair_queue import Flow
 from nv_embed.scheduling.vector_cache import Vector
-
-
-class TokenizedText(Protocol):
-    """What is computed, as far as it is needed here."""
-
-    @property
-    def num_tokens(self) -> int:
-        """As fed to the network."""
-
-    def digest(self) -> bytes:
-        """A key that two sequences share only if their vectors are the same."""
+from nv_embed.sequence import SequenceLike
 
 
 @dataclass(slots=True, eq=False)
@@ -53,7 +43,7 @@ class Text:
 
     request: Request
     index: int
-    sequence: TokenizedText
+    sequence: SequenceLike
     key: bytes
     vector: Vector | None = None
 
@@ -67,7 +57,7 @@ class Batch:
     oldest_arrival: float = math.inf
 
     @property
-    def sequences(self) -> list[TokenizedText]:
+    def sequences(self) -> list[SequenceLike]:
         """One for each entry."""
         return [texts[0].sequence for texts in self.entries]
 

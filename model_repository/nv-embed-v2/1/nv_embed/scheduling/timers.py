@@ -1,4 +1,4 @@
-"""When to look at which request again; knows no clock and not what for."""
+"""Which request to look at again, and when; knows neither the clock nor the reason."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from nv_embed.scheduling.states import Request
 
 
 class Timers:
-    """Requests by the time of their next look. Those that finished are forgotten, sooner or later."""
+    """Requests by the time of their next look. Finished ones are forgotten sooner or later."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, Request]] = []
-        self._numbers = count()  # of looks at the same time the first that was set comes first
+        self._numbers = count()  # looks at the same time come in the order in which they were set
         self._most = 1000
 
     def __len__(self) -> int:
@@ -23,11 +23,11 @@ class Timers:
 
     @property
     def next_at(self) -> float:
-        """When `due` has something to give, at the earliest."""
+        """The earliest time at which `due` has something to give."""
         return self._heap[0][0] if self._heap else math.inf
 
     def set(self, request: Request, at: float) -> None:
-        """Look at a request at this time, and also when it was set to before."""
+        """Look at a request at this time. A time set before stands, too."""
         if len(self._heap) > self._most:
             self._heap = [timer for timer in self._heap if not timer[-1].is_finished]
             heapq.heapify(self._heap)

@@ -12,11 +12,12 @@ from typing import Protocol
 from nv_embed.errors import ComputeFailed, RequestError
 from nv_embed.metrics import Metric, Recorder
 from nv_embed.scheduling.shared_ledger import SharedLedger
-from nv_embed.scheduling.states import Request, Text, TokenizedText
+from nv_embed.scheduling.states import Request, Text
+from nv_embed.sequence import SequenceLike
 
 logger = logging.getLogger(__name__)
 
-# Requests are tokenized in slices of about this much, in turn, so that none waits for a huge one.
+# Requests take turns, with a slice of about this size each, so that none waits for a huge one.
 _SLICE_CHARACTERS = 64 * 1024
 
 
@@ -25,7 +26,7 @@ class Tokenizer(Protocol):
 
     def encode(
         self, texts: Sequence[str], instruction: str, *, truncate: bool, first_index: int
-    ) -> Sequence[TokenizedText]:
+    ) -> Sequence[SequenceLike]:
         """Tokenize; raises InvalidRequest."""
 
 
@@ -50,7 +51,7 @@ class Tokenizing:
                 self._waiting.put(request)
 
     def _tokenize_slice(self, request: Request) -> None:
-        # Taken before it is asked whether the request is finished: finishing it takes its texts away.
+        # Read before `is_finished`, because the ledger takes the texts away after it has set that.
         spec, start = request.spec, len(request.texts)
         if request.is_finished:
             return

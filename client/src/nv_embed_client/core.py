@@ -1,4 +1,4 @@
-"""What both clients do, each method once, as a plan; how a plan is carried out is all that they differ in."""
+"""What both clients do, each method once, as a plan. The clients differ only in how they carry out a plan."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Core(Settings):
         progress: bool = False,
         timeout: float | None = None,
     ) -> Plan[npt.NDArray[np.float32]]:
-        """Any number of queries, each as `embed_query` has it: [n, dim], in input order."""
+        """Any number of queries, each embedded as `embed_query` does: [n, dim], in input order."""
         call = Call("query", instruction, truncate, progress=progress, timeout=timeout)
         return (yield from self._embed_as(call, texts)).embeddings
 
@@ -110,12 +110,12 @@ class Core(Settings):
         timeout: float | None = None,
         max_texts_per_request: int | None = None,
     ) -> Plan[EmbedResult]:
-        """What the other methods are made of.
+        """Any number of texts, with every option; the other methods use this one.
 
         Args:
             texts: any iterable of any length; it is read as requests are sent.
             input_type: "query" puts the standard instruction before each text.
-            instruction: replaces that of either type; the whole text before the query, template included.
+            instruction: replaces that of either type. It is the whole text before each text, template included.
             truncate: "END" cuts a text that is too long for the model, "NONE" has it refused.
             token_counts: also give the tokens of each text.
             progress: show a progress bar.
@@ -130,7 +130,7 @@ class Core(Settings):
         return (yield from self._embed_as(call, texts))
 
     def _dimension(self, timeout: float | None = None) -> Plan[int]:
-        """Of the embeddings; asks the server once, by embedding one text, within `timeout` seconds."""
+        """Numbers of an embedding; asks the server once, by embedding one text, within `timeout` seconds."""
         if self._known_dimension is None:
             yield from self._embed_as(Call(timeout=timeout), [""])
         assert self._known_dimension is not None

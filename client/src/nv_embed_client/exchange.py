@@ -18,12 +18,12 @@ from nv_embed_client.transport import Transport
 
 T = TypeVar("T")
 
-_GRACE_SECONDS = 2.0  # a transport that has not ended a request so long after its deadline never will
+_GRACE_SECONDS = 2.0  # a transport that has not ended a request this long after its deadline never will
 
 
 @dataclass(frozen=True, slots=True)
 class Together:
-    """Flows to run at the same time; they are taken one by one, each when there is room for it."""
+    """Flows to run at the same time. Each is taken when there is room for it."""
 
     flows: Iterator[Flow[Any]]
     max_at_once: int

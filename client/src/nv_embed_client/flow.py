@@ -92,7 +92,7 @@ def probe(timeout_seconds: float = _PROBE_SECONDS) -> Flow[bool]:
     """Whether the model is ready now.
 
     Raises:
-        NVEmbedError: something else than an absent, stopping or starting server.
+        NVEmbedError: anything other than an absent, stopping or starting server.
     """
     return (yield from _why_not_ready(timeout_seconds)) is None
 
@@ -102,7 +102,7 @@ def wait_until_ready(deadline: Deadline, where: str) -> Flow[None]:
 
     Raises:
         DeadlineExceeded: it is not in time.
-        NVEmbedError: asking fails in a way that waiting does not mend.
+        NVEmbedError: the question fails in a way that waiting does not mend.
     """
     # Triton offers no readiness to subscribe to, so this asks, ever more slowly.
     policy, attempt = RetryPolicy(max_attempts=2**31, max_pause_seconds=1.0), 1

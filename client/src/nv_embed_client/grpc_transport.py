@@ -34,12 +34,12 @@ _CHANNEL_ARGUMENTS = (
     # gRPC's default grows to two minutes between attempts to connect: long after a restarted server is back.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
-    # Despite its name how long an attempt to connect may take, TLS included; after a refusal it delays nothing.
+    # Despite its name, this is how long an attempt to connect may take, TLS included. A refusal is not delayed by it.
     ("grpc.min_reconnect_backoff_ms", 5000),
-    # Else gRPC gives a new channel the connection of an old one, also when that is dead.
+    # Otherwise gRPC gives a new channel the connection of an old one, even a dead one.
     ("grpc.use_local_subchannel_pool", 1),
 )
-# A connection that has said nothing for so long is asked for a sign of life, by a small request. HTTP/2's pings would
+# A connection that has been silent for this long is asked for a sign of life, by a small request. HTTP/2's pings would
 # do the same, but a server with default settings ends a connection that pings too often, and all requests on it.
 _SILENCE_SECONDS = 3.0
 _SIGN_SECONDS = 2.0  # a server that takes longer for it is asked over a new connection too
@@ -107,7 +107,7 @@ class GrpcTransport(Transport):
         return self._send("ModelReady", message, lambda reply: bool(reply.ready), timeout_seconds)
 
     def check(self) -> float | None:
-        """Doubt the connection if it is silent. Seconds until that is due."""
+        """Doubt the connection if it is silent. Returns the seconds until the next look is due."""
         line = self._line
         if line is None or line.in_doubt or not line.calls:
             return _SILENCE_SECONDS
@@ -115,7 +115,6 @@ class GrpcTransport(Transport):
         if seconds > 0:
             return seconds
         line.in_doubt = True
-
         self._ask_for_a_sign(line, lambda sign: self._compare(line) if sign is _Sign.NONE else self._trust(line))
         return _SILENCE_SECONDS
 
@@ -182,7 +181,7 @@ class GrpcTransport(Transport):
 
         def ended(call: Any) -> None:
             code = call.code().name
-            # A server that keeps this question to others answers UNAVAILABLE, and so does gRPC for no server.
+            # A server that restricts this question answers UNAVAILABLE, and so does gRPC if there is no server.
             if _is_a_sign(code) or isinstance(error_of(code, call.details() or ""), AccessDenied):
                 asked(_Sign.LIFE)
             else:
@@ -228,7 +227,7 @@ class GrpcTransport(Transport):
                 self._start(sent, fresh)
 
     def _retire(self, line: _Line, successor: _Line | None = None) -> None:
-        """Begin nothing more over `line`. What is on its way stays, and its channel ends when the last of it does."""
+        """Begin nothing more over `line`. What is on its way stays there, and the channel ends with the last of it."""
         with self._lock:
             if self._line is line:
                 self._line = None if self._closed else successor
@@ -246,5 +245,5 @@ def _closed() -> Unavailable:
 
 
 def _is_a_sign(code: str) -> bool:
-    """Whether a request that ended so shows that its connection lives: gRPC gives the others by itself, too."""
+    """Whether this code shows that the connection lives. gRPC itself also gives the others."""
     return code not in ("UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED")

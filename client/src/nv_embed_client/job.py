@@ -20,7 +20,7 @@ from nv_embed_client.wire import EmbedRequest, EmbedResult
 from nv_embed_client.wire import InputType as InputType
 from nv_embed_client.wire import Truncate as Truncate
 
-_FAILURES_OF_THE_SERVER = 3  # so many texts in a row, each failed alone, are not the texts' doing
+_FAILURES_OF_THE_SERVER = 3  # this many single texts in a row: then the texts are not to blame
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +79,13 @@ Outcome: TypeAlias = _Embedded | Failure
 
 
 class _Patience:
-    """Looks at outcomes, one after the other, for the one after which nothing more is worth sending."""
+    """Looks at one outcome after the other, and says when nothing more is worth sending."""
 
     def __init__(self) -> None:
         self._num_failures = 0  # of the server's, none of its embeddings since
 
     def ended_by(self, outcome: Outcome) -> NVEmbedError | None:
-        """Its error, if it is the one: bad input spoils its own text only, and so do a few failures of the server."""
+        """The error that ends the call, if this one does. Bad input and few server failures spoil only their texts."""
         if isinstance(outcome, _Embedded):
             self._num_failures = 0
             return None

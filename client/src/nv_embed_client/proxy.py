@@ -1,4 +1,4 @@
-"""Which HTTP proxy gRPC goes through, as the environment says; nothing else in gRPC's errors tells it."""
+"""Which HTTP proxy the environment has gRPC use, because gRPC's own errors do not say."""
 
 from __future__ import annotations
 

@@ -46,13 +46,13 @@ class EmbedRequest:
     token_counts: bool = False
 
     def message(self, model_name: str) -> Any:
-        """The same as Triton's protocol has it."""
+        """This request as a message of Triton's protocol."""
         input_name, instruction = "documents", self.instruction
         if self.input_type == "query":
             if len(self.texts) == 1:
                 input_name = "query"
             elif instruction is None:
-                # The server takes one `query` a request; documents with its instruction get the same vectors.
+                # A request holds at most one `query`. Documents with the query's instruction get the same vectors.
                 instruction = QUERY_INSTRUCTION
         message = service_pb2.ModelInferRequest(model_name=model_name)
         num_texts = len(self.texts)
@@ -73,7 +73,7 @@ class EmbedRequest:
         """The arrays of Triton's reply, views of its buffers.
 
         Raises:
-            ServerFailure: they are not what this request must be answered with.
+            ServerFailure: they cannot be the answer to this request.
         """
         arrays: dict[str, npt.NDArray[Any]] = {}
         types = {"embeddings": ("FP32", np.float32), "token_counts": ("INT32", np.int32)}

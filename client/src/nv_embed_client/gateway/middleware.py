@@ -16,7 +16,7 @@ from nv_embed_client.gateway.refusals import Refusal
 
 
 class Normalize:
-    """Lets a path with slashes too many be answered instead of redirected, and HEAD as GET.
+    """Answers a path with too many slashes instead of redirecting it, and HEAD as GET.
 
     The HTTP server leaves the body out of an answer to HEAD.
     """
@@ -110,7 +110,7 @@ class RequireKey:
 
 
 class GuardBody:
-    """Refuses a compressed body, and one of more than so many bytes, before reading it where its length is given."""
+    """Refuses a compressed body and one that is too large, before reading it if its length is given."""
 
     def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
         self._app = app

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -24,6 +25,10 @@ PUBLISHED_TEXT_CONFIG = {
     "hidden_act": "silu",
     "sliding_window": 4096,
 }
+
+
+def pytest_configure():
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: fixtures stop what they started
 
 
 def pytest_collection_modifyitems(items):

@@ -32,5 +32,6 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=15m --retries=3 \
 # NVIDIA's entry point, which prints what it finds of driver and GPU, becomes the command. -s: fine below another init.
 ENTRYPOINT ["tini", "-s", "--", "/opt/nvidia/nvidia_entrypoint.sh"]
 
-# Administrative protocols need the key, one drawn at the start unless ADMIN_KEY gives it.
-CMD ["bash", "-c", "key=shared-memory,model-config,model-repository,statistics,trace,logging:nv-embed-admin=${ADMIN_KEY:-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \\n')}; exec tritonserver --model-repository=/model_repository --model-control-mode=none --disable-auto-complete-config --exit-timeout-secs=30 --grpc-restricted-protocol=$key --http-restricted-api=$key"]
+# As serve.sh starts it, too. ADMIN_KEY and SHM_BYTES may be given.
+COPY tools/triton_arguments.sh /opt/nv-embed-v2/triton_arguments.sh
+CMD ["bash", "-c", "source /opt/nv-embed-v2/triton_arguments.sh && exec tritonserver --model-repository=/model_repository \"${triton_arguments[@]}\""]

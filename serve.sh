@@ -4,7 +4,8 @@
 # Every parameter of config.pbtxt can be set as NV_EMBED_<PARAMETER>:  NV_EMBED_MAX_BATCH_TOKENS=8192 ./serve.sh
 set -euo pipefail
 
-repo="$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")"
+repo="$(readlink -f -- "${BASH_SOURCE[0]}")"
+repo=${repo%/*}  # dirname in $(...) would lose a line's end in a folder's name
 
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then  # what stands above and right below, each variable with its default
   sed -n -e '2,/^set -e/s/^# //p' -e '/^MODEL_PATH=\${/,/^SHM_BYTES=/{s/\${[A-Z_]*:-//g;s/}}*/ /;p;}' "${BASH_SOURCE[0]}"
@@ -20,7 +21,12 @@ METRICS_PORT=${METRICS_PORT:-8002}
 ADDRESS=${ADDRESS:-}                                # IPv4 to listen on; none: 127.0.0.1 with RUNTIME=pip, else 0.0.0.0
 METRICS_ADDRESS=${METRICS_ADDRESS:-}                # none: the same
 RUNTIME=${RUNTIME:-auto}                            # auto, native, docker or pip
-RESTART=${RESTART:-no}                              # always: start the server again whenever it ends unasked
+RESTART=${RESTART:-no}                              # always: start server or gateway again when it ends unasked
+GATEWAY_PORT=${GATEWAY_PORT:-}                      # port of OpenAI's embeddings API; none: only Triton's
+GATEWAY_HOST=${GATEWAY_HOST:-127.0.0.1}             # IPv4 that the gateway listens on
+GATEWAY_API_KEY=${GATEWAY_API_KEY:-}                # what its clients must send; none: anybody may ask
+GATEWAY_ARGUMENTS=${GATEWAY_ARGUMENTS:-}            # more of nv-embed-gateway's arguments, quoted as in a shell
+GATEWAY_VENV=${GATEWAY_VENV:-$repo/.venv-gateway}   # its environment, made on the first start
 ADMIN_KEY=${ADMIN_KEY:-}                            # opens Triton's administrative protocols; none: they stay shut
 TLS_CERT=${TLS_CERT:-}                              # gRPC over TLS: the server's certificate, ...
 TLS_KEY=${TLS_KEY:-}                                # ... its key, and ...
@@ -37,6 +43,10 @@ SHM_BYTES=${SHM_BYTES:-33554432}                    # taken at the start; small 
 refuse() { printf 'serve.sh: %s\n' "$@" >&2; exit 2; }
 # shellcheck source=tools/prepare_venv.sh
 source "$repo/tools/prepare_venv.sh"
+# shellcheck source=tools/gateway.sh
+source "$repo/tools/gateway.sh"
+# shellcheck source=tools/paths.sh
+source "$repo/tools/paths.sh"
 
 real_model=yes
 if [[ -z $MODEL_PATH ]]; then
@@ -49,8 +59,10 @@ fi
 DEVICE=${DEVICE:-cuda:0}
 [[ -d $MODEL_PATH ]] || refuse "MODEL_PATH: expected the folder of a checkpoint, found no folder '$MODEL_PATH'."
 [[ -d $MODEL_REPOSITORY ]] || refuse "MODEL_REPOSITORY: expected a folder, found no folder '$MODEL_REPOSITORY'."
-MODEL_PATH="$(absolute "$MODEL_PATH")"
-MODEL_REPOSITORY="$(absolute "$MODEL_REPOSITORY")"
+for setting in MODEL_PATH MODEL_REPOSITORY; do
+  path="$(absolute "${!setting}" && echo .)"  # else $(...) would lose a line's end in a folder's name
+  printf -v "$setting" %s "${path%??}"
+done
 
 [[ $RESTART == no || $RESTART == always ]] || refuse "RESTART: expected no or always, got '$RESTART'."
 if [[ $RUNTIME == auto ]]; then
@@ -84,29 +96,38 @@ case $RUNTIME in
 esac
 ADDRESS=${ADDRESS:-0.0.0.0}
 METRICS_ADDRESS=${METRICS_ADDRESS:-$ADDRESS}
-for setting in ADDRESS METRICS_ADDRESS; do  # numbers: Docker publishes on no names, and Triton's HTTP understands none
+# In numbers: Docker publishes on no names, and Triton's HTTP understands none.
+for setting in ADDRESS METRICS_ADDRESS GATEWAY_HOST; do
   if [[ ${!setting} == localhost ]]; then printf -v "$setting" 127.0.0.1; fi
-  [[ ${!setting} =~ ^[0-9]{1,3}(\.[0-9]{1,3}){3}$ || ($RUNTIME == docker && ${!setting} == \[*:*\]) ]] ||
+  [[ ${!setting} =~ ^[0-9]{1,3}(\.[0-9]{1,3}){3}$ || ($RUNTIME$setting == docker*ADDRESS && ${!setting} == \[*:*\]) ]] ||
     refuse "$setting: expected an IPv4 address of this machine in numbers, or localhost; got '${!setting}'."
 done
 HTTP_ADDRESS=$ADDRESS
-tls=() tls_mounts=()
+tls=() mounts=()
 if [[ -n $TLS_CERT$TLS_KEY$TLS_CLIENT_CA ]]; then
   [[ -n $TLS_CERT && -n $TLS_KEY ]] || refuse "TLS: expected both TLS_CERT and TLS_KEY, did not get both."
   for setting in TLS_CERT TLS_KEY TLS_CLIENT_CA; do
     if [[ -z ${!setting} ]]; then continue; fi
     [[ -r ${!setting} ]] || refuse "$setting: expected a readable file, found none at '${!setting}'."
-    printf -v "$setting" %s "$(readlink -f -- "${!setting}")"
-    tls_mounts+=(--mount "type=bind,source=${!setting},target=${!setting},readonly")
+    if [[ ${!setting} != /* ]]; then printf -v "$setting" %s "$PWD/${!setting}"; fi
+    file=${!setting}
+    if [[ $RUNTIME == docker ]]; then
+      bind_mount "$file" "/tls/$setting"
+      file=/tls/$setting
+    fi
+    case $setting in
+      TLS_CERT) tls+=(--grpc-use-ssl=true "--grpc-server-cert=$file") ;;
+      TLS_KEY) tls+=("--grpc-server-key=$file") ;;
+      TLS_CLIENT_CA) tls+=(--grpc-use-ssl-mutual=true "--grpc-root-cert=$file") ;;
+    esac
   done
   HTTP_ADDRESS=127.0.0.1  # Triton has no TLS for HTTP, so it is for this machine only
-  tls=(--grpc-use-ssl=true "--grpc-server-cert=$TLS_CERT" "--grpc-server-key=$TLS_KEY")
-  if [[ -n $TLS_CLIENT_CA ]]; then tls+=(--grpc-use-ssl-mutual=true "--grpc-root-cert=$TLS_CLIENT_CA"); fi
 fi
 
 # Triton opens its ports only after the model is loaded, which is late to learn that one is taken.
 seen=' '
-for pair in "HTTP_PORT $HTTP_ADDRESS" "GRPC_PORT $ADDRESS" "METRICS_PORT $METRICS_ADDRESS"; do
+for pair in "HTTP_PORT $HTTP_ADDRESS" "GRPC_PORT $ADDRESS" "METRICS_PORT $METRICS_ADDRESS" \
+  ${GATEWAY_PORT:+"GATEWAY_PORT $GATEWAY_HOST"}; do
   read -r setting address <<<"$pair"
   port=${!setting}
   if [[ ! $port =~ ^[1-9][0-9]{0,4}$ ]] || ((port > 65535)); then
@@ -119,17 +140,14 @@ for pair in "HTTP_PORT $HTTP_ADDRESS" "GRPC_PORT $ADDRESS" "METRICS_PORT $METRIC
   fi
 done
 
-export NV_EMBED_MODEL_PATH=$MODEL_PATH NV_EMBED_DEVICE=$DEVICE
+if [[ -n $GATEWAY_PORT ]]; then check_gateway; fi
+
+export NV_EMBED_MODEL_PATH NV_EMBED_DEVICE=$DEVICE
 export MALLOC_ARENA_MAX=${MALLOC_ARENA_MAX:-2}  # glibc's default doubles the server's memory
 
-# Auto-completion would import model.py a second time, in a process of its own.
-settings=(--model-control-mode=none --disable-auto-complete-config --exit-timeout-secs=30
-  "--backend-config=python,shm-default-byte-size=$SHM_BYTES")
-# What a client never needs and an attacker would like: each call must carry the key, one drawn here unless given.
-# It stands in the server's command line, so whoever can list this machine's processes can read it.
-protocols=shared-memory,model-config,model-repository,statistics,trace,logging
-key="nv-embed-admin=${ADMIN_KEY:-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')}"
-settings+=("--grpc-restricted-protocol=$protocols:$key" "--http-restricted-api=$protocols:$key" ${tls[@]+"${tls[@]}"})
+# shellcheck source=tools/triton_arguments.sh
+source "$repo/tools/triton_arguments.sh"
+settings=("${triton_arguments[@]}" ${tls[@]+"${tls[@]}"})
 # Without these the log warns of a missing GPU that nobody asked for.
 if [[ $DEVICE != *cuda* ]]; then settings+=(--allow-gpu-metrics=false --pinned-memory-pool-byte-size=0); fi
 addresses=("--http-address=$HTTP_ADDRESS" "--grpc-address=$ADDRESS" "--metrics-address=$METRICS_ADDRESS"
@@ -137,10 +155,18 @@ addresses=("--http-address=$HTTP_ADDRESS" "--grpc-address=$ADDRESS" "--metrics-a
 
 case $RUNTIME in
   native)
+    plain MODEL_REPOSITORY
+    plain MODEL_PATH
+    NV_EMBED_MODEL_PATH=$MODEL_PATH
     command=(tritonserver "--model-repository=$MODEL_REPOSITORY" "${addresses[@]}" "${settings[@]}")
     ;;
   pip)
     prepare_venv "$VENV" "$repo/model_repository/nv-embed-v2/requirements.txt" "$repo/tools/requirements.txt"
+    if [[ $VENV != /* ]]; then VENV="$PWD/$VENV"; fi
+    plain VENV
+    plain MODEL_REPOSITORY
+    plain MODEL_PATH
+    NV_EMBED_MODEL_PATH=$MODEL_PATH
     command=("$VENV/bin/python" "$repo/tools/pip_triton.py" "--model-repository=$MODEL_REPOSITORY"
       "${addresses[@]}" "${settings[@]}")
     ;;
@@ -150,17 +176,18 @@ case $RUNTIME in
       IMAGE=nv-embed-triton init=
       docker build --tag "$IMAGE" "$repo" >&2  # seconds when nothing changed
     fi
+    bind_mount "$MODEL_REPOSITORY" /model_repository
     # A snapshot in Hugging Face's cache is links to ../../blobs: mount both.
-    mount=$MODEL_PATH
-    if [[ $MODEL_PATH == */snapshots/* ]]; then mount=${MODEL_PATH%/snapshots/*}; fi
-    NV_EMBED_MODEL_PATH="/models/NV-Embed-v2${MODEL_PATH#"$mount"}"
+    checkpoint=$MODEL_PATH
+    if [[ $MODEL_PATH == */snapshots/* ]] && is_plain "${MODEL_PATH##*/snapshots/}"; then
+      checkpoint=${MODEL_PATH%/snapshots/*}
+    fi
+    bind_mount "$checkpoint" /models/NV-Embed-v2
+    NV_EMBED_MODEL_PATH="/models/NV-Embed-v2${MODEL_PATH#"$checkpoint"}"
     # Time to stop: 20 s for what is in work, Triton's 30 s at the most.
     command=(docker run --rm ${init:+"$init"} --stop-timeout 40 "--shm-size=$SHM_SIZE" --ulimit memlock=-1
-      ${tls_mounts[@]+"${tls_mounts[@]}"}
       --publish "$HTTP_ADDRESS:$HTTP_PORT:8000" --publish "$ADDRESS:$GRPC_PORT:8001"
-      --publish "$METRICS_ADDRESS:$METRICS_PORT:8002"
-      --mount "type=bind,source=$MODEL_REPOSITORY,target=/model_repository,readonly"
-      --mount "type=bind,source=$mount,target=/models/NV-Embed-v2,readonly")
+      --publish "$METRICS_ADDRESS:$METRICS_PORT:8002" "${mounts[@]}")
     if [[ $DEVICE == *cuda* ]]; then command+=(--gpus all); fi
     for name in MALLOC_ARENA_MAX ${OMP_NUM_THREADS:+OMP_NUM_THREADS} ${CUDA_VISIBLE_DEVICES+CUDA_VISIBLE_DEVICES} \
       $(compgen -A export NV_EMBED_); do
@@ -171,4 +198,6 @@ case $RUNTIME in
 esac
 
 if [[ $RESTART == always ]]; then command=("$repo/tools/supervise.sh" "${command[@]}"); fi
-exec "${command[@]}" "$@"
+command+=("$@")
+if [[ -n $GATEWAY_PORT ]]; then add_gateway; fi
+exec "${command[@]}"

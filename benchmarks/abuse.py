@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from loads import MODEL_NAME, WORDS, infer_request
@@ -74,6 +74,7 @@ class Target:
     threads: Executor  # for HTTP
     expected: Expected
     has_small_limits: bool
+    kinds: tuple[str, ...]
     seed: int
     answer_seconds: float  # until a request counts as unanswered
 
@@ -309,19 +310,17 @@ class Client:
         return frozenset({"hung up"}), run
 
     # Shares of all requests; valid and hostile weigh the same in all.
-    KINDS = (
-        ("valid_query", 40), ("valid_documents", 28), ("valid_bulk", 1), ("valid_http", 9), ("valid_stream", 6),
-        ("given_up", 16),
-        ("hostile_bytes", 16), ("hostile_unicode", 10), ("hostile_inputs", 10), ("hostile_shape", 12),
-        ("hostile_type", 6), ("hostile_length", 8), ("hostile_parameter", 12), ("hostile_size", 2),
-        ("hostile_model", 6), ("hostile_output", 4), ("hostile_protobuf", 6), ("hostile_http", 6),
-        ("hostile_socket", 2),
-    )  # fmt: skip
+    KINDS: ClassVar = {
+        "valid_query": 40, "valid_documents": 28, "valid_bulk": 1, "valid_http": 9, "valid_stream": 6, "given_up": 16,
+        "hostile_bytes": 16, "hostile_unicode": 10, "hostile_inputs": 10, "hostile_shape": 12, "hostile_type": 6,
+        "hostile_length": 8, "hostile_parameter": 12, "hostile_size": 2, "hostile_model": 6, "hostile_output": 4,
+        "hostile_protobuf": 6, "hostile_http": 6, "hostile_socket": 2,
+    }  # fmt: skip
 
     def draw(self) -> tuple[str, frozenset[str], Callable[[], Awaitable[Outcome]]]:
         """The next request: kind, codes that are right, and what to do."""
-        kinds = [(k, w) for k, w in self.KINDS if "http" not in k or self.target.http_port]
-        kind = self.rng.choices([k for k, _ in kinds], [w for _, w in kinds])[0]
+        kinds = [kind for kind in self.target.kinds if "http" not in kind or self.target.http_port]
+        kind = self.rng.choices(kinds, [self.KINDS[kind] for kind in kinds])[0]
         right, run = getattr(self, kind)()
         return kind, right, run
 

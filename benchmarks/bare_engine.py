@@ -60,17 +60,15 @@ class BareEngine:
 
 def _engine_process(connection: Connection, checkpoint: Path, device: str) -> None:
     sys.path.insert(0, str(PACKAGE))
-    from nv_embed.compute.engine import load_engines
-    from nv_embed.config import CheckpointConfig
-    from nv_embed.requests import QUERY_INSTRUCTION
-    from nv_embed.tokenizer import Tokenizer
+    from nv_embed.compute.loading import load_engines
+    from nv_embed.models import read_checkpoint
 
-    config = CheckpointConfig.load(checkpoint)
+    config = read_checkpoint(checkpoint)
     limit = int(os.environ.get("NV_EMBED_MAX_SEQUENCE_TOKENS", "32768"))
-    tokenizer = Tokenizer(checkpoint / "tokenizer.json", vocab_size=config.vocab_size, max_sequence_tokens=limit)
+    tokenizer = config.tokenizer(checkpoint, limit)
     settings = {"dtype": "DTYPE", "attention": "ATTENTION", "compile_layers": "COMPILE"}  # the servers obey these, too
     chosen = {name: os.environ.get(f"NV_EMBED_{variable}", "auto") for name, variable in settings.items()}
-    engines = load_engines(checkpoint, config, devices=device.split(","), **chosen)
+    engines = load_engines(checkpoint, config, devices=device.split(","), max_sequence_tokens=limit, **chosen)
     threads = ThreadPoolExecutor(len(engines))
     # A GPU's two threads share its work; those of a CPU compute at the same time.
     num_at_once = sum(engine.device.type == "cpu" for engine in engines)
@@ -78,7 +76,7 @@ def _engine_process(connection: Connection, checkpoint: Path, device: str) -> No
 
     def batches(stream: Stream, seed: str, max_batch_tokens: int | None) -> Iterator[tuple[list[Any], int]]:
         """Sequences of a batch, and how many requests end in it."""
-        instruction = QUERY_INSTRUCTION if stream.is_query else ""
+        instruction = config.query_instruction if stream.is_query else ""
         batch: list[Any] = []
         num_tokens = num_requests = 0
         for texts in requests_of(stream, seed):

@@ -21,35 +21,35 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from machine import machine
+from started_server import ROOT, progress
+from synthetic import published_config, random_weights
 
-ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [
     str(ROOT / "model_repository" / "nv-embed-v2" / "1"),
     str(ROOT / "benchmarks" / "baseline" / "model_repository" / "nv-embed-v2" / "1"),
 ]
 
-from nv_embed.compute.attention import Attend, choose_attention  # noqa: E402
-from nv_embed.compute.engine import Engine  # noqa: E402
+from nv_embed.compute.attention import choose_attention  # noqa: E402
+from nv_embed.compute.devices import existing_device  # noqa: E402
+from nv_embed.compute.engine import Engine, PackedModel  # noqa: E402
 from nv_embed.compute.precision import Precision, Rounding  # noqa: E402
-from nv_embed.compute.weights import fill_network, published_shapes  # noqa: E402
-from nv_embed.config import CheckpointConfig  # noqa: E402
-from nv_embed.network import Network  # noqa: E402
-from nv_embed.tokenizer import TokenSequence  # noqa: E402
+from nv_embed.compute.weights import fill_network  # noqa: E402
+from nv_embed.models.config_file import Section  # noqa: E402
+from nv_embed.models.nv_embed import NVEmbedCheckpoint  # noqa: E402
+from nv_embed.models.protocol import Attend, Network  # noqa: E402
+from nv_embed.sequence import TokenSequence  # noqa: E402
 from padded import PaddedNetwork  # noqa: E402
 
 NUM_MASKED = 18  # of the standard instruction
@@ -71,10 +71,9 @@ class Size:
     matrix: int  # rows and columns of the matrices that show the ceiling
 
 
-COMMON = {"hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 10000.0}
 FULL = Size(
     name="published",
-    text_config=COMMON | {
+    text_config={
         "vocab_size": 32000, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
         "num_key_value_heads": 8, "intermediate_size": 14336,
     },
@@ -84,7 +83,7 @@ FULL = Size(
 )  # fmt: skip
 QUICK = Size(
     name="small",
-    text_config=COMMON | {
+    text_config={
         "vocab_size": 1000, "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
         "num_key_value_heads": 2, "intermediate_size": 896,
     },
@@ -128,15 +127,15 @@ def run(
     size: Size, device: torch.device, dtype_name: str, attention: str, compile_layers: str, passes: int,
     has_baseline: bool, seed: int,
 ) -> dict[str, Any]:  # fmt: skip
-    config = CheckpointConfig.from_json(published_config(size, torch.float16))
+    config = NVEmbedCheckpoint.read(Section(published_config(size.text_config, size.latent_config)))
     precision = Precision.choose(dtype_name, device, config)
     dtype = precision.dtype  # of the usual way and of the ceiling, which know no 8 bits
-    raw = published_config(size, dtype)
+    raw = published_config(size.text_config, size.latent_config)
     weights = random_weights(config, device, dtype, seed)
-    network = empty_network(config, precision, choose_attention(attention, config, device, dtype))
+    network = empty_network(config, precision, choose_attention(attention, config.heads, device, dtype))
     rounding = Rounding(network, precision, sequences([40, 25], config.vocab_size, seed)) if precision.matrix else None
     fill_network(network, weights, device, rounding)
-    engine = Engine.of_network(network, device, compile_layers)
+    engine = Engine(PackedModel(network, device, compile_layers), existing_device(str(device)))
     baseline = PaddedNetwork(raw, weights) if has_baseline else None
     if baseline:
         check_alike(engine, baseline, config, seed, precision.matrix.least_cosine if precision.matrix else 0.999)
@@ -161,45 +160,21 @@ def run(
         "budget": size.budget,
         "passes": passes,
         "attention": network.attend.__name__,
-        "compiled": engine.is_compiled,
-        "recorded": engine.recorded is not None,
-        **machine(device, dtype_name),
+        "compiled": engine.model.is_compiled,
+        "dtype": dtype_name,
+        "threads": torch.get_num_threads(),
+        **machine(str(device)),
     }
 
 
-def empty_network(config: CheckpointConfig, precision: Precision, attend: Attend) -> Network:
+def empty_network(config: NVEmbedCheckpoint, precision: Precision, attend: Attend) -> Network:
     with torch.device("meta"):
-        network = Network(config).to(precision.dtype).eval()
+        network = config.network().to(precision.dtype).eval()
     network.attend = attend
     return network
 
 
 # --- weights and texts ----------------------------------------------------------------------------------
-
-
-def published_config(size: Size, dtype: torch.dtype) -> dict[str, Any]:
-    """config.json of such a network."""
-    hidden_size = size.text_config["hidden_size"]
-    return {
-        "model_type": "nvembed", "is_mask_instruction": True, "add_eos": True, "padding_side": "right",
-        "mask_type": "b", "hidden_size": hidden_size, "torch_dtype": str(dtype).removeprefix("torch."),
-        "text_config": size.text_config,
-        "latent_attention_config": size.latent_config | {"hidden_dim": hidden_size, "latent_dim": hidden_size},
-    }  # fmt: skip
-
-
-def random_weights(config: CheckpointConfig, device: torch.device, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
-    """Every published tensor: norms of one, the rest so small that a deep stack keeps within half precision."""
-    generator = torch.Generator(device).manual_seed(seed)
-    weights = {}
-    for name, shape in published_shapes(config).items():
-        tensor = torch.empty(shape, device=device, dtype=dtype)
-        if len(shape) == 1:
-            tensor.fill_(0.0 if name.endswith("bias") else 1.0)
-        else:
-            tensor.normal_(0.0, 0.7 * shape[-1] ** -0.5, generator=generator)
-        weights[name] = tensor
-    return weights
 
 
 def lognormal(size: Size, seed: int) -> list[int]:
@@ -232,17 +207,17 @@ def batches(texts: Sequence[TokenSequence], budget: int, *, is_padded: bool) -> 
     yield batch
 
 
-def embed_packed(engine: Engine, texts: Sequence[TokenSequence], budget: int) -> None:
-    """As the server does: a batch is waited for when the next one is started."""
-    finish = None
-    for batch in batches(texts, budget, is_padded=False):
-        with engine.turn:
-            started = engine.start(batch)
-        if finish:
-            finish()
-        finish = started
-    if finish:
-        finish()
+def embed_packed(engine: Engine[TokenSequence], texts: Sequence[TokenSequence], budget: int) -> None:
+    """As the server does: on a GPU one thread starts a batch while the other one waits for its own."""
+    waiting = batches(texts, budget, is_padded=False)
+    with ThreadPoolExecutor(1 if engine.device.type == "cpu" else 2) as threads:
+        for work in [threads.submit(embed_all, engine, waiting) for _ in range(2)]:
+            work.result()
+
+
+def embed_all(engine: Engine[TokenSequence], waiting: Iterator[list[TokenSequence]]) -> None:
+    while engine.compute(lambda: next(waiting, None)):  # which never runs in two threads at a time
+        pass
 
 
 def embed_padded(baseline: PaddedNetwork, texts: Sequence[TokenSequence], budget: int) -> None:
@@ -251,7 +226,7 @@ def embed_padded(baseline: PaddedNetwork, texts: Sequence[TokenSequence], budget
 
 
 def check_alike(
-    engine: Engine, baseline: PaddedNetwork, config: CheckpointConfig, seed: int, least_cosine: float
+    engine: Engine[TokenSequence], baseline: PaddedNetwork, config: NVEmbedCheckpoint, seed: int, least_cosine: float
 ) -> None:
     """Two networks that do not compute the same are not worth a comparison."""
     texts = sequences([40, 25, 33], config.vocab_size, seed, NUM_MASKED)
@@ -309,7 +284,7 @@ def measure_ceiling(size: Size, device: torch.device, dtype: torch.dtype) -> dic
     }
 
 
-def operations(config: CheckpointConfig, lengths: Sequence[int]) -> float:
+def operations(config: NVEmbedCheckpoint, lengths: Sequence[int]) -> float:
     """Multiplications and additions of our forward pass: matrix products and attention, all tokens pooled."""
     c, q = config.hidden_size, config.num_heads * config.head_dim
     kv = config.num_kv_heads * config.head_dim
@@ -322,13 +297,13 @@ def operations(config: CheckpointConfig, lengths: Sequence[int]) -> float:
 
 
 def measure_mix(
-    engine: Engine, baseline: PaddedNetwork | None, config: CheckpointConfig, texts: list[TokenSequence], budget: int,
-    ceiling: float, passes: int,
+    engine: Engine[TokenSequence], baseline: PaddedNetwork | None, config: NVEmbedCheckpoint,
+    texts: list[TokenSequence], budget: int, ceiling: float, passes: int,
 ) -> dict[str, Any]:  # fmt: skip
     device = engine.device
     by_length = sorted(texts, key=lambda text: text.num_tokens)
     if device.type == "cuda":  # of ours alone: what else is allocated is the other side's weights
-        own = sum(parameter.nbytes for parameter in engine.network.parameters())
+        own = sum(parameter.nbytes for parameter in engine.model.network.parameters())
         others = torch.cuda.memory_allocated(device) - own
         torch.cuda.reset_peak_memory_stats(device)
         embed_packed(engine, texts, budget)
@@ -352,7 +327,7 @@ def measure_mix(
 
 
 def measure_query(
-    engine: Engine, baseline: PaddedNetwork | None, config: CheckpointConfig, device: torch.device
+    engine: Engine[TokenSequence], baseline: PaddedNetwork | None, config: NVEmbedCheckpoint, device: torch.device
 ) -> dict[str, float]:
     """Median milliseconds of one short query alone."""
     texts = sequences([QUERY_TOKENS], config.vocab_size, 0, NUM_MASKED)
@@ -364,34 +339,6 @@ def measure_query(
 
 
 # --- reporting ------------------------------------------------------------------------------------------
-
-
-def machine(device: torch.device, dtype: str) -> dict[str, Any]:
-    commit = subprocess.run(
-        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda"
-        else f"{torch.get_num_threads()} threads, {names[0].split(':')[1].strip() if names else platform.processor()}",
-        "dtype": dtype,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-        "cuda": torch.version.cuda,
-        "driver": driver() if device.type == "cuda" else None,
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "commit": commit.stdout.strip() or None,
-    }  # fmt: skip
-
-
-def driver() -> str | None:
-    """Of the NVIDIA GPUs."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        return None
 
 
 def table(result: dict[str, Any]) -> str:
@@ -428,10 +375,6 @@ def plot(result: dict[str, Any], path: Path) -> None:
     right.set(xlabel="tokens a text", ylabel="times the usual way (unsorted)")
     figure.suptitle(f"{result['device']}, {result['dtype']}, {result['date']}", fontsize=9)
     figure.savefig(path, dpi=120)
-
-
-def progress(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

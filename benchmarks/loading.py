@@ -13,22 +13,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import tempfile
 import threading
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
+from machine import machine
+from started_server import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "model_repository" / "nv-embed-v2" / "1"))
 
-from nv_embed.compute.engine import Engine  # noqa: E402
-from nv_embed.config import CheckpointConfig  # noqa: E402
-from synthetic import write_layout  # noqa: E402
+from nv_embed.compute.loading import load_engine
+from nv_embed.models import read_checkpoint
+from synthetic import write_layout
 
 CHUNK = 2**24
 
@@ -48,13 +47,13 @@ def main() -> None:
             result["bus_gb_per_s"] = round(bus_speed(arguments.device), 2)
         with HighWater() as host:
             started = time.monotonic()
-            engine = Engine.load(
-                folder, CheckpointConfig.load(folder), device=arguments.device, dtype="float16", compile_layers="off"
+            engine = load_engine(
+                folder, read_checkpoint(folder), device=arguments.device, dtype="float16", compile_layers="off"
             )
             if arguments.device != "cpu":
                 torch.cuda.synchronize(arguments.device)
             seconds = time.monotonic() - started
-        weights = sum(parameter.nbytes for parameter in engine.network.parameters())
+        weights = sum(parameter.nbytes for parameter in engine.model.network.parameters())
     host_bytes = host.peak - (weights if arguments.device == "cpu" else 0)
     result |= {
         "seconds": round(seconds, 2),
@@ -67,10 +66,7 @@ def main() -> None:
         f"{result['page_cache_gb_per_s']} GB/s; host memory beside the weights at most "
         f"{result['host_gigabytes_beside_weights']} GB"
     )
-    print(json.dumps(result | {
-        "device": torch.cuda.get_device_name(arguments.device) if arguments.device != "cpu" else platform.processor(),
-        "layers": arguments.layers, "torch": torch.__version__, "date": datetime.now(timezone.utc).date().isoformat(),
-    }))  # fmt: skip
+    print(json.dumps(result | {"layers": arguments.layers} | machine(arguments.device)))
 
 
 def read_all(folder: Path) -> float:

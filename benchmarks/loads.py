@@ -1,13 +1,18 @@
-"""Texts, loads made of them, and servers put under load. Knows neither how a server is started nor what is reported."""
+"""Texts, loads made of them, and what is put under load. Knows neither how that is started nor what is reported."""
 
 from __future__ import annotations
 
 import asyncio
+import base64
+import json
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from http.client import HTTPConnection
 from random import Random
 from typing import Any, TypeAlias
 
@@ -18,6 +23,7 @@ from tritonclient.grpc import service_pb2 as pb
 
 MODEL_NAME = "nv-embed-v2"
 METHOD = "/inference.GRPCInferenceService/ModelInfer"
+MAX_CONNECTIONS = 256  # to the gateway
 CHANNEL_OPTIONS = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
 
 # Words in a text, drawn so that every order of magnitude is as likely as the next.
@@ -118,14 +124,41 @@ class Sample:
         }
 
 
+class Refused(Exception):
+    """An answer that is an error: its code, by which it is counted, and what else it says."""
+
+    def __init__(self, code: str, details: str) -> None:
+        super().__init__(f"{code}: {details}")
+        self.code = code
+
+
+Embed: TypeAlias = "Callable[[Sequence[str], bool], Awaitable[int]]"  # texts, are they queries -> number of rows
+
+
 class Server:
-    """A server under load: one channel, any number of requests at once."""
+    """A server under load, any number of requests at once."""
 
     def __init__(self, name: str, url: str) -> None:
         self.name, self.url = name, url
 
     async def run(self, load: Load, seconds: float, seed: str) -> dict[str, Sample]:
         """Put every stream of a load on the server at once; returns when all is answered."""
+        async with self._connected() as embed:
+            await embed(["connect"], True)
+            start = time.monotonic()
+            samples = {stream.name: Sample() for stream in load}
+            await asyncio.gather(
+                *(
+                    (_open_loop if stream.rate else _closed_loop)(
+                        stream, seed, embed, start, start + seconds, samples[stream.name]
+                    )
+                    for stream in load
+                )
+            )
+        return samples
+
+    @asynccontextmanager
+    async def _connected(self) -> AsyncIterator[Embed]:
         async with grpc.aio.insecure_channel(self.url, options=CHANNEL_OPTIONS) as channel:
             # Plain messages on grpc.aio cost the client least: two thirds of tritonclient's own, less than threads.
             call = channel.unary_unary(
@@ -133,47 +166,73 @@ class Server:
                 request_serializer=pb.ModelInferRequest.SerializeToString,
                 response_deserializer=pb.ModelInferResponse.FromString,
             )
-            await call(infer_request(["connect"], is_query=True))
-            start = time.monotonic()
-            samples = {stream.name: Sample() for stream in load}
-            await asyncio.gather(
-                *(
-                    (_open_loop if stream.rate else _closed_loop)(
-                        stream, seed, call, start, start + seconds, samples[stream.name]
-                    )
-                    for stream in load
-                )
-            )
-        return samples
+
+            async def embed(texts: Sequence[str], is_query: bool) -> int:
+                try:
+                    response = await call(infer_request(texts, is_query))
+                except grpc.aio.AioRpcError as error:
+                    raise Refused(error.code().name, error.details() or "") from error
+                return int(response.outputs[0].shape[0])
+
+            yield embed
 
 
-async def _closed_loop(stream: Stream, seed: str, call: Any, start: float, until: float, sample: Sample) -> None:
+class Gateway(Server):
+    """The OpenAI-style gateway under load, asked for base64 as the `openai` package does, over kept-alive HTTP."""
+
+    @asynccontextmanager
+    async def _connected(self) -> AsyncIterator[Embed]:
+        idle: list[HTTPConnection] = []
+
+        def ask(texts: Sequence[str], is_query: bool) -> int:
+            connection = idle.pop() if idle else HTTPConnection(self.url.removeprefix("http://"), timeout=600)
+            kind = "query" if is_query else "passage"
+            body = {"model": MODEL_NAME, "input": list(texts), "input_type": kind, "encoding_format": "base64"}
+            connection.request("POST", "/v1/embeddings", json.dumps(body), {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            answer = response.read()
+            idle.append(connection)
+            if response.status != 200:
+                raise Refused(f"HTTP {response.status}", answer[:300].decode(errors="replace"))
+            return len([np.frombuffer(base64.b64decode(row["embedding"]), "<f4") for row in json.loads(answer)["data"]])
+
+        with ThreadPoolExecutor(MAX_CONNECTIONS) as threads:
+
+            async def embed(texts: Sequence[str], is_query: bool) -> int:
+                return await asyncio.get_running_loop().run_in_executor(threads, ask, texts, is_query)
+
+            yield embed
+        for connection in idle:
+            connection.close()
+
+
+async def _closed_loop(stream: Stream, seed: str, embed: Embed, start: float, until: float, sample: Sample) -> None:
     requests = requests_of(stream, seed)
 
     async def client() -> None:
         while time.monotonic() < until:
-            await _ask(stream, next(requests), call, start, time.monotonic(), sample)
+            await _ask(stream, next(requests), embed, start, time.monotonic(), sample)
 
     await asyncio.gather(*(client() for _ in range(stream.num_clients)))
 
 
-async def _open_loop(stream: Stream, seed: str, call: Any, start: float, until: float, sample: Sample) -> None:
+async def _open_loop(stream: Stream, seed: str, embed: Embed, start: float, until: float, sample: Sample) -> None:
     requests, random, due, asked = requests_of(stream, seed), Random(f"{seed} {stream.name}"), start, []
     while (due := due + random.expovariate(stream.rate)) < until:
         await asyncio.sleep(max(0.0, due - time.monotonic()))
-        asked.append(asyncio.ensure_future(_ask(stream, next(requests), call, start, due, sample)))
+        asked.append(asyncio.ensure_future(_ask(stream, next(requests), embed, start, due, sample)))
     await asyncio.gather(*asked)
 
 
-async def _ask(stream: Stream, texts: list[str], call: Any, start: float, due: float, sample: Sample) -> None:
+async def _ask(stream: Stream, texts: list[str], embed: Embed, start: float, due: float, sample: Sample) -> None:
     try:
-        response = await call(infer_request(texts, stream.is_query))
-    except grpc.aio.AioRpcError as error:
-        sample.errors[error.code().name] += 1
+        num_rows = await embed(texts, stream.is_query)
+    except Refused as refusal:
+        sample.errors[refusal.code] += 1
         await asyncio.sleep(0.05)  # a server that refuses everything must not become a busy loop
         return
     now = time.monotonic()
-    if response.outputs[0].shape[0] != len(texts):
+    if num_rows != len(texts):
         sample.errors["wrong shape"] += 1
         return
     sample.latencies.append(now - due)

@@ -1,6 +1,6 @@
 """Scores the served model on MTEB tasks, to be compared with the figures its publishers state.
 
-pip install -e client[sentence-transformers] mteb
+pip install -e client[mteb]
 python benchmarks/mteb_task.py SciFact NFCorpus STSBenchmark --url localhost:8001
 
 Downloads each task's data once. Queries have the instruction published for their task, documents have none (but
@@ -15,59 +15,10 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import mteb
-import numpy as np
-import numpy.typing as npt
-from mteb.models.abs_encoder import AbsEncoder
-from mteb.models.model_meta import ModelMeta, ScoringFunction
-from mteb.types import PromptType
-from nv_embed_client import NVEmbedEncoder, instruction_of
-
-
-class ServedEncoder(AbsEncoder):
-    """`NVEmbedEncoder` as mteb wants an encoder."""
-
-    model: NVEmbedEncoder
-
-    def __init__(self, model: NVEmbedEncoder) -> None:
-        self.model = model
-        self.mteb_model_meta = ModelMeta.create_empty(
-            {"name": "nvidia/NV-Embed-v2", "revision": "served", "similarity_fn_name": ScoringFunction.COSINE}
-        )
-
-    def encode(
-        self,
-        inputs: Any,
-        *,
-        task_metadata: Any,
-        hf_split: str,
-        hf_subset: str,
-        prompt_type: PromptType | None = None,
-        **kwargs: Any,
-    ) -> npt.NDArray[np.float32]:
-        """[texts, dim]; `inputs` gives batches with a list of texts under "text"."""
-        texts = [text for batch in inputs for text in batch["text"]]
-        return self.model.client.embed_documents(
-            texts,
-            instruction=self.instruction(task_metadata, prompt_type),
-            progress=bool(kwargs.get("show_progress_bar", False)),
-        )
-
-    def instruction(self, task_metadata: Any, prompt_type: PromptType | None) -> str:
-        """What stands before each text of this side of the task; empty for none."""
-        published = self.published_instruction(task_metadata)
-        if prompt_type == PromptType.document:
-            return self.model.prompts.get(f"{task_metadata.name}-document", "")
-        if published is not None:
-            return published
-        return instruction_of(self.get_instruction(task_metadata, prompt_type))
-
-    def published_instruction(self, task_metadata: Any) -> str | None:
-        """Of the task or of its kind, None when there is none."""
-        prompts = self.model.prompts
-        return prompts.get(task_metadata.name) or prompts.get(task_metadata.type)
+from nv_embed_client import NVEmbedEncoder
+from nv_embed_client.mteb import NVEmbedTaskEncoder
 
 
 def main() -> int:
@@ -80,7 +31,7 @@ def main() -> int:
     scores = {}
     with NVEmbedEncoder(arguments.url) as model:
         model.client.wait_until_ready()
-        encoder = ServedEncoder(model)
+        encoder = NVEmbedTaskEncoder(model)
         print(f"{'task':32} {'metric':20} {'x 100':>7} {'minutes':>8}  instruction")
         for task in mteb.get_tasks(tasks=arguments.tasks, languages=["eng"]):
             start = time.monotonic()

@@ -23,18 +23,19 @@ from engine import (
     QUICK,
     Size,
     empty_network,
-    machine,
-    progress,
-    published_config,
-    random_weights,
     sequences,
 )
+from machine import machine
 from nv_embed.compute.attention import choose_attention
-from nv_embed.compute.engine import Engine
+from nv_embed.compute.devices import existing_device
+from nv_embed.compute.engine import Engine, PackedModel
 from nv_embed.compute.precision import Float8Matrix, Int8Matrix, Precision, round_matrices
 from nv_embed.compute.weights import fill_network
-from nv_embed.config import CheckpointConfig
-from nv_embed.network import Layer
+from nv_embed.models.config_file import Section
+from nv_embed.models.mistral import Layer
+from nv_embed.models.nv_embed import NVEmbedCheckpoint
+from started_server import progress
+from synthetic import drawn, published_config, random_weights
 from torch import Tensor, nn
 
 AIMS = {
@@ -48,9 +49,12 @@ AIMS = {
 class DrawnLayers(nn.Module):
     """The layers of a network in order, each drawn when its turn comes."""
 
-    def __init__(self, config: CheckpointConfig, device: torch.device, precision: Precision, seed: int) -> None:
+    def __init__(self, config: NVEmbedCheckpoint, device: torch.device, precision: Precision, seed: int) -> None:
         super().__init__()
         self.config, self.device, self.precision, self.seed = config, device, precision, seed
+
+    def __len__(self) -> int:
+        return self.config.num_layers
 
     def __iter__(self) -> Iterator[Layer]:
         for number in range(self.config.num_layers):
@@ -58,12 +62,7 @@ class DrawnLayers(nn.Module):
                 layer = Layer(self.config).to(self.precision.dtype)
             generator = torch.Generator(self.device).manual_seed(self.seed + 1 + number)  # the rest has the seed itself
             for parameter in layer.parameters():
-                if parameter.dim() == 1:
-                    parameter.fill_(1.0)
-                else:
-                    drawn = torch.empty_like(parameter, dtype=torch.float32)
-                    drawn.normal_(0.0, 0.7 * parameter.shape[-1] ** -0.5, generator=generator)
-                    parameter.copy_(drawn.half())
+                parameter.copy_(drawn("weight", parameter.shape, generator, torch.float32).half())
             if self.precision.matrix:
                 round_matrices(layer, self.precision.matrix)
             yield layer
@@ -72,15 +71,16 @@ class DrawnLayers(nn.Module):
 
 def embed(size: Size, device: torch.device, name: str, lengths: list[int], seed: int) -> tuple[Tensor, str]:
     """[texts, C] float32, from the network in one precision, and the attention kernel that served it."""
-    config = CheckpointConfig.from_json(published_config(size, torch.float16))
+    config = NVEmbedCheckpoint.read(Section(published_config(size.text_config, size.latent_config)))
     precision = Precision.choose(name, device, config)
     bare = replace(config, num_layers=0)
-    attend = choose_attention("sdpa" if name == "float32" else "auto", config, device, precision.dtype)
+    attend = choose_attention("sdpa" if name == "float32" else "auto", config.heads, device, precision.dtype)
     network = empty_network(bare, precision, attend)
     fill_network(network, random_weights(bare, device, torch.float16, seed), device)
     network.layers = DrawnLayers(config, device, precision, seed)  # type: ignore[assignment]
     texts = sequences(lengths, config.vocab_size, seed, NUM_MASKED)
-    return torch.from_numpy(Engine(network, device).embed(texts)), attend.__name__
+    engine = Engine(PackedModel(network, device), existing_device(str(device)))
+    return torch.from_numpy(engine.embed(texts)), attend.__name__
 
 
 def main() -> None:
@@ -107,9 +107,7 @@ def main() -> None:
             cosines = (vectors * expected).sum(1)
             result |= {name: [round(cosine, 7) for cosine in cosines.tolist()], "attention": attention}
             print(f"{name}: cosine to float32 at least {cosines.min():.6f} (aim {AIMS[name]})")
-    where = machine(device, "float32")
-    del where["dtype"]
-    print(json.dumps(result | where))
+    print(json.dumps(result | machine(arguments.device)))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python benchmarks/serving.py --url localhost:8001 --quick     # any server that serves the model
     python benchmarks/serving.py --compare --engine               # this server, the baseline and the bare engine
+    python benchmarks/serving.py --url localhost:8001 --gateway   # a server, and the gateway in front of it
 
 What is run, with defaults that can be changed:
 
@@ -20,7 +21,9 @@ With two or more targets the rounds alternate, in turned order every second roun
 drift of the machine meets all alike. Ratios are taken within a round; their median and range are given. `--compare`
 starts this repository's server and benchmarks/baseline on free ports. `--engine` adds the bare engine, called in a
 process of its own with no server around it: forward passes alone are timed, in full batches and in batches of as
-many requests as there are clients. Servers get the environment of the caller, NV_EMBED_... settings included.
+many requests as there are clients. `--gateway` starts the client's gateway in front of the first server; the
+client and its extra `gateway` must be installed where this runs. Servers get the environment of the caller, settings
+like NV_EMBED_CACHE_MEBIBYTES included.
 """
 
 from __future__ import annotations
@@ -29,22 +32,19 @@ import argparse
 import asyncio
 import json
 import os
-import re
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import grpc
-import grpc.aio
 import numpy as np
 from bare_engine import BareEngine
-from loads import LENGTHS, Load, Sample, Server, Stream, rounded
-from started_server import ROOT, batch_tokens_of, end_on_sigterm, progress, started_server
+from loads import LENGTHS, Gateway, Load, Refused, Sample, Server, Stream, rounded
+from machine import machine
+from started_server import ROOT, StartedGateway, StartedServer, batch_tokens_of, end_on_sigterm, progress
 
 BASELINE_REPOSITORY = ROOT / "benchmarks" / "baseline" / "model_repository"
 Samples: TypeAlias = "dict[tuple[str, str], list[Sample]]"  # stream and target -> one for each round
@@ -186,8 +186,9 @@ def report(
     ratios: dict[str, Any] = {}
     print()
     for stream in ("query", "documents"):
-        if len(names) > 1:
-            ratios[f"{stream}: {names[0]} / {names[1]}"] = ratio(samples, (stream, names[0]), (stream, names[1]))
+        for other in names[1:]:
+            over, under = (other, names[0]) if other == "gateway" else (names[0], other)
+            ratios[f"{stream}: {over} / {under}"] = ratio(samples, (stream, over), (stream, under))
         for target in ("engine, full batches", "engine, as in flight"):
             ratios[f"{stream}: {names[0]} / {target}"] = ratio(samples, (stream, names[0]), (stream, target))
     for name in names:
@@ -207,9 +208,7 @@ def report(
     return {
         "benchmark": "serving",
         "settings": settings,
-        "cpu": cpu_name(),
-        "num_cpus": len(os.sched_getaffinity(0)),
-        "date": time.strftime("%Y-%m-%d"),
+        "machine": machine(arguments.device),
         "max_batch_tokens": max_batch_tokens,
         "results": results,
         "ratios": ratios,
@@ -221,12 +220,6 @@ def row_order(samples: Samples, key: tuple[str, str]) -> tuple[int, int]:
     """Where a row belongs: loads in the order of the first round, targets likewise."""
     streams, targets = (list(dict.fromkeys(part)) for part in zip(*samples, strict=True))
     return streams.index(key[0]), targets.index(key[1])
-
-
-def cpu_name() -> str:
-    """As the kernel knows it."""
-    found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
-    return found[1] if found else "unknown"
 
 
 def plot(path: Path, samples: Samples) -> None:
@@ -278,6 +271,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     who.add_argument("--baseline-url", help="of a second one, to compare with")
     who.add_argument("--compare", action="store_true", help="start this server and the baseline, measure both")
     who.add_argument("--engine", action="store_true", help="measure the bare engine too")
+    who.add_argument("--gateway", action="store_true", help="start the gateway before the first server, measure it too")
     who.add_argument("--checkpoint", type=Path,
                      help="what is served, to count its tokens; --compare, --engine: nv-embed-mini")  # fmt: skip
     who.add_argument("--device", default="cpu", help="of --compare and --engine (%(default)s)")
@@ -322,22 +316,26 @@ def main() -> int:
     arguments = parse()
     end_on_sigterm()
     with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         max_batch_tokens = arguments.max_batch_tokens
         if arguments.compare:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             model = {"MODEL_PATH": str(arguments.checkpoint), "DEVICE": arguments.device}
             baseline = model | {"MODEL_REPOSITORY": str(BASELINE_REPOSITORY)}
             servers = []
             for name, settings in (("nv-embed", model), ("baseline", baseline)):
                 progress(f"starting {name}")
                 log = folder / f"{name}.log"
-                _, ports = stack.enter_context(started_server(settings, log))
-                servers.append(Server(name, f"127.0.0.1:{ports.grpc}"))
+                started = stack.enter_context(StartedServer(log, settings))
+                servers.append(Server(name, started.ports.url))
             max_batch_tokens = max_batch_tokens or batch_tokens_of(folder / "nv-embed.log")
         else:
             servers = [Server("nv-embed" if arguments.baseline_url else "server", arguments.url)]
             if arguments.baseline_url:
                 servers.append(Server("baseline", arguments.baseline_url))
+        if arguments.gateway:
+            progress("starting the gateway")
+            gateway = stack.enter_context(StartedGateway(folder / "gateway.log", servers[0].url))
+            servers.append(Gateway("gateway", gateway.url))
         engine = None
         if arguments.engine:
             progress("starting the bare engine")
@@ -349,8 +347,8 @@ def main() -> int:
             stack.callback(engine.stop)
         try:
             samples, passes = measure(arguments, servers, engine, max_batch_tokens)
-        except grpc.aio.AioRpcError as error:
-            print(f"no measurement: {error.code().name}: {error.details()}", file=sys.stderr)
+        except Refused as refusal:
+            print(f"no measurement: {refusal}", file=sys.stderr)
             return 2
     result = report(arguments, samples, passes, [server.name for server in servers], max_batch_tokens)
     if arguments.plot:

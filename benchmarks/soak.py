@@ -10,11 +10,13 @@ that are right are known: valid ones succeed, malformed ones are refused as the 
 UNAVAILABLE. The expected vector of every valid text comes from the bare engine in a process of its own before the
 load starts, or, of a server that runs elsewhere, from one request for each text while it is quiet.
 
-`--kills` starts the server through serve.sh with RESTART=always and kills, in turn, the model's process (SIGKILL,
-SIGSEGV), freezes it (SIGSTOP), and ends tritonserver (SIGTERM, SIGKILL), all in the first 30 % of the requests; memory
-is judged in the rest, which one life of the server sees. From the signal until the server is seen ready again, and a
-moment longer, the kill excuses broken and refused connections, however long that takes; whether it took too long is
-checked by itself (--restart-seconds). At any other time they are wrong, and so is a server that ended unasked.
+A server that is started here runs through serve.sh with RESTART=always. `--kills` kills, in turn, the model's process
+(SIGKILL, SIGSEGV), freezes it (SIGSTOP), and ends tritonserver (SIGTERM, SIGKILL), all in the first 30 % of the
+requests; memory is judged in the rest, which one life of the server sees. From the signal until the server is seen
+ready again, and a moment longer, the kill excuses broken and refused connections, however long that takes; whether it
+took too long is checked by itself (--restart-seconds). At any other time they are wrong, and so is a server that ended
+unasked: then its last words, exit code or signal, and the stack of a core dump (with gdb, where the kernel writes cores
+into the working directory) are printed. A run that fails keeps its folder, with the log and the cores.
 
 A request counts as unanswered when nothing came for --answer-seconds; as answered twice when a stream brought more
 responses than requests or an answer bore another request's id. Exit code 0 only if nothing was unanswered, answered
@@ -29,6 +31,8 @@ import asyncio
 import json
 import os
 import random
+import resource
+import shutil
 import signal
 import sys
 import tempfile
@@ -59,11 +63,13 @@ from abuse import (
 )
 from bare_engine import BareEngine
 from loads import METHOD, infer_request
+from post_mortem import last_words, stack_of
 from processes import Usage, growth, memory_of, processes_of
 from started_server import ROOT, end_on_sigterm, is_ready, progress, started_server
 from tritonclient.grpc import service_pb2 as pb
 
 STREAM_METHOD = "/inference.GRPCInferenceService/ModelStreamInfer"
+LOG_NAME = "server.log"
 MEMORY_GROWTH_LIMIT = 0.05
 GRACE_SECONDS = 2  # in which clients find a server that is ready again
 KILL_SHARE = 0.3  # of the requests; the rest judges memory, once its first quarter is over
@@ -101,7 +107,7 @@ class Tally:
     kinds: Counter[str] = field(default_factory=Counter)
     unexpected: Counter[str] = field(default_factory=Counter)  # kind, code and message
     around_kills: int = 0  # errors that only a kill excuses
-    unasked_ends: int = 0  # of the server, between kills
+    unasked_ends: list[str] = field(default_factory=list)  # of the server, between kills: what it said last
     longest_seconds: float = 0.0
 
 
@@ -109,10 +115,17 @@ class Soak:
     """Everything that one run shares."""
 
     def __init__(
-        self, arguments: argparse.Namespace, url: str, http_port: int | None, root_pid: int | None, engine: Any
+        self,
+        arguments: argparse.Namespace,
+        url: str,
+        http_port: int | None,
+        root_pid: int | None = None,  # this and what follows: of a server started here
+        engine: Any = None,
+        folder: Path | None = None,
     ) -> None:
         self.arguments, self.url, self.http_port = arguments, url, http_port
-        self.root_pid, self.engine = root_pid, engine  # of a server started here
+        self.root_pid, self.engine, self.folder = root_pid, engine, folder
+        self.log = folder / LOG_NAME if folder else None
         self.tally = Tally()
         self.usages: list[Usage] = []
         self.kills: list[dict[str, Any]] = []
@@ -120,6 +133,7 @@ class Soak:
         self.up = asyncio.Event()
         self.excused_until = 0.0
         self.server: int | None = None  # its pid; none: it is being killed, or runs elsewhere
+        self.log_size = 0  # when the server was last seen well
         self.done = False
         self.judged_from = 0.0
         self.seconds = 0.0
@@ -145,6 +159,7 @@ class Soak:
                 threads=self.threads,
                 expected=await self._expect(),
                 has_small_limits=self.root_pid is not None,
+                kinds=tuple(arguments.kinds),
                 seed=arguments.seed,
                 answer_seconds=arguments.answer_seconds,
             )
@@ -160,7 +175,12 @@ class Soak:
             self.done = True
             for helper in helpers:
                 await helper
-            # Quiet again: the server must still answer, and rightly.
+            # Quiet again: the server must be there, the same as before, and still answer rightly.
+            give_up = time.monotonic() + arguments.answer_seconds
+            await self._look()
+            while not self.up.is_set() and time.monotonic() < give_up:
+                await asyncio.sleep(0.2)
+                await self._look()
             _, run = Client(target, -1).valid_query()
             try:
                 outcome = await asyncio.wait_for(run(), arguments.answer_seconds)
@@ -201,7 +221,7 @@ class Soak:
                     outcome.code = REFUSED
             except (asyncio.TimeoutError, TimeoutError):
                 tally.unanswered += 1
-                progress(f"unanswered: {kind}")
+                progress(f"unanswered: {kind}, asked {time.monotonic() - started:.0f} s ago")
                 continue
             tally.longest_seconds = max(tally.longest_seconds, time.monotonic() - started)
             tally.codes[outcome.code] += 1
@@ -229,21 +249,38 @@ class Soak:
     def _notice(self, server: int) -> None:
         """A server that is another one than the last, though nobody ended that, replaces one that ended unasked."""
         if self.server not in (None, server):
-            self.tally.unasked_ends += 1
-            progress("the server ended unasked")
+            words = last_words(self.log, self.log_size) if self.log else "nobody knows"
+            self.tally.unasked_ends.append(words)
+            progress(f"the server ended unasked:\n{words}")
             self.server = server
 
+    def _keep_cores(self) -> None:
+        """Give core dumps names of their own, because the next may have the same; one that was asked for goes."""
+        for core in self.folder.glob("core*") if self.folder else []:
+            if self.server is None:
+                core.unlink()
+            else:
+                core.rename(core.with_name(f"crash-{time.strftime('%H-%M-%S')}-{core.name}"))
+
     async def _watch(self) -> None:
-        """Once a second: memory, and whether the server is there."""
+        """Look once a second."""
         while not self.done:
-            if self.root_pid is not None:
-                ready = await self._is_ready()
-                (self.up.set if ready else self.up.clear)()
-                if ready and (usage := memory_of(self.root_pid)) is not None:
-                    self.usages.append(usage)
-                    self._notice(usage.pid)
+            await self._look()
             await asyncio.sleep(1)
         self.up.set()
+
+    async def _look(self) -> None:
+        """Whether the server is there, and is the same, and how much memory it has."""
+        if self.root_pid is None:
+            return
+        self._keep_cores()
+        log_size = self.log.stat().st_size if self.log else 0
+        is_ready = await self._is_ready()
+        (self.up.set if is_ready else self.up.clear)()
+        if is_ready and (usage := memory_of(self.root_pid)) is not None:
+            self.usages.append(usage)
+            self._notice(usage.pid)
+            self.log_size = log_size
 
     async def _is_ready(self) -> bool:
         assert self.http_port is not None
@@ -280,56 +317,33 @@ class Soak:
         seconds = time.monotonic() - killed
         self.kills.append({"whom": whom, "signal": with_signal.name, "seconds_until_ready": round(seconds, 1)})
         progress(f"kill {len(self.kills)}: {whom} {with_signal.name}, ready again after {seconds:.1f} s")
+        self._keep_cores()
         self.server = server
         self.up.set()
         self.excused_until = time.monotonic() + GRACE_SECONDS
 
 
 def report(soak: Soak) -> dict[str, Any]:
-    """Print the table; return what the last line says."""
+    """Print what was found; return what the last line says."""
     tally = soak.tally
     memory = growth(soak.usages, soak.judged_from)
-    flat = all(memory[name]["growth"] < MEMORY_GROWTH_LIMIT for name in ("server", "worker", "shm") if name in memory)
-    failures = tally.unanswered + tally.answered_twice + tally.wrong_rows + tally.unexpected.total()
-    complete = len(soak.kills) == soak.arguments.kills
     slowest = max((kill["seconds_until_ready"] for kill in soak.kills), default=0.0)
     left_behind = sum(region.exists() for region in {region for usage in soak.usages for region in usage.regions})
-    rows: list[tuple[str, object]] = [
-        ("requests", tally.requests),
-        ("of them hostile", tally.hostile),
-        ("seconds", round(soak.seconds)),
-        ("kills", len(soak.kills)),
-        ("slowest restart after a kill, s", slowest),
-        ("ends of the server unasked", tally.unasked_ends),
-        ("unanswered", tally.unanswered),
-        ("answered twice", tally.answered_twice),
-        ("rows checked", tally.checked_rows),
-        ("wrong rows", tally.wrong_rows),
-        ("wrong codes", tally.unexpected.total()),
-        ("errors that a kill excuses", tally.around_kills),
-        ("longest wait for an answer, s", round(tally.longest_seconds, 1)),
-        ("files left behind in /dev/shm", left_behind),
-    ]
-    rows += [(f"answers {code}", count) for code, count in tally.codes.most_common()]
-    for name in ("server", "worker", "shm"):
-        if name in memory:
-            m = memory[name]
-            rows.append((f"memory of {name}, MiB", f"{m['before_mib']} to {m['after_mib']}: {m['growth']:+.1%}"))
-    if "server" not in memory:
-        rows.append(("memory", "not judged: the last life of the server was too short, or the server runs elsewhere"))
-    for key, value in rows:
-        print(f"{key:<32} {value}")
-    for key, count in tally.unexpected.most_common(20):
-        print(f"wrong code, {count} times: {key!a}")
-    return {
+    is_flat = all(
+        memory[name]["growth"] < MEMORY_GROWTH_LIMIT for name in ("server", "worker", "shm") if name in memory
+    )
+    failures = tally.unanswered + tally.answered_twice + tally.wrong_rows + tally.unexpected.total()
+    result = {
         "benchmark": "soak",
-        "passed": failures + left_behind + tally.unasked_ends == 0
-        and flat
-        and complete
+        "passed": failures + left_behind + len(tally.unasked_ends) == 0
+        and is_flat
+        and len(soak.kills) == soak.arguments.kills
         and slowest <= soak.arguments.restart_seconds,
+        "seed": soak.arguments.seed,
         "requests": tally.requests,
         "hostile": tally.hostile,
         "seconds": round(soak.seconds, 1),
+        "unasked_ends": len(tally.unasked_ends),
         "unanswered": tally.unanswered,
         "answered_twice": tally.answered_twice,
         "checked_rows": tally.checked_rows,
@@ -337,16 +351,30 @@ def report(soak: Soak) -> dict[str, Any]:
         "wrong_codes": dict(tally.unexpected),
         "excused_by_kills": tally.around_kills,
         "longest_seconds": round(tally.longest_seconds, 2),
-        "codes": dict(tally.codes),
-        "kinds": dict(tally.kinds),
+        "codes": dict(tally.codes.most_common()),
+        "kinds": dict(tally.kinds.most_common()),
         "kills": soak.kills,
         "slowest_restart_seconds": slowest,
-        "unasked_ends": tally.unasked_ends,
         "memory": memory,
-        "memory_judged": "server" in memory,
+        "memory_judged": "server" in memory,  # else the last life was too short, or the server runs elsewhere
         "shm_files_left_behind": left_behind,
-        "seed": soak.arguments.seed,
     }
+    for key, value in result.items():
+        if not isinstance(value, dict | list):
+            print(f"{key.replace('_', ' '):<32} {value}")
+    print(f"{'kills':<32} {len(soak.kills)}")
+    for code, count in tally.codes.most_common():
+        print(f"{f'answers {code}':<32} {count}")
+    for name in ("server", "worker", "shm"):
+        if m := memory.get(name):
+            print(f"{f'memory of {name}, MiB':<32} {m['before_mib']} to {m['after_mib']}: {m['growth']:+.1%}")
+    for key, count in tally.unexpected.most_common(20):
+        print(f"wrong code, {count} times: {key!a}")
+    for words in tally.unasked_ends:
+        print(f"the server ended unasked; its last words:\n{words}")
+    for core in sorted(soak.folder.glob("crash-*")) if soak.folder else []:
+        print(stack_of(core))
+    return result
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -357,6 +385,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=60, help="at most (%(default)s)")
     parser.add_argument("--clients", type=int, default=32, help="(%(default)s)")
     parser.add_argument("--kills", type=int, default=0, help="of the server started here (%(default)s)")
+    parser.add_argument("--kinds", nargs="+", choices=list(Client.KINDS), default=list(Client.KINDS), metavar="KIND",
+                        help="of requests (all: %(default)s)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=1, help="(%(default)s)")
     parser.add_argument("--answer-seconds", type=float, default=90, help="until unanswered (%(default)s)")
     parser.add_argument("--restart-seconds", type=float, default=60,  # Triton's 30 to stop and as many to start
@@ -364,38 +394,40 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "checkpoints" / "nv-embed-mini",
                         help="of the server started here (%(default)s)")  # fmt: skip
     parser.add_argument("--device", default="cpu", help="of the server started here (%(default)s)")
-    parser.add_argument("--log", type=Path, help="of the server started here (none: a temporary file)")
     arguments = parser.parse_args(argv)
     if arguments.url and arguments.kills:
         parser.error("--kills: expected a server that is started here; leave --url out")
     return arguments
 
 
-async def soak_server(arguments: argparse.Namespace, *server: Any) -> Soak:
-    soak = Soak(arguments, *server)
-    await soak.run()
-    return soak
-
-
 def main() -> int:
     arguments = parse()
     end_on_sigterm()
+    folder = None
     with ExitStack() as stack:
         if arguments.url:
-            server: tuple[Any, ...] = (arguments.url, arguments.http_port, None, None)
+            server: tuple[Any, ...] = (arguments.url, arguments.http_port)
         else:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             os.environ |= LIMITS  # the engine reads the longest text from them too
             engine = BareEngine(arguments.checkpoint, arguments.device)
             stack.callback(engine.stop)
-            settings = {"MODEL_PATH": str(arguments.checkpoint), "DEVICE": arguments.device}
-            if arguments.kills:
-                settings |= {"RESTART": "always", "MAX_DELAY_SECONDS": "1"}
-            progress("starting the server")
-            process, ports = stack.enter_context(started_server(settings, arguments.log or folder / "server.log"))
-            server = (f"127.0.0.1:{ports.grpc}", ports.http, process.pid, engine)
-        soak = asyncio.run(soak_server(arguments, *server))
+            settings = {
+                "MODEL_PATH": str(arguments.checkpoint.resolve()), "DEVICE": arguments.device,
+                "RESTART": "always", "MAX_DELAY_SECONDS": "1",
+            }  # fmt: skip
+            folder = Path(tempfile.mkdtemp(prefix="nv-embed-soak-"))
+            progress(f"starting the server; its log is in {folder}")
+            os.chdir(folder)  # where a process that crashes leaves its core
+            resource.setrlimit(resource.RLIMIT_CORE, (resource.getrlimit(resource.RLIMIT_CORE)[1],) * 2)
+            process, ports = stack.enter_context(started_server(settings, folder / LOG_NAME))
+            server = (f"127.0.0.1:{ports.grpc}", ports.http, process.pid, engine, folder)
+        soak = Soak(arguments, *server)
+        asyncio.run(soak.run())
     result = report(soak)
+    if folder and result["passed"]:
+        shutil.rmtree(folder)
+    elif folder:
+        print(f"log and cores are kept in {folder}")
     print(json.dumps(result))
     return 0 if result["passed"] else 1
 

@@ -1,4 +1,4 @@
-"""A checkpoint of the published layout with random weights: what a server is timed with where the gated ones are not.
+"""Random weights under the published names: for networks in memory, and as a checkpoint to time a server with.
 
     python benchmarks/synthetic.py /tmp/nv-embed-synthetic                # 15.7 GB, on the GPU if there is one
     export NV_EMBED_CACHE_MEBIBYTES=0
@@ -14,17 +14,21 @@ import json
 import shutil
 import struct
 import sys
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from started_server import ROOT
+from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "model_repository" / "nv-embed-v2" / "1"))
 
-from nv_embed.compute.weights import published_shapes  # noqa: E402
-from nv_embed.config import CheckpointConfig  # noqa: E402
+from nv_embed.compute.weights import checkpoint_shapes
+from nv_embed.models import read_checkpoint
+from nv_embed.models.protocol import Checkpoint
 
 NUM_SHARDS = 4
 TOKENIZER = ROOT / "checkpoints" / "nv-embed-mini" / "tokenizer.json"
@@ -42,26 +46,63 @@ def main() -> None:
     num_bytes = write_layout(arguments.folder, arguments.layers, arguments.hidden_size)
     generator = torch.Generator(arguments.device).manual_seed(arguments.seed)
     for path in sorted(arguments.folder.glob("*.safetensors")):
-        draw(path, generator)
+        fill(path, generator)
     shutil.copyfile(TOKENIZER, arguments.folder / "tokenizer.json")
     print(json.dumps({"folder": str(arguments.folder), "gigabytes": round(num_bytes / 1e9, 3)}))
 
 
+def published_config(
+    text_config: Mapping[str, object], latent_config: Mapping[str, int], dtype: str = "float16"
+) -> dict[str, Any]:
+    """config.json in the published form; what the arguments leave out is as published."""
+    hidden_size = text_config["hidden_size"]
+    return {
+        "model_type": "nvembed", "is_mask_instruction": True, "add_eos": True, "padding_side": "right",
+        "mask_type": "b", "hidden_size": hidden_size, "torch_dtype": dtype,
+        "text_config": {"hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 10000.0, **text_config},
+        "latent_attention_config": {**latent_config, "hidden_dim": hidden_size, "latent_dim": hidden_size},
+    }  # fmt: skip
+
+
+def drawn(
+    name: str, shape: Sequence[int], generator: torch.Generator, dtype: torch.dtype, spread: float | None = None
+) -> Tensor:
+    """One tensor by its published name, on the generator's device.
+
+    Without `spread` norms are one, biases zero, and matrices so small that a deep stack keeps within half precision.
+    With it every element of every tensor differs by about so much from these, so that each matters.
+    """
+    mean = 1.0 if len(shape) == 1 and name.endswith("weight") else 0.0
+    usual = 0.0 if len(shape) == 1 else 0.7 * shape[-1] ** -0.5
+    tensor = torch.empty(tuple(shape), device=generator.device, dtype=dtype)
+    return tensor.normal_(mean, usual if spread is None else spread, generator=generator)
+
+
+def random_weights(
+    config: Checkpoint, device: torch.device, dtype: torch.dtype, seed: int, spread: float | None = None
+) -> dict[str, Tensor]:
+    """Every published tensor, as `drawn` has it."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return {name: drawn(name, shape, generator, dtype, spread) for name, shape in shapes_of(config).items()}
+
+
+def shapes_of(config: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Of every published tensor, by name."""
+    with torch.device("meta"):
+        return checkpoint_shapes(config.network())
+
+
 def write_layout(folder: Path, num_layers: int, hidden_size: int) -> int:
     """Everything but the tokenizer, all tensors zero, in files that take no room; returns the bytes of all tensors."""
-    config = {
-        "model_type": "nvembed", "is_mask_instruction": True, "add_eos": True, "padding_side": "right",
-        "mask_type": "b", "hidden_size": hidden_size, "torch_dtype": "float16",
-        "text_config": {
-            "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "vocab_size": 32000,
-            "hidden_size": hidden_size, "num_hidden_layers": num_layers, "num_attention_heads": 32,
-            "num_key_value_heads": 8, "intermediate_size": hidden_size * 7 // 2,
+    config = published_config(
+        {
+            "vocab_size": 32000, "hidden_size": hidden_size, "num_hidden_layers": num_layers,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": hidden_size * 7 // 2,
         },
-        "latent_attention_config": {"hidden_dim": hidden_size, "latent_dim": hidden_size,
-                                    "cross_dim_head": hidden_size},
-    }  # fmt: skip
+        {"cross_dim_head": hidden_size},
+    )  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    sizes = {name: (shape, 2 * prod(shape)) for name, shape in published_shapes(CheckpointConfig.load(folder)).items()}
+    sizes = {name: (shape, 2 * prod(shape)) for name, shape in shapes_of(read_checkpoint(folder)).items()}
     total = sum(size for _, size in sizes.values())
     shards: list[dict[str, tuple[tuple[int, ...], int]]] = [{} for _ in range(NUM_SHARDS)]
     written = 0
@@ -84,19 +125,15 @@ def write_layout(folder: Path, num_layers: int, hidden_size: int) -> int:
     return total
 
 
-def draw(path: Path, generator: torch.Generator) -> None:
-    """Fill the tensors of one file: norms of one, the rest so small that a deep stack keeps within half precision."""
+def fill(path: Path, generator: torch.Generator) -> None:
+    """Draw the tensors of one file."""
     with path.open("rb") as file:
         (header_size,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(header_size))
     for name, tensor in header.items():
         shape = tuple(tensor["shape"])
         values = np.memmap(path, np.float16, "r+", 8 + header_size + tensor["data_offsets"][0], shape)
-        if len(shape) == 1:
-            values[:] = 0.0 if name.endswith("bias") else 1.0
-            continue
-        drawn = torch.empty(shape, device=generator.device, dtype=torch.float16)
-        values[:] = drawn.normal_(0.0, 0.7 * shape[-1] ** -0.5, generator=generator).cpu().numpy()
+        values[:] = drawn(name, shape, generator, torch.float16).cpu().numpy()
         values.flush()
 
 

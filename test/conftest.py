@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from nv_embed.config import CheckpointConfig
-from serving import Server
+from nv_embed.models.config_file import Section
+from nv_embed.models.nv_embed import NVEmbedCheckpoint
+from serving import ROOT, Server, mark_those_with_servers
 
-ROOT = Path(__file__).parents[1]
 PUBLISHED_TEXT_CONFIG = {
     "hidden_size": 4096,
     "num_hidden_layers": 32,
@@ -25,6 +27,7 @@ PUBLISHED_TEXT_CONFIG = {
 
 
 def pytest_collection_modifyitems(items):
+    mark_those_with_servers(items, "Server")
     for_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if for_gpu and not torch.cuda.is_available():
         for item in for_gpu:
@@ -38,19 +41,21 @@ def toy() -> Path:
 
 
 @pytest.fixture
-def published() -> CheckpointConfig:
+def published() -> NVEmbedCheckpoint:
     """The published sizes."""
-    return CheckpointConfig.from_json(
-        {
-            "model_type": "nvembed",
-            "is_mask_instruction": True,
-            "add_eos": True,
-            "padding_side": "right",
-            "mask_type": "b",
-            "torch_dtype": "float16",
-            "latent_attention_config": {"model_type": "latent_attention"},
-            "text_config": PUBLISHED_TEXT_CONFIG,
-        }
+    return NVEmbedCheckpoint.read(
+        Section(
+            {
+                "model_type": "nvembed",
+                "is_mask_instruction": True,
+                "add_eos": True,
+                "padding_side": "right",
+                "mask_type": "b",
+                "torch_dtype": "float16",
+                "latent_attention_config": {"model_type": "latent_attention"},
+                "text_config": PUBLISHED_TEXT_CONFIG,
+            }
+        )
     )
 
 
@@ -84,7 +89,17 @@ def mini_server(tmp_path_factory):
     yield from serve(None, tmp_path_factory)
 
 
+@pytest.fixture(scope="session")
+def gateway_venv() -> Path:
+    """The gateway's environment, so that no start has to wait until it is installed."""
+    venv = Path(os.environ.get("GATEWAY_VENV") or ROOT / ".venv-gateway")
+    script = 'source "$0" && prepare_venv "$@"'
+    command = ["bash", "-c", script, ROOT / "tools/prepare_venv.sh", venv, ROOT / "tools/requirements-gateway.txt"]
+    subprocess.run(command, check=True, timeout=900)
+    return venv
+
+
 def serve(model_path, tmp_path_factory, **environ):
-    server = Server(tmp_path_factory.mktemp("server") / "log.txt", model_path, environ)
-    yield server.wait_until_ready()
-    assert server.stop() == 0, server.log_text()
+    with Server(tmp_path_factory.mktemp("server") / "log.txt", model_path, environ) as server:
+        yield server
+        assert server.stop() == 0, server.log_text()

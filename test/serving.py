@@ -1,42 +1,33 @@
-"""A real tritonserver started through `serve.sh`, and ways to ask it."""
+"""A real tritonserver started through `serve.sh`, and ways to ask it; both test suites use it."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import socket
-import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import tritonclient.grpc as triton
+from started_server import ROOT, START_SECONDS, Ports, StartedServer, free_ports
 
-ROOT = Path(__file__).parents[1]
+__all__ = ["ROOT", "START_SECONDS", "Ports", "free_ports"]  # from here, too
+
 MODEL_NAME = "nv-embed-v2"
-SETTINGS = (  # of serve.sh and the model, but for VENV, which every test shares
+SETTINGS = (  # of serve.sh and the model, but for VENV and GATEWAY_VENV, which every test shares
     "NV_EMBED_", "MODEL_", "DEVICE", "RUNTIME", "ADDRESS", "METRICS_", "IMAGE", "SHM_", "TLS_", "ADMIN_KEY", "RESTART",
-    "MAX_DELAY_SECONDS",
+    "MAX_DELAY_SECONDS", "GATEWAY_PORT", "GATEWAY_HOST", "GATEWAY_A",
 )  # fmt: skip
-START_SECONDS = 180
-STOP_SECONDS = 60
+DEADLINE_SECONDS = 180  # for what takes a moment: the machine may be busy with anything
 
 
-def free_ports(count: int) -> list[int]:
-    """Different ones that nothing listens on."""
-    with ExitStack() as stack:
-        listeners = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for listener in listeners:
-            listener.bind(("127.0.0.1", 0))
-        return [listener.getsockname()[1] for listener in listeners]
-
-
-class Server:
+class Server(StartedServer):
     """One `serve.sh`, from start to stop."""
 
     def __init__(
@@ -45,51 +36,26 @@ class Server:
         model_path: Path | None,
         environ: Mapping[str, str] | None = None,
         arguments: Sequence[str] = (),
+        ports: Ports | None = None,
+        command: Sequence[str | Path] = (ROOT / "serve.sh",),
     ) -> None:
         """Start, without waiting. Settings of the caller's own shell that would change the server are left out."""
-        self.log = log
-        self.http, self.grpc, self.metrics = free_ports(3)
-        settings = {k: v for k, v in os.environ.items() if not k.startswith(SETTINGS)}
-        settings |= {"HTTP_PORT": str(self.http), "GRPC_PORT": str(self.grpc), "METRICS_PORT": str(self.metrics)}
-        settings |= {"RUNTIME": "pip"}
-        if model_path is not None:
-            settings |= {"MODEL_PATH": str(model_path), "DEVICE": "cpu"}
-        settings |= environ or {}
-        with log.open("wb") as output:
-            self.process = subprocess.Popen(
-                [ROOT / "serve.sh", *arguments],
-                stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=settings, cwd=log.parent,
-            )  # fmt: skip
-        self.url = f"localhost:{self.grpc}"
+        model = {} if model_path is None else {"MODEL_PATH": str(model_path), "DEVICE": "cpu"}
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(SETTINGS)}
+        super().__init__(
+            log, model | dict(environ or {}), environ=kept, arguments=arguments, ports=ports, command=command,
+            cwd=log.parent,
+        )  # fmt: skip
+        self.http, self.grpc, self.metrics = self.ports.http, self.ports.grpc, self.ports.metrics
+        self.url = self.ports.url
         self.client = triton.InferenceServerClient(self.url)
-
-    def wait_until_ready(self) -> Server:
-        deadline = time.monotonic() + START_SECONDS
-        while self.process.poll() is None and time.monotonic() < deadline:
-            if self.answers():
-                return self
-            time.sleep(0.1)
-        self.process.kill()
-        raise AssertionError(f"the server did not become ready:\n{self.log_text()}")
-
-    def answers(self) -> bool:
-        """Whether it says that it is ready."""
-        try:
-            with urllib.request.urlopen(f"http://localhost:{self.http}/v2/health/ready", timeout=5):
-                return True
-        except OSError:
-            return False
 
     def stop(self, with_signal: signal.Signals = signal.SIGTERM) -> int:
         """Ask it to stop; returns the exit code."""
         self.client.close()
-        self.process.send_signal(with_signal)
-        return self.process.wait(STOP_SECONDS)
+        return super().stop(with_signal)
 
-    def log_text(self) -> str:
-        return self.log.read_text(encoding="utf-8", errors="replace")
-
-    def infer(self, query=None, documents=None, parameters=None, outputs=("embeddings", "token_counts"), timeout=120):
+    def infer(self, query=None, documents=None, parameters=None, outputs=("embeddings", "token_counts"), timeout=600):
         """One gRPC call; returns each output's array by name. Texts are str or bytes."""
         inputs = []
         for name, texts in (("query", query), ("documents", documents)):
@@ -106,9 +72,21 @@ class Server:
         return self.infer(documents=texts, parameters=parameters)["embeddings"]
 
     def metrics_by_name(self) -> dict[str, float]:
-        """Each series on the metrics port, labels included in its name, once the last batch is published."""
+        """Each series on the metrics port by its name and labels, half a second from now.
+
+        On an idle machine what was just counted is there by then. A test that must not fail on a busy one says what it
+        waits for: `metrics_once`.
+        """
         time.sleep(0.5)
-        with urllib.request.urlopen(f"http://localhost:{self.metrics}/metrics", timeout=30) as response:
+        return self.metrics_now()
+
+    def metrics_once(self, holds: Callable[[dict[str, float]], bool]) -> dict[str, float]:
+        """The same as soon as `holds` is true of it; AssertionError if that takes longer than DEADLINE_SECONDS."""
+        return eventually(lambda: metrics if holds(metrics := self.metrics_now()) else None)
+
+    def metrics_now(self) -> dict[str, float]:
+        """Those that are published by now."""
+        with urllib.request.urlopen(f"http://localhost:{self.metrics}/metrics", timeout=DEADLINE_SECONDS) as response:
             lines = response.read().decode().splitlines()
         return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
 
@@ -118,10 +96,26 @@ class Server:
             f"http://localhost:{self.http}/v2/models/{MODEL_NAME}/infer", json.dumps(body).encode()
         )
         try:
-            with urllib.request.urlopen(request, timeout=120) as response:
+            with urllib.request.urlopen(request, timeout=600) as response:
                 return response.status, json.load(response)
         except urllib.error.HTTPError as error:
             return error.code, json.load(error)
+
+
+def eventually(condition: Callable[[], Any], seconds: float = DEADLINE_SECONDS) -> Any:
+    """What `condition` returns, once that is true; AssertionError if it takes longer."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"it did not happen in {seconds} s"
+        time.sleep(0.05)
+    return found
+
+
+def mark_those_with_servers(items: Iterable[pytest.Function], *starters: str) -> None:
+    """Give the marker `server` to each test with a fixture that has "server" in its name, or a starter in its body."""
+    for item in items:
+        if any("server" in name for name in item.fixturenames) or {*starters} & {*item.function.__code__.co_names}:
+            item.add_marker("server")
 
 
 def bytes_input(name: str, texts) -> triton.InferInput:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from nv_embed.compute.attention import _prove, attend_each, choose_attention
-from nv_embed.config import CheckpointConfig
+from nv_embed.compute.attention import attend_each, choose_attention, prove
 from nv_embed.errors import DeviceError
-from serving import ROOT
+from nv_embed.models.protocol import Heads, PackedBatch
 from torch.nn import functional
 
 CPU = torch.device("cpu")
-CONFIG = CheckpointConfig.load(ROOT / "checkpoints" / "nv-embed-mini")
+HEADS = Heads(12, 12, 32)  # of the default checkpoint
 
 
-def attend_masked(q, k, v, batch):
+def attend_masked(q, k, v, batch, work):
     """All at once, with a mask that keeps sequences apart: written differently from the product."""
     owner = torch.repeat_interleave(torch.arange(len(batch.seqlens)), torch.tensor(batch.seqlens))
     groups = q.shape[1] // k.shape[1]
@@ -23,7 +22,7 @@ def attend_masked(q, k, v, batch):
     return (scores.softmax(-1) @ v).transpose(0, 1)
 
 
-def attend_causally(q, k, v, batch):
+def attend_causally(q, k, v, batch, work):
     """What flash attention does when asked the wrong way."""
     out, start = torch.empty_like(q), 0
     groups = q.shape[1] // k.shape[1]
@@ -36,27 +35,42 @@ def attend_causally(q, k, v, batch):
 
 
 def test_a_cpu_computes_one_sequence_after_the_other():
-    assert choose_attention("auto", CONFIG, CPU, torch.float32) is attend_each
-    assert choose_attention("sdpa", CONFIG, CPU, torch.float32) is attend_each
+    assert choose_attention("auto", HEADS, CPU, torch.float32) is attend_each
+    assert choose_attention("sdpa", HEADS, CPU, torch.float32) is attend_each
 
 
 @pytest.mark.parametrize("name", ["varlen", "flash-attn"])
 def test_a_named_kernel_that_does_not_run_here_stops_the_start(name):
     with pytest.raises(DeviceError, match=f"expected '{name}' to run on cpu in float32; got: .*; install .* 'auto'"):
-        choose_attention(name, CONFIG, CPU, torch.float32)
+        choose_attention(name, HEADS, CPU, torch.float32)
 
 
 def test_a_kernel_that_computes_attention_is_accepted():
-    _prove(attend_masked, CONFIG, CPU, torch.float32)
+    prove(attend_masked, HEADS, CPU, torch.float32)
 
 
 @pytest.mark.parametrize(
-    "kernel", [attend_causally, lambda q, k, v, batch: q, lambda q, k, v, batch: q * torch.nan],
+    "kernel", [attend_causally, lambda q, k, v, batch, work: q, lambda q, k, v, batch, work: q * torch.nan],
     ids=["causal", "nothing", "NaN"],
 )  # fmt: skip
 def test_a_kernel_that_computes_something_else_is_refused(kernel):
     with pytest.raises(ValueError, match="differs from the reference"):
-        _prove(kernel, CONFIG, CPU, torch.float32)
+        prove(kernel, HEADS, CPU, torch.float32)
+
+
+@pytest.mark.parametrize("num_rows", [1, 7, 50, 100, 139])
+def test_attention_in_pieces_of_heads_and_queries_is_attention(num_rows):
+    class Few:
+        def pieces(self, total, multiply_adds, fewest_rows=1):
+            return [slice(start, min(start + num_rows, total)) for start in range(0, total, num_rows)]
+
+    seqlens = (1, 5, 70, 33)
+    nothing = torch.empty(0, dtype=torch.int32)
+    batch = PackedBatch(nothing, nothing, nothing, max(seqlens), seqlens, nothing, seqlens)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(sum(seqlens), heads, 8, generator=generator) for heads in (6, 2, 2))
+    expected = attend_masked(q, k, v, batch, Few())
+    torch.testing.assert_close(attend_each(q, k, v, batch, Few()), expected, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.gpu
@@ -65,4 +79,4 @@ def test_a_gpu_computes_all_sequences_at_once(dtype):
     device = torch.device("cuda:0")
     if torch.cuda.get_device_capability(device) < (8, 0):
         pytest.skip("flash attention needs capability 8.0")
-    assert choose_attention("varlen", CONFIG, device, dtype) is not attend_each  # proved against the readable kernel
+    assert choose_attention("varlen", HEADS, device, dtype) is not attend_each  # proved against the readable kernel

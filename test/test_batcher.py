@@ -6,7 +6,8 @@ import threading
 import time
 import weakref
 from collections import Counter
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -22,8 +23,8 @@ from nv_embed.errors import (
 from nv_embed.metrics import SERIES, Metric, Recorder
 from nv_embed.requests import EmbedRequest
 from nv_embed.scheduling.answers import Answer, Outbox
-from nv_embed.scheduling.batcher import Batcher, BatchLimits
-from nv_embed.scheduling.vector_cache import VectorCache
+from nv_embed.scheduling.batcher import Batcher
+from nv_embed.scheduling.policy import BatchLimits
 from nv_embed.tokenizer import TokenSequence
 
 WAIT_SECONDS = 30
@@ -46,6 +47,11 @@ class FakeEncoder:
         return sequences
 
 
+class Computed(NamedTuple):
+    vectors: np.ndarray
+    seconds: float
+
+
 class FakeEngine:
     """The embedding of n tokens is [n, 2n]. Remembers its batches; `gate` holds them back."""
 
@@ -54,12 +60,12 @@ class FakeEngine:
         self.started, self.gate = threading.Semaphore(0), threading.Event()
         self.gate.set()
 
-    turn = nullcontext()
-
-    def start(self, sequences):
+    def compute(self, next_batch, pause=lambda: None):
+        sequences = next_batch()
+        if not sequences:
+            return None
         started = time.monotonic()
-        rows = self.embed(sequences)
-        return lambda: (rows, time.monotonic() - started)
+        return Computed(self.embed(sequences), time.monotonic() - started)
 
     def embed(self, sequences):
         lengths = [sequence.num_tokens for sequence in sequences]
@@ -84,9 +90,10 @@ class FakeReply:
 
     def __init__(self):
         self.cancelled, self.outcomes, self.answered = False, [], threading.Event()
+        self.num_questions = 0
 
     def is_cancelled(self):
-        assert not self.outcomes, "asked after the answer: this would crash Triton"
+        self.num_questions += 1
         return self.cancelled
 
     def send(self, outcome):
@@ -102,9 +109,10 @@ class FakeReply:
     def lengths(self):
         outcome = self.outcome()
         assert isinstance(outcome, Answer), outcome
-        assert outcome.embeddings[:, 1].tolist() == [2 * n for n in outcome.embeddings[:, 0]]
-        assert outcome.token_counts.tolist() == outcome.embeddings[:, 0].tolist()
-        return outcome.token_counts.tolist()
+        embeddings = outcome.embeddings()
+        assert embeddings[:, 1].tolist() == [2 * n for n in embeddings[:, 0]]
+        assert outcome.token_counts == embeddings[:, 0].tolist()
+        return outcome.token_counts
 
 
 class Published:
@@ -181,7 +189,7 @@ def held(engine, batcher, num_tokens):
     first = submit(batcher, 1)
     assert engine.started.acquire(timeout=WAIT_SECONDS)
     yield
-    wait_until(lambda: batcher._num_queue_tokens >= num_tokens)
+    wait_until(lambda: batcher.num_queue_tokens >= num_tokens)
     engine.gate.set()
     assert first.lengths() == [1]
 
@@ -231,9 +239,9 @@ def test_a_failing_batch_fails_its_own_requests_and_no_later_ones():
 
 def test_batches_shrink_while_they_take_longer_than_wanted():
     class SlowEngine(FakeEngine):
-        def start(self, sequences):
-            rows = self.embed(sequences)
-            return lambda: (rows, 0.0002 * sum(sequence.num_tokens for sequence in sequences))  # this device's speed
+        def compute(self, next_batch, pause=lambda: None):
+            computed = super().compute(next_batch)
+            return computed and Computed(computed.vectors, 0.0002 * computed.vectors[:, 0].sum())  # its own speed
 
     engine = SlowEngine()
     with running(engine, max_batch_tokens=1000, target_batch_seconds=0.12, max_queue_tokens=10**5) as batcher:
@@ -264,13 +272,13 @@ def test_one_text_too_large_for_the_device_gets_an_error_of_its_own():
 def test_cancelled_requests_are_dropped_before_they_are_computed():
     engine = FakeEngine()
     with running(engine) as batcher:
-        with held(engine, batcher, 220):
+        with held(engine, batcher, 20):
             gone, stays = submit(batcher, *distinct(50, 4)), submit(batcher, 20)
-            wait_until(lambda: batcher._num_queue_tokens >= 220)  # cancelled while waiting for the device
+            wait_until(lambda: batcher.num_queue_tokens >= 220)
             gone.cancelled = True
+            assert isinstance(gone.outcome(), Cancelled)  # answered although the device is busy
         assert stays.lengths() == [20]
-        assert isinstance(gone.outcome(), Cancelled)
-        assert batcher._num_queue_tokens == 0
+        assert batcher.num_queue_tokens == 0
     assert engine.batches == [[1], [20]]
 
 
@@ -285,19 +293,6 @@ class HeldEncoder(FakeEncoder):
             self.encoded.append(len(texts))
             assert self.gate.wait(WAIT_SECONDS)
         return super().encode(texts, instruction, **kwargs)
-
-
-def test_a_large_request_cancelled_before_it_is_tokenized_is_not_tokenized():
-    encoder = HeldEncoder()
-    with running(FakeEngine(), encoder=encoder) as batcher:
-        first = submit(batcher, 5)
-        wait_until(lambda: encoder.encoded)
-        gone = submit(batcher, *distinct(1, 2000))
-        gone.cancelled = True
-        encoder.gate.set()
-        assert isinstance(gone.outcome(), Cancelled)
-        assert first.lengths() == [5]
-    assert encoder.encoded == [1]
 
 
 def test_a_query_does_not_wait_for_documents_to_be_tokenized():
@@ -335,7 +330,7 @@ def test_a_large_request_for_which_there_is_no_room_is_refused_before_all_of_it_
     with running(engine, encoder=encoder, max_queue_tokens=100) as batcher:
         with held(engine, batcher, 90):
             waits = submit(batcher, 90)
-            wait_until(lambda: batcher._num_queue_tokens == 90)
+            wait_until(lambda: batcher.num_queue_tokens == 90)
             refused = submit(batcher, *large(5, 9)).outcome()
         assert isinstance(refused, Unavailable)
         assert "got 90 waiting and 15 more" in str(refused)
@@ -350,11 +345,11 @@ def test_bulk_that_fills_the_queue_shuts_out_neither_queries_nor_what_is_known()
         assert engine.started.acquire(timeout=WAIT_SECONDS)
         with held(engine, batcher, 895):
             bulk = submit(batcher, *distinct(80, 10))
-            wait_until(lambda: batcher._num_queue_tokens == 800)
+            wait_until(lambda: batcher.num_queue_tokens == 800)
             assert isinstance(submit(batcher, 5).outcome(), Unavailable)
             assert submit(batcher, 70).lengths() == [70]  # from the cache
             queries = [submit(batcher, n, is_query=True) for n in (40, 55)]
-            wait_until(lambda: batcher._num_queue_tokens == 895)
+            wait_until(lambda: batcher.num_queue_tokens == 895)
             assert "at most 900 tokens to wait" in str(submit(batcher, 6, is_query=True).outcome())
         assert [query.lengths() for query in queries] == [[40], [55]]
         assert bulk.lengths() == [80] * 10
@@ -369,7 +364,7 @@ def test_a_large_request_whose_vectors_are_known_needs_no_room():
             pass
         with held(engine, batcher, 2000):
             bulk = submit(batcher, *distinct(80, 25))
-            wait_until(lambda: batcher._num_queue_tokens == 2000)
+            wait_until(lambda: batcher.num_queue_tokens == 2000)
             assert submit(batcher, *known).lengths() == [20] * 10
         assert bulk.lengths() == [80] * 25
 
@@ -416,34 +411,24 @@ def test_the_cache_keeps_to_its_limit_and_forgets_the_least_recently_used():
     assert 0 < published.gauges[Metric.CACHE_BYTES] <= 700
 
 
-def test_a_cached_vector_keeps_no_batch_alive():
-    cache = VectorCache(10**6)
-    cache.put(b"key", np.ones((9, 2), np.float32)[0])
-    assert cache.get(b"key").base is None
-
-
-def test_more_texts_than_may_be_unanswered_are_refused_although_they_cost_no_computing():
+def test_texts_count_until_their_answer_is_sent_although_they_cost_no_computing():
     class SlowReply(FakeReply):
         def send(self, outcome):
+            sending.release()
             assert gate.wait(WAIT_SECONDS)
             return super().send(outcome)
 
-    def submit_slow(num_texts):
-        replies.append(SlowReply())
-        batcher.submit(EmbedRequest(("10",) * num_texts, "", True, False, 0, None), replies[-1])
-
-    replies, gate = [], threading.Event()
+    slow, sending, gate = SlowReply(), threading.Semaphore(0), threading.Event()
     with running(FakeEngine(), cache_bytes=10**6, max_queue_texts=16) as batcher:
         assert submit(batcher, 10).lengths() == [10]
-        for num_texts in (10, 5, 2):
-            submit_slow(num_texts)
-            wait_until(lambda: len(batcher._jobs) == 0)  # settled, and not sent
-        query = submit(batcher, 10, is_query=True)
+        batcher.submit(EmbedRequest(("10",) * 15, "", True, False, 0, None), slow)
+        assert sending.acquire(timeout=WAIT_SECONDS)  # settled, and not sent
+        refused, query = submit(batcher, 10, 10), submit(batcher, 10, is_query=True)
         gate.set()
-        assert [reply.lengths() for reply in replies[:2]] == [[10] * 10, [10] * 5]
-        assert "at most 16 texts to wait; got 15 waiting and 2 more; retry later" in str(replies[2].outcome())
+        assert slow.lengths() == [10] * 15
+        assert "at most 16 texts to wait; got 15 waiting and 2 more; retry later" in str(refused.outcome())
         assert query.lengths() == [10]
-        wait_until(lambda: batcher._outbox.num_unsent == 0)
+        wait_until(lambda: batcher.num_unanswered == 0)
         assert submit(batcher, *["10"] * 16).lengths() == [10] * 16
 
 
@@ -521,18 +506,61 @@ def test_two_engines_share_one_queue():
         assert [reply.lengths() for reply in replies] == [[80], [90]]
 
 
-def test_what_waits_is_shared_out_among_the_engines_that_have_nothing_to_do():
-    engines = FakeEngine(), FakeEngine()
-    for engine in engines:
-        engine.gate.clear()
-    with running(*engines, max_batch_tokens=10_000) as batcher:
-        wait_until(lambda: batcher._num_idle == len(engines))
-        reply = submit(batcher, *(f"100.{i}" for i in range(40)))
-        assert all(engine.started.acquire(timeout=WAIT_SECONDS) for engine in engines)
-        for engine in engines:
-            engine.gate.set()
-        assert len(reply.lengths()) == 40
-    assert [list(map(sum, engine.batches)) for engine in engines] == [[2000], [2000]]
+def test_a_long_pass_lets_short_batches_go_first_and_keeps_half_of_the_time():
+    class Slow(FakeEngine):
+        """A pass of a long text has pieces; each takes a while."""
+
+        def compute(self, next_batch, pause):
+            sequences = next_batch()
+            if not sequences:
+                return None
+            lengths = [sequence.num_tokens for sequence in sequences]
+            if max(lengths) > 400:
+                pieces.append(lengths)
+                for _ in range(4):
+                    time.sleep(0.3)
+                    pause()
+            return Computed(self.embed(sequences), 0.1)
+
+    engine, pieces = Slow(), []
+    with running(engine) as batcher:
+        long = submit(batcher, 1000)
+        wait_until(lambda: pieces)
+        query, documents, other = submit(batcher, 20, is_query=True), submit(batcher, 30, 99), submit(batcher, 1001)
+        assert query.lengths() == [20]
+        assert documents.lengths() == [30, 99]
+        assert not long.answered.is_set()
+        assert long.lengths() == [1000]
+        assert other.lengths() == [1001]
+    assert pieces == [[1000], [1001]]
+
+
+def test_a_pass_that_nobody_waits_for_any_more_is_given_up():
+    class Endless(FakeEngine):
+        def compute(self, next_batch, pause):
+            sequences = next_batch()
+            while sequences and sequences[0].num_tokens == 1000:
+                pause()
+            return Computed(self.embed(sequences), 0.1) if sequences else None
+
+    engine, published = Endless(), Published()
+    with running(engine, publish=published) as batcher:
+        gone, late = submit(batcher, 1000), submit(batcher, 1000, timeout_seconds=1.5)
+        gone.cancelled = True
+        assert isinstance(gone.outcome(), Cancelled)
+        assert isinstance(late.outcome(), Unavailable)
+        assert submit(batcher, 5).lengths() == [5]
+        endless = submit(batcher, 1000)
+    assert isinstance(endless.outcome(), Unavailable)  # and the batcher could stop
+    assert engine.batches == [[5]]
+    assert published.counters[(Metric.DROPPED_TEXTS,)] >= 1
+
+
+def test_a_request_that_is_answered_soon_is_never_asked_whether_it_is_cancelled():
+    with running(FakeEngine()) as batcher:
+        replies = [submit(batcher, n, is_query=True) for n in range(20, 90)]
+        assert [reply.lengths() for reply in replies] == [[n] for n in range(20, 90)]
+    assert sum(reply.num_questions for reply in replies) <= 10  # a busy machine may take longer for some
 
 
 class FakeGpu(FakeEngine):
@@ -540,23 +568,20 @@ class FakeGpu(FakeEngine):
 
     def __init__(self, capacity=10**9):
         super().__init__(capacity)
-        self.turn, self.nearly, self.lock = self, threading.Semaphore(1), threading.Lock()
+        self.nearly, self.lock = threading.Semaphore(1), threading.Lock()
         self.chosen, self.begun = [], threading.Semaphore(0)
 
-    def __enter__(self):
-        self.lock.acquire()
-        self.nearly.acquire()
-
-    def __exit__(self, *error):
-        self.lock.release()
-
-    def start(self, sequences):
-        assert self.lock.locked()
-        self.chosen.append([sequence.num_tokens for sequence in sequences])
-        if sum(self.chosen[-1]) > self.capacity:
-            raise OutOfDeviceMemory("too much")
-        self.begun.release()
-        return lambda: (self.embed(sequences), 0.01)
+    def compute(self, next_batch, pause=lambda: None):
+        with self.lock:
+            self.nearly.acquire()
+            sequences = next_batch()
+            if not sequences:
+                return None
+            self.chosen.append([sequence.num_tokens for sequence in sequences])
+            if sum(self.chosen[-1]) > self.capacity:
+                raise OutOfDeviceMemory("too much")
+            self.begun.release()
+        return Computed(self.embed(sequences), 0.01)
 
 
 def test_the_next_batch_is_chosen_and_started_when_the_one_before_is_nearly_computed_and_not_before():
@@ -567,7 +592,7 @@ def test_the_next_batch_is_chosen_and_started_when_the_one_before_is_nearly_comp
         assert gpu.begun.acquire(timeout=WAIT_SECONDS)
         assert not gpu.begun.acquire(timeout=0.2)  # the device has much left to compute
         query = submit(batcher, 20, is_query=True)  # comes in time to be chosen
-        wait_until(lambda: batcher._num_queue_tokens == 140)
+        wait_until(lambda: batcher.num_queue_tokens == 140)
         gpu.nearly.release()
         assert gpu.begun.acquire(timeout=WAIT_SECONDS)
         assert not bulk.answered.is_set()  # neither batch is computed
@@ -650,8 +675,7 @@ def test_a_thousand_concurrent_requests_get_their_own_rows():
         for lengths, reply in replies.values():
             assert reply.lengths() == lengths
     assert len(replies) == 1000
-    assert batcher._num_queue_tokens == batcher._num_queue_bytes == 0
-    assert not batcher._jobs
+    assert batcher.num_queue_tokens == batcher.num_unanswered == 0
 
 
 # --- nothing computed twice -----------------------------------------------------------------------------
@@ -669,54 +693,6 @@ def test_a_text_computed_before_comes_from_the_cache():
     assert published.gauges[Metric.CACHE_BYTES] > 0
 
 
-def test_the_same_text_in_flight_is_computed_once_for_all_who_wait():
-    engine, published = FakeEngine(), Published()
-    with running(engine, publish=published) as batcher:
-        with held(engine, batcher, 100):
-            replies = [submit(batcher, 20, 30, 20), submit(batcher, 30), submit(batcher, 1)]
-        assert [reply.lengths() for reply in replies] == [[20, 30, 20], [30], [1]]
-    assert engine.batches == [[1], [20, 30]]
-    assert published.counters[Metric.TEXTS, "coalesced"] == 3
-
-
-def test_a_shared_text_is_computed_for_those_who_stay_when_the_first_leaves():
-    engine = FakeEngine()
-    with running(engine) as batcher:
-        with held(engine, batcher, 100):
-            first = submit(batcher, 50)
-            second = submit(batcher, 50, is_query=True)
-            wait_until(lambda: batcher._num_queue_tokens >= 100)
-            first.cancelled = True
-        assert second.lengths() == [50]
-        assert isinstance(first.outcome(), Cancelled)
-
-
-def test_what_joins_a_text_that_is_being_computed_is_in_progress_too():
-    engine = FakeEngine()
-    with running(engine, max_queue_seconds=0.5) as batcher:
-        engine.gate.clear()
-        replies = [submit(batcher, 50)]
-        assert engine.started.acquire(timeout=WAIT_SECONDS)
-        replies.append(submit(batcher, 50))
-        other = submit(batcher, 60)  # which does wait, and so says when the limit has passed
-        assert isinstance(other.outcome(), Unavailable)
-        engine.gate.set()
-        assert [reply.lengths() for reply in replies] == [[50], [50]]
-
-
-def test_a_query_does_not_wait_for_the_place_of_the_bulk_text_it_shares():
-    engine = FakeEngine()
-    with running(engine) as batcher:
-        with held(engine, batcher, 4001 + 41):
-            bulk = submit(batcher, *distinct(40, 99), 41)
-            wait_until(lambda: batcher._num_queue_tokens == 4001)
-            query = submit(batcher, 41, is_query=True)
-        assert query.lengths() == [41]
-        assert bulk.lengths() == [40] * 99 + [41]
-    assert 41 in engine.batches[1]
-    assert sum(map(len, engine.batches)) == 101
-
-
 def test_no_error_is_ever_cached_or_shared_beyond_its_batch():
     engine = FakeEngine()
     with running(engine, cache_bytes=10**6) as batcher:
@@ -724,7 +700,6 @@ def test_no_error_is_ever_cached_or_shared_beyond_its_batch():
         assert isinstance(submit(batcher, 13).outcome(), ComputeFailed)
         assert isinstance(submit(batcher, 666).outcome(), ComputeFailed)
         assert isinstance(submit(batcher, 666).outcome(), ComputeFailed)
-        assert not batcher._in_flight
     assert len(engine.batches) == 4
 
 
@@ -740,7 +715,7 @@ def test_what_waits_too_long_is_answered_unavailable():
         late = submit(batcher, 90)
         assert isinstance(late.outcome(), Unavailable)
         assert "within max_queue_milliseconds; got none in" in str(late.outcome())
-        assert batcher._num_queue_tokens == 0
+        assert batcher.num_queue_tokens == 0
         engine.gate.set()
         assert first.lengths() == [1]
     assert engine.batches == [[1]]
@@ -797,10 +772,10 @@ def test_metrics_count_halved_batches_and_dropped_texts():
         assert submit(batcher, 30, 40).lengths() == [30, 40]
         while engine.started.acquire(blocking=False):
             pass
-        with held(engine, batcher, 20):
+        with held(engine, batcher, 0):
             gone = submit(batcher, 20)
             gone.cancelled = True
-        assert isinstance(gone.outcome(), Cancelled)
+            assert isinstance(gone.outcome(), Cancelled)
     assert published.counters[(Metric.OUT_OF_MEMORY,)] == 1
     assert published.counters[(Metric.DROPPED_TEXTS,)] == 1
 
@@ -895,49 +870,6 @@ def test_an_answer_that_is_lost_is_not_counted_as_given():
 # --- what must stay small -------------------------------------------------------------------------------
 
 
-def test_an_answered_request_leaves_nothing_large_behind_although_its_deadline_is_far():
-    with running(FakeEngine(), max_queue_seconds=3600.0) as batcher:
-        submit(batcher, *distinct(10, 50), timeout_seconds=2.0**43).lengths()
-        (_, _, job, _), *_ = batcher._deadlines
-        assert (job.computations, job.embeddings, job.request.texts) == ([], None, ())
-
-
-def test_what_nobody_wants_any_more_does_not_wait_in_the_queue():
-    engine = FakeEngine()
-    with running(engine, max_queue_tokens=10_000) as batcher:
-        with held(engine, batcher, 4000):
-            bulk = submit(batcher, *distinct(40, 100))
-            wait_until(lambda: batcher._num_queue_tokens == 4000)
-            given_up = [submit(batcher, *distinct(50, 20), timeout_seconds=3.0) for _ in range(3)]
-            wait_until(lambda: batcher._num_queue_tokens == 7000)
-            flows = {job.flow for job in batcher._jobs}
-            assert all(isinstance(reply.outcome(), Unavailable) for reply in given_up)
-            assert sorted(len(flow.waiting) for flow in flows) == [0, 0, 0, 0, 100]
-        assert bulk.lengths() == [40] * 100
-
-
-def test_deadlines_of_finished_requests_are_forgotten():
-    with running(FakeEngine(), cache_bytes=10**6) as batcher:
-        for _ in range(3000):
-            submit(batcher, 10).lengths()
-        assert len(batcher._deadlines) < 1500
-
-
-def test_the_same_text_many_times_over_costs_no_more_than_its_rows():
-    engine = FakeEngine()
-    with running(engine, max_queue_tokens=10**6) as batcher:
-        with held(engine, batcher, 2 * 10 * 20_000):
-            first = submit(batcher, *["10"] * 20_000)
-            second = submit(batcher, *["10"] * 20_000)
-            wait_until(lambda: batcher._num_queue_tokens >= 2 * 10 * 20_000)
-            flows = {job.flow for same in batcher._in_flight.values() for job, _ in same.rows}
-            assert sorted(len(flow.waiting) for flow in flows) == [0, 1, 1]  # of the batch that is held, and of both
-            first.cancelled = True
-        assert second.lengths() == [10] * 20_000
-        assert isinstance(first.outcome(), Cancelled)
-        assert batcher._num_queue_tokens == 0
-
-
 def test_identical_queries_do_not_use_up_the_share_of_others():
     engine = FakeEngine()
     with running(engine, max_queue_tokens=10**6) as batcher:
@@ -997,7 +929,8 @@ def test_draining_says_how_much_is_unanswered_and_refuses_what_takes_too_long():
         assert engine.started.acquire(timeout=WAIT_SECONDS)
         waiting = submit(batcher, 80)
         assert batcher.is_accepting
-        assert batcher.drain(0.05) == 2
+        assert batcher.num_unanswered == 2
+        batcher.drain(0.05)
         assert not batcher.is_accepting
         outcome = waiting.outcome()  # answered although the device is busy
         assert isinstance(outcome, Unavailable)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
-from nv_embed.compute.engine import Engine
-from nv_embed.config import CheckpointConfig
-from nv_embed.tokenizer import Tokenizer
-from serving import ROOT, Server
+from nv_embed.compute.loading import load_engine
+from nv_embed.models import read_checkpoint
+from serving import ROOT, Server, free_ports
 
 BENCHMARKS = ROOT / "benchmarks"
 BASELINE = BENCHMARKS / "baseline" / "model_repository"
@@ -22,9 +24,9 @@ MOMENT = ("--seconds", "0.4", "--warm-up", "0.1")
 @pytest.fixture(scope="module")
 def baseline_server(toy, tmp_path_factory):
     log = tmp_path_factory.mktemp("baseline") / "log.txt"
-    server = Server(log, toy, {"MODEL_REPOSITORY": str(BASELINE)})
-    yield server.wait_until_ready()
-    assert server.stop() == 0, server.log_text()
+    with Server(log, toy, {"MODEL_REPOSITORY": str(BASELINE)}) as server:
+        yield server
+        assert server.stop() == 0, server.log_text()
 
 
 def run(*command, rc=0) -> tuple[str, dict]:
@@ -35,7 +37,7 @@ def run(*command, rc=0) -> tuple[str, dict]:
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     ) as process:  # fmt: skip
         try:
-            out, err = process.communicate(timeout=300)
+            out, err = process.communicate(timeout=900)
         except subprocess.TimeoutExpired:
             process.terminate()  # not killed: it stops the servers that it started
             out, err = process.communicate(timeout=150)
@@ -63,6 +65,7 @@ def test_the_baseline_gives_the_vectors_of_the_original(baseline_server, toy):
         np.testing.assert_allclose(got, rows, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_engine_is_measured_beside_the_ceiling_and_the_usual_way():
     _, answer = run("engine.py", "--device", "cpu", "--quick", "--passes", "1")
     assert set(answer["mixes"]) == {"16", "64", "512", "lognormal"}
@@ -75,6 +78,7 @@ def test_engine_is_measured_beside_the_ceiling_and_the_usual_way():
     assert answer["dtype"] == "float32"
 
 
+@pytest.mark.slow
 def test_half_precision_and_8_bits_are_near_float32():
     _, answer = run("precision.py", "--device", "cpu", "--quick")
     assert min(answer["float16"]) >= 0.9999
@@ -84,6 +88,7 @@ def test_half_precision_and_8_bits_are_near_float32():
     assert max(answer["bfloat16"] + answer["int8"] + answer["float8"]) < 1 - 1e-7  # they were other precisions
 
 
+@pytest.mark.slow
 def test_loading_is_measured_with_a_checkpoint_of_the_published_layout():
     output, answer = run("loading.py", "--device", "cpu", "--layers", "2", "--hidden-size", "768")
     assert answer["gb_per_s"] > 0
@@ -91,12 +96,13 @@ def test_loading_is_measured_with_a_checkpoint_of_the_published_layout():
     assert answer["host_gigabytes_beside_weights"] < answer["gigabytes"], output
 
 
+@pytest.mark.slow
 def test_a_synthetic_checkpoint_loads_as_the_published_one_would_and_tells_texts_apart(tmp_path):
     folder = tmp_path / "synthetic"
     run("synthetic.py", folder, "--device", "cpu", "--layers", "2", "--hidden-size", "256")
-    config = CheckpointConfig.load(folder)
-    tokenizer = Tokenizer(folder / "tokenizer.json", vocab_size=config.vocab_size, max_sequence_tokens=512)
-    engine = Engine.load(folder, config, device="cpu", dtype="float32")
+    config = read_checkpoint(folder)
+    tokenizer = config.tokenizer(folder, 512)
+    engine = load_engine(folder, config, device="cpu", dtype="float32")
     rows = engine.embed(tokenizer.encode(["a cat", "a dog", "a cat"], ""))
     np.testing.assert_allclose((rows**2).sum(axis=1), 1.0, atol=1e-5)
     np.testing.assert_allclose(rows[0], rows[2], atol=1e-5)
@@ -123,6 +129,7 @@ def test_serving_measures_every_load_on_two_servers_and_the_bare_engine(toy_serv
     assert set(answer["forward_pass_ms"]) == {"full batch", "one query"}
 
 
+@pytest.mark.server
 def test_serving_compares_servers_that_it_starts_itself(toy):
     output, answer = run(
         "serving.py", "--compare", "--checkpoint", toy, "--loads", "query", "--rounds", "2", *MOMENT
@@ -149,7 +156,7 @@ def test_serving_counts_what_is_refused_and_says_when_nobody_answers(toy_server_
     result = by_load(answer)["documents", "server"]
     assert result["requests"] == 0
     assert result["errors"]["INVALID_ARGUMENT"] > 0
-    output, _ = run("serving.py", "--url", "localhost:9", "--loads", "query", *MOMENT, rc=2)
+    output, _ = run("serving.py", "--url", f"localhost:{free_ports(1)[0]}", "--loads", "query", *MOMENT, rc=2)
     assert "UNAVAILABLE" in output
 
 
@@ -162,12 +169,14 @@ def test_soak_finds_nothing_wrong_with_a_running_server(toy_server):
     assert answer["checked_rows"] > 100
 
 
+@pytest.mark.server
 def test_soak_survives_a_kill(toy):
     output, answer = run("soak.py", "--checkpoint", toy, "--requests", "300", "--clients", "8", "--kills", "1")
     assert answer["passed"], output
     assert [kill["signal"] for kill in answer["kills"]] == ["SIGKILL"]
 
 
+@pytest.mark.slow
 def test_soak_excuses_what_a_kill_breaks_until_the_server_is_ready_again_and_no_other_end_of_it():
     script = """
 import asyncio, json, os, signal, time, soak
@@ -213,6 +222,32 @@ asyncio.run(main())
     in_the_window = ["still the old one", "not ready", "moment after"]
     assert answer["excused"] == {when: [when in in_the_window] * 2 for when in ("before", *in_the_window, "after")}
     assert answer["passed"] == {"once killed": True, "slow": False, "the same": True, "another": False}
+
+
+def test_soak_prints_how_a_server_ended_that_nobody_ended_and_keeps_its_log(toy):
+    script = f"""
+import asyncio, os, signal, sys, soak
+run = soak.Soak.run
+async def crash(self):
+    while self.tally.requests < 100:
+        await asyncio.sleep(0.1)
+    os.kill(soak.processes_of(self.root_pid)["server"], signal.SIGSEGV)
+async def run_and_crash(self):
+    await asyncio.gather(run(self), crash(self))
+soak.Soak.run = run_and_crash
+sys.argv = ["soak.py", "--checkpoint", {str(toy)!r}, "--requests", "400", "--clients", "8"]
+sys.exit(soak.main())
+"""
+    output, answer = run("-c", script, rc=1)
+    assert answer["unasked_ends"] == 1
+    assert answer["unanswered"] == 0
+    assert "Signal (11) received" in output
+    assert "supervise.sh: ended with exit code 139" in output
+    folder = Path(re.search("log and cores are kept in (.*)", output)[1])
+    assert (folder / "server.log").is_file()
+    for core in folder.glob("crash-*"):  # where the kernel writes cores into the working directory
+        assert f"{core}, tritonserver:" in output or "install gdb" in output
+    shutil.rmtree(folder)
 
 
 def test_soak_notices_wrong_rows(toy_server):

@@ -5,20 +5,19 @@ from __future__ import annotations
 import json
 import threading
 import time
-from contextlib import nullcontext
 from dataclasses import replace
 from random import Random
 
 import numpy as np
 import pytest
 import torch
-from nv_embed.compute.engine import Engine, load_engines
-from nv_embed.config import CheckpointConfig
+from nv_embed.compute import loading
+from nv_embed.compute.loading import load_engine, load_engines
 from nv_embed.errors import DeviceLost, Unavailable
+from nv_embed.models import read_checkpoint
 from nv_embed.requests import EmbedRequest
 from nv_embed.scheduling.answers import Answer
 from nv_embed.scheduling.batcher import Batcher, BatchLimits
-from nv_embed.tokenizer import Tokenizer
 from serving import Server
 
 WAIT_SECONDS = 60
@@ -32,16 +31,17 @@ class CountingEngine:
         self.engine, self.seconds_per_token = engine, seconds_per_token
         self.num_tokens, self.batches_to_live = 0, batches_to_live
 
-    turn = nullcontext()
-
-    def start(self, sequences):
+    def compute(self, next_batch, pause=lambda: None):
+        sequences = next_batch()
+        if not sequences:
+            return None
         self.batches_to_live -= 1
         if self.batches_to_live < 0:
             raise DeviceLost("the device failed")
         num_tokens = sum(sequence.num_tokens for sequence in sequences)
         self.num_tokens += num_tokens
         time.sleep(num_tokens * self.seconds_per_token)
-        return self.engine.start(sequences)
+        return self.engine.compute(lambda: sequences, pause)
 
 
 class Reply:
@@ -59,8 +59,8 @@ class Reply:
 
 @pytest.fixture(scope="module")
 def checkpoint(toy):
-    config = CheckpointConfig.load(toy)
-    return toy, config, Tokenizer(toy / "tokenizer.json", vocab_size=config.vocab_size, max_sequence_tokens=512)
+    config = read_checkpoint(toy)
+    return toy, config, config.tokenizer(toy, 512)
 
 
 def requests(num_requests):
@@ -87,7 +87,7 @@ def start(tokenizer, engines, on_fatal=lambda: None):
 
 def test_two_engines_share_the_work_of_one_queue_and_give_the_rows_of_one(checkpoint):
     folder, config, tokenizer = checkpoint
-    alone = Engine.load(folder, config, device="cpu", dtype="float32")
+    alone = load_engine(folder, config, device="cpu", dtype="float32")
     # Devices of one speed, so slow that whatever else this machine does counts for little.
     engines = [CountingEngine(alone, seconds_per_token=1e-4) for _ in range(2)]  # threads of a CPU share one engine
     texts = requests(60)
@@ -99,7 +99,7 @@ def test_two_engines_share_the_work_of_one_queue_and_give_the_rows_of_one(checkp
             (outcome,) = reply.outcomes
             assert isinstance(outcome, Answer)
             expected = alone.embed(tokenizer.encode(documents, "", truncate=True, first_index=0))
-            np.testing.assert_allclose(outcome.embeddings, expected, atol=1e-5)
+            np.testing.assert_allclose(outcome.embeddings(), expected, atol=1e-5)
     finally:
         batcher.stop()
     shares = [engine.num_tokens / sum(other.num_tokens for other in engines) for engine in engines]
@@ -123,13 +123,14 @@ def test_a_cpus_cores_share_the_work_as_the_network_needs(
     folder, config, _ = checkpoint
     before = torch.get_num_threads()
     loaded = []
-    monkeypatch.setattr(Engine, "load", lambda *_, device, **__: loaded.append(device) or device)
-    monkeypatch.setattr("nv_embed.compute.engine._num_cores", lambda: 4)
+    monkeypatch.setattr(loading, "load_engine", lambda *_, device, **__: loaded.append(device) or device)
+    monkeypatch.setattr(loading, "most_cores", lambda: 3.5)  # a container's quota
     try:
+        torch.set_num_threads(8)
         config = replace(config, hidden_size=hidden_size)
-        settings = {"dtype": "float32", "attention": "auto", "compile_layers": "auto"}
+        settings = {"dtype": "float32", "attention": "auto", "compile_layers": "auto", "max_sequence_tokens": 512}
         assert load_engines(folder, config, devices=devices, **settings) == expected
-        assert torch.get_num_threads() == (num_threads or before)
+        assert torch.get_num_threads() == (num_threads or 8)
         assert loaded == list(dict.fromkeys(devices))  # weights are in memory once
     finally:
         torch.set_num_threads(before)
@@ -137,7 +138,7 @@ def test_a_cpus_cores_share_the_work_as_the_network_needs(
 
 def test_when_one_of_two_devices_fails_everyone_is_answered_once_and_the_server_must_restart(checkpoint):
     folder, config, tokenizer = checkpoint
-    engine = Engine.load(folder, config, device="cpu", dtype="float32")
+    engine = load_engine(folder, config, device="cpu", dtype="float32")
     engines = [CountingEngine(engine), CountingEngine(engine, batches_to_live=3)]
     restart = threading.Event()
     batcher = start(tokenizer, engines, on_fatal=restart.set)

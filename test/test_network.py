@@ -9,15 +9,16 @@ from random import Random
 import numpy as np
 import pytest
 from nv_embed.compute.engine import Engine
-from nv_embed.config import CheckpointConfig
-from nv_embed.tokenizer import Tokenizer, TokenSequence
+from nv_embed.compute.loading import load_engine
+from nv_embed.models import read_checkpoint
+from nv_embed.sequence import TokenSequence
 from reference import Reference, Sizes
 
 TOLERANCE = 1e-5
 
 
 def load(folder: Path) -> Engine:
-    return Engine.load(folder, CheckpointConfig.load(folder), device="cpu", dtype="float32")
+    return load_engine(folder, read_checkpoint(folder), device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +30,10 @@ def engine(toy: Path) -> Engine:
 def golden(toy: Path) -> list[tuple[dict, list[TokenSequence], np.ndarray]]:
     """Each case of the fixture, our token sequences for it, and the original's embeddings."""
     expected = np.load(toy / "expected.npz")
-    config = CheckpointConfig.load(toy)
+    config = read_checkpoint(toy)
     cases = []
     for case in json.loads((toy / "cases.json").read_text(encoding="utf-8")):
-        tokenizer = Tokenizer(
-            toy / "tokenizer.json", vocab_size=config.vocab_size, max_sequence_tokens=case["max_length"]
-        )
+        tokenizer = config.tokenizer(toy, case["max_length"])
         cases.append((case, tokenizer.encode(case["texts"], case["instruction"]), expected[case["name"]]))
     return cases
 

@@ -8,13 +8,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from nv_embed.compute.engine import Engine
+from nv_embed.compute.loading import load_engine
 from nv_embed.compute.precision import SAMPLES, Float8Matrix, Int8Matrix, Precision
-from nv_embed.config import CheckpointConfig
 from nv_embed.errors import DeviceError
-from nv_embed.network import Network
-from nv_embed.requests import QUERY_INSTRUCTION
-from nv_embed.tokenizer import Tokenizer
+from nv_embed.models import read_checkpoint
+from nv_embed.models.nv_embed import QUERY_INSTRUCTION
 from safetensors.torch import load_file, save_file
 from serving import Server
 
@@ -22,12 +20,12 @@ STORED = {"int8": torch.int8, "float8": torch.float8_e4m3fn}
 
 
 def load(folder, dtype):
-    return Engine.load(folder, CheckpointConfig.load(folder), device="cpu", dtype=dtype)
+    return load_engine(folder, read_checkpoint(folder), device="cpu", dtype=dtype)
 
 
 @pytest.fixture(scope="module")
 def sequences(mini):
-    tokenizer = Tokenizer(mini / "tokenizer.json", vocab_size=20480, max_sequence_tokens=4096)
+    tokenizer = read_checkpoint(mini).tokenizer(mini, 4096)
     texts = ["", "cats", "What makes a rainbow?", "A rainbow is light bent by drops of rain. " * 40]
     return tokenizer.encode(texts, "") + tokenizer.encode(texts[:3], QUERY_INSTRUCTION)
 
@@ -42,7 +40,7 @@ def test_vectors_of_8_bit_matrices_are_near_those_of_float32(mini, sequences, dt
     assert cosines.min() >= floor
     assert cosines.max() < 1 - 1e-6  # yet it is another precision
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-5)
-    for layer in engine.network.layers:
+    for layer in engine.model.network.layers:
         assert {matrix.weight.dtype for matrix in layer.children()} == {STORED[dtype]}
     assert f"{dtype}: cosine of sample texts' vectors to those in " in caplog.text
 
@@ -77,7 +75,7 @@ def test_it_is_served_when_the_environment_says_so(mini, mini_server, tmp_path):
 
 def test_a_gpu_without_float8_is_named(mini, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    config = CheckpointConfig.load(mini)
+    config = read_checkpoint(mini)
     with pytest.raises(DeviceError, match=r"8\.9 or later; got cuda:1 of 8\.0; set dtype to 'int8'"):
         Precision.choose("float8", torch.device("cuda:1"), config)
     assert Precision.choose("int8", torch.device("cuda:1"), config).dtype == torch.float16
@@ -94,7 +92,7 @@ def test_the_published_network_in_int8_fits_a_card_of_16_gb(published):
     for name in ("auto", "int8"):
         precision = Precision.choose(name, torch.device("cuda:0"), published)
         with torch.device("meta"):
-            sizes[name] = precision.num_bytes(Network(published).to(precision.dtype)) / 1e9
+            sizes[name] = precision.num_bytes(published.network().to(precision.dtype)) / 1e9
     assert 14.6 < sizes["auto"] < 14.8
     assert 7.8 < sizes["int8"] < 8.1  # one layer in half precision included
 

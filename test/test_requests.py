@@ -6,19 +6,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from nv_embed.errors import InvalidRequest
-from nv_embed.requests import QUERY_INSTRUCTION, EmbedRequest, RequestLimits
+from nv_embed.requests import EmbedRequest, Instructions, RequestLimits
 
+INSTRUCTIONS = Instructions(query="Find: ", documents="")
 LIMITS = RequestLimits(max_request_documents=3, max_request_bytes=200)
 
 
-def parse(query=None, documents=None, parameters=None, limits=LIMITS):
-    return EmbedRequest.parse(query, documents, parameters or {}, limits)
+def parse(query=None, documents=None, parameters=None, limits=LIMITS, instructions=INSTRUCTIONS):
+    return EmbedRequest.parse(query, documents, parameters or {}, limits, instructions)
 
 
-def test_a_query_gets_the_standard_instruction_and_documents_none():
-    assert QUERY_INSTRUCTION == ("Instruct: Given a question, retrieve passages that answer the question\nQuery: ")
-    assert parse(query=[b"x"]).instruction == QUERY_INSTRUCTION
+def test_queries_and_documents_get_the_models_own_instructions():
+    assert parse(query=[b"x"]) == EmbedRequest(("x",), "Find: ", True, True, 7)
     assert parse(documents=[b"x", b"y"]) == EmbedRequest(("x", "y"), "", True, False, 2)
+    prompted = Instructions(query="", documents="passage: ")
+    assert parse(documents=[b"x", b"y"], instructions=prompted) == EmbedRequest(
+        ("x", "y"), "passage: ", True, False, 20
+    )
 
 
 def test_instruction_and_truncate_are_taken_from_the_parameters():

@@ -1,5 +1,6 @@
 """What serve.sh decides and refuses by itself, before any model is loaded."""
 
+import csv
 import json
 import os
 import re
@@ -41,7 +42,8 @@ def serve(tmp_path, model):
         for program in programs:
             (tools / program).write_text(RECORDER)
             (tools / program).chmod(0o755)
-        kept = {k: v for k, v in os.environ.items() if not k.startswith((*SETTINGS, "MALLOC_ARENA_MAX", "PYTHON"))}
+        ignored = (*SETTINGS, "MALLOC_ARENA_MAX", "PYTHON")
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(ignored)}
         defaults = {
             "MODEL_PATH": str(model),
             "DEVICE": "cpu",
@@ -54,7 +56,7 @@ def serve(tmp_path, model):
         }
         environment = {**kept, **defaults, **{name: str(value) for name, value in settings.items()}}
         return subprocess.run(
-            [script, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=120
+            [script, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=600
         )
 
     return run
@@ -90,8 +92,8 @@ def test_a_folder_that_is_not_there_is_refused_by_its_settings_name(serve, setti
 def test_help_names_every_variable_with_its_default_and_starts_nothing(serve, tmp_path, option):
     done = serve(option, programs=["tritonserver"])
     assert done.returncode == 0
-    settings = (REPO / "README.md").read_text(encoding="utf-8").partition("Of `serve.sh`:")[2].partition("; `./")[0]
-    named = set(re.findall(r"[A-Z_]{3,}", settings))
+    settings = (REPO / "docs" / "settings.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"^\| `([A-Z_]+)`", settings, re.M))
     assert named == set(re.findall(r"^([A-Z_]+)=", done.stdout, re.M))
     assert "HTTP_PORT=8000 " in done.stdout
     assert "Arguments go to tritonserver" in done.stdout
@@ -99,7 +101,7 @@ def test_help_names_every_variable_with_its_default_and_starts_nothing(serve, tm
     assert not (tmp_path / "record").exists()
 
 
-@pytest.mark.parametrize("setting", ["ADDRESS", "METRICS_ADDRESS"])
+@pytest.mark.parametrize("setting", ["ADDRESS", "METRICS_ADDRESS", "GATEWAY_HOST"])
 @pytest.mark.parametrize("address", ["8001", "embeddings.example.com", "::1", "[::1]"])
 def test_what_is_no_ipv4_address_is_refused_before_anything_is_started(serve, tmp_path, setting, address):
     done = serve(programs=["tritonserver"], RUNTIME="native", **{setting: address})
@@ -107,7 +109,7 @@ def test_what_is_no_ipv4_address_is_refused_before_anything_is_started(serve, tm
     assert not (tmp_path / "record").exists()
 
 
-@pytest.mark.parametrize("setting", ["HTTP_PORT", "GRPC_PORT", "METRICS_PORT"])
+@pytest.mark.parametrize("setting", ["HTTP_PORT", "GRPC_PORT", "METRICS_PORT", "GATEWAY_PORT"])
 @pytest.mark.parametrize("runtime", ["pip", "docker", "native"])
 def test_a_port_in_use_is_said_before_anything_is_installed_or_started(serve, tmp_path, setting, runtime):
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -169,15 +171,14 @@ def test_without_a_model_path_it_says_what_it_serves_and_how_to_serve_the_real_m
 
 
 def test_docker_builds_the_image_and_runs_the_mounted_repository_on_the_gpu(serve, recorded, tmp_path, model):
+    ports = dict(zip(("HTTP_PORT", "GRPC_PORT", "METRICS_PORT"), free_ports(3), strict=True))
     done = serve(
         "--log-verbose=1",
         programs=["docker"],
         RUNTIME="docker",
         DEVICE="cuda:0",
         ADDRESS="localhost",
-        HTTP_PORT=18100,
-        GRPC_PORT=18101,
-        METRICS_PORT=18102,
+        **ports,
         SHM_SIZE="2g",
         NV_EMBED_MAX_BATCH_TOKENS=1000,
         OMP_NUM_THREADS=4,
@@ -192,7 +193,7 @@ def test_docker_builds_the_image_and_runs_the_mounted_repository_on_the_gpu(serv
     assert values(run, "--stop-timeout") == ["40"]
     assert values(run, "--ulimit") == ["memlock=-1"]
     assert values(run, "--gpus") == ["all"]
-    assert values(run, "--publish") == [f"127.0.0.1:1810{i}:800{i}" for i in range(3)]
+    assert values(run, "--publish") == [f"127.0.0.1:{port}:800{i}" for i, port in enumerate(ports.values())]
     settings = {"NV_EMBED_DEVICE", "NV_EMBED_MAX_BATCH_TOKENS", "NV_EMBED_MODEL_PATH"}
     assert settings | {"MALLOC_ARENA_MAX", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"} <= set(values(run, "--env"))
     assert all(mount.endswith(",readonly") for mount in values(run, "--mount"))
@@ -244,14 +245,15 @@ def test_metrics_have_an_address_of_their_own_and_tls_keeps_http_on_this_machine
     assert not any("mutual" in argument for argument in command)
 
 
-PROTOCOLS = "shared-memory,model-config,model-repository,statistics,trace,logging"
+PROTOCOLS = "shared-memory,model-repository,statistics,trace,logging"
 
 
 def test_docker_keeps_administration_shut_and_http_private_beside_tls(serve, recorded, tmp_path):
     cert, key = tmp_path / "cert", tmp_path / "key"
     cert.touch()
     key.touch()
-    ports = {"HTTP_PORT": 18100, "GRPC_PORT": 18101, "METRICS_PORT": 18102}
+    http, grpc, metrics = free_ports(3)
+    ports = {"HTTP_PORT": http, "GRPC_PORT": grpc, "METRICS_PORT": metrics}
     settings = {"RUNTIME": "docker", "IMAGE": "image", "ADMIN_KEY": "sesame", "TLS_CERT": cert, "TLS_KEY": key}
     done = serve(programs=["docker"], **settings, **ports)
     assert done.returncode == 0, done.stderr
@@ -259,17 +261,115 @@ def test_docker_keeps_administration_shut_and_http_private_beside_tls(serve, rec
     inside = run[run.index("image") + 1 :]
     for option in ("--grpc-restricted-protocol", "--http-restricted-api"):
         assert f"{option}={PROTOCOLS}:nv-embed-admin=sesame" in inside
-    tls = {"--grpc-use-ssl=true", f"--grpc-server-cert={cert}", f"--grpc-server-key={key}"}
+    tls = {"--grpc-use-ssl=true", "--grpc-server-cert=/tls/TLS_CERT", "--grpc-server-key=/tls/TLS_KEY"}
     assert tls | {"--exit-timeout-secs=30"} <= set(inside)
-    assert {f"type=bind,source={file},target={file},readonly" for file in (cert, key)} <= set(values(run, "--mount"))
-    assert values(run, "--publish") == ["127.0.0.1:18100:8000", "0.0.0.0:18101:8001", "0.0.0.0:18102:8002"]
+    mounts = {f"type=bind,source={file},target=/tls/TLS_{file.name.upper()},readonly" for file in (cert, key)}
+    assert mounts <= set(values(run, "--mount"))
+    assert values(run, "--publish") == [f"127.0.0.1:{http}:8000", f"0.0.0.0:{grpc}:8001", f"0.0.0.0:{metrics}:8002"]
 
 
-def test_the_images_own_command_keeps_administration_shut():
-    lines = (REPO / "Dockerfile").read_text(encoding="utf-8").splitlines()
-    (command,) = (json.loads(line.removeprefix("CMD ")) for line in lines if line.startswith("CMD ["))
-    assert f"key={PROTOCOLS}:nv-embed-admin=${{ADMIN_KEY:-" in command[-1]
-    assert "--grpc-restricted-protocol=$key --http-restricted-api=$key" in command[-1]
+def test_the_images_own_command_gives_tritonserver_the_same_arguments_as_serve_sh(serve, recorded, tmp_path):
+    dockerfile = (REPO / "Dockerfile").read_text(encoding="utf-8")
+    (source, target), (command,) = (
+        re.search(r"^COPY (tools/\S+) (\S+)$", dockerfile, re.M).groups(),
+        (json.loads(line.removeprefix("CMD ")) for line in dockerfile.splitlines() if line.startswith("CMD [")),
+    )
+    assert f"!{source}" in (REPO / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    assert serve(programs=["tritonserver"], RUNTIME="native", ADMIN_KEY="sesame").returncode == 0
+    environ = os.environ | {
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "RECORD": str(tmp_path / "record"),
+        "ADMIN_KEY": "sesame",
+    }
+    subprocess.run([part.replace(target, str(REPO / source)) for part in command], env=environ, check=True)
+    by_serve_sh, by_image = recorded()
+    assert by_image[1] == "--model-repository=/model_repository"
+    assert f"--grpc-restricted-protocol={PROTOCOLS}:nv-embed-admin=sesame" in by_image
+    assert set(by_image[2:]) <= set(by_serve_sh)
+
+
+@pytest.mark.parametrize("name", ["a, b", 'a "b"', "a\nb", "[ü] $HOME; & \\ '", "ends in a line's end\n"])
+def test_docker_mounts_folders_of_any_name(serve, recorded, tmp_path, name):
+    folder = tmp_path / name
+    for part in ("checkpoint", "models"):
+        (folder / part).mkdir(parents=True)
+    (folder / "cert").touch()
+    done = serve(
+        programs=["docker"],
+        RUNTIME="docker",
+        IMAGE="i",
+        MODEL_PATH=folder / "checkpoint",
+        MODEL_REPOSITORY=folder / "models",
+        TLS_CERT=folder / "cert",
+        TLS_KEY=folder / "cert",
+    )
+    assert done.returncode == 0, done.stderr
+    mounts = [next(csv.reader([value])) for value in values(recorded()[0], "--mount")]  # as Docker reads them
+    sources = {mount[1].removeprefix("source="): mount[2].removeprefix("target=") for mount in mounts}
+    assert sources[str(folder / "models")] == "/model_repository"
+    assert sources[str(folder / "checkpoint")] == "/models/NV-Embed-v2"
+    assert str(folder / "cert") in sources
+
+
+@pytest.mark.parametrize(
+    "name", ["plain-1.0_x", "a b", "[x]", "it's", '"', "$HOME", "a&b", "a;b", "\\", "a\nb", "é", "漢"]
+)
+def test_tritonserver_gets_paths_that_need_no_quotes_and_lead_to_the_folders(serve, tmp_path, name):
+    folders = {setting: tmp_path / name / setting for setting in ("MODEL_PATH", "MODEL_REPOSITORY")}
+    for folder in folders.values():
+        folder.mkdir(parents=True)
+    (tmp_path / "bin").mkdir()
+    server = tmp_path / "bin" / "tritonserver"
+    server.write_text(
+        f"#!{sys.executable}\nimport json, os, sys\n"
+        "paths = [os.environ['NV_EMBED_MODEL_PATH'], sys.argv[1].partition('=')[2]]\n"
+        "print(json.dumps([[path, os.path.realpath(path)] for path in paths]))\n"
+    )
+    server.chmod(0o755)
+    done = serve(RUNTIME="native", **folders)
+    assert done.returncode == 0, done.stderr
+    for (path, real), (setting, folder) in zip(json.loads(done.stdout), folders.items(), strict=True):
+        assert Path(real) == folder.resolve()
+        assert re.fullmatch(r"[\w./@%+=,-]+", path, re.ASCII)
+        assert (path == real) == name.startswith("plain")
+        assert (f"{setting}={path} stands for '{folder}'" in done.stderr) != (path == real)
+
+
+# --- the gateway ----------------------------------------------------------------------------------------
+
+
+def test_gateway_arguments_with_an_open_quote_are_refused(serve, tmp_path):
+    (port,) = free_ports(1)
+    done = serve(GATEWAY_PORT=port, GATEWAY_ARGUMENTS='--alias "a b')
+    assert_refused(done, "GATEWAY_ARGUMENTS: expected words, quoted as in a shell", '--alias "a b')
+    assert not (tmp_path / "venv").exists()
+
+
+def test_a_gateway_that_could_not_reach_the_server_over_tls_is_refused_with_what_to_set(serve, tmp_path):
+    (port,) = free_ports(1)
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=example.com",
+         "-addext", "subjectAltName=DNS:example.com", "-keyout", "key", "-out", "cert"],
+        cwd=tmp_path, capture_output=True, check=True,
+    )  # fmt: skip
+    settings = {"GATEWAY_PORT": port, "TLS_CERT": "cert", "TLS_KEY": "key"}
+    assert_refused(serve(**settings), "expected a certificate for localhost", "--triton-url NAME:")
+    done = serve(**settings, TLS_CLIENT_CA="cert")
+    assert_refused(done, "expected a certificate for the gateway, got none", "--triton-certificate-chain FILE")
+    assert not (tmp_path / "venv").exists()
+
+
+def test_the_gateways_environment_has_what_the_client_declares():
+    requirements = (REPO / "tools/requirements-gateway.txt").read_text(encoding="utf-8")
+    pinned = set(re.findall(r"^([a-z-]+)(?:\[\w+\])?==", requirements, re.M))
+    project = (REPO / "client/pyproject.toml").read_text(encoding="utf-8")
+    lists = [re.search(rf"^{name} = \[(.*?)^\]", project, re.M | re.S)[1] for name in ("dependencies", "gateway")]
+    declared = set(re.findall(r'^  "([a-z-]+)', "".join(lists), re.M))
+    assert {"numpy", "fastapi"} <= declared
+    assert pinned == declared
+
+
+# --- the environment ------------------------------------------------------------------------------------
 
 
 def test_a_hugging_face_snapshot_is_mounted_with_the_blobs_its_links_lead_to(serve, recorded, tmp_path):
@@ -309,10 +409,11 @@ def prepare_venv(tmp_path):
 
 
 def finish(process):
-    _, message = process.communicate(timeout=120)
+    _, message = process.communicate(timeout=600)  # making an environment takes long on a busy machine
     return process.returncode, message
 
 
+@pytest.mark.slow
 def test_a_prepared_venv_is_left_alone_and_a_failed_install_is_repeated(prepare_venv, tmp_path):
     code, message = finish(prepare_venv("./absent-package\n"))
     assert code != 0
@@ -325,6 +426,7 @@ def test_a_prepared_venv_is_left_alone_and_a_failed_install_is_repeated(prepare_
     assert (code, "Installing" in message) == (0, True)
 
 
+@pytest.mark.slow
 def test_a_venv_that_is_activated_is_made_anew_by_another_python(prepare_venv, tmp_path):
     assert finish(prepare_venv("# nothing\n"))[0] == 0
     (tmp_path / "venv" / "made-for").write_text("3.9.0 cpu\n")
@@ -335,6 +437,7 @@ def test_a_venv_that_is_activated_is_made_anew_by_another_python(prepare_venv, t
 
 
 @pytest.mark.skipif(shutil.which("flock") is None, reason="without flock concurrent starts are not protected")
+@pytest.mark.slow
 def test_of_two_starts_at_once_one_prepares_and_the_other_waits(prepare_venv):
     results = [finish(process) for process in [prepare_venv("# nothing\n") for _ in range(2)]]
     assert [code for code, _ in results] == [0, 0]
@@ -343,6 +446,37 @@ def test_of_two_starts_at_once_one_prepares_and_the_other_waits(prepare_venv):
     assert messages.count("Waiting for another start") == 1
 
 
+@pytest.mark.slow
+def test_an_environment_is_for_every_user_and_says_what_another_user_cannot_do(prepare_venv, tmp_path):
+    previous = os.umask(0o077)
+    try:
+        code, message = finish(prepare_venv("# nothing\n"))
+    finally:
+        os.umask(previous)
+    assert code == 0, message
+    for path in (tmp_path / "venv").rglob("*"):
+        assert path.is_symlink() or path.stat().st_mode & 0o044 == 0o044, path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["a [b]*? 'q' \"d\" $HOME & ; \\ é漢", "a\nb"])
+def test_an_environment_in_a_folder_of_any_name_is_made_once_and_made_anew(prepare_venv, tmp_path, name):
+    venv = tmp_path / name
+    code, message = finish(prepare_venv("# nothing\n", venv))
+    assert code == 0, message
+    assert finish(prepare_venv("# nothing\n", venv)) == (0, "")
+    (venv / "made-for").write_text("3.9.0 cpu\n")
+    assert finish(prepare_venv("# nothing\n", venv))[0] == 0
+    assert finish(prepare_venv("# nothing\n", venv)) == (0, "")
+
+
+def test_an_environment_in_a_folder_with_a_colon_is_refused(prepare_venv, tmp_path):
+    code, message = finish(prepare_venv("# nothing\n", tmp_path / "a:b"))
+    assert code == 2
+    assert f"{tmp_path}/a:b: expected a path without a colon" in message
+
+
+@pytest.mark.slow
 def test_a_folder_that_is_no_virtual_environment_is_neither_cleared_nor_used(prepare_venv, tmp_path):
     (tmp_path / "venv").mkdir()
     (tmp_path / "venv" / "thesis.txt").write_text("the only copy")

@@ -9,12 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nv_embed.errors import CheckpointError, InvalidRequest
-from nv_embed.tokenizer import Tokenizer
+from nv_embed.tokenizer import Template, Tokenizer
 from tokenizers import Tokenizer as RustTokenizer
+
+TEMPLATE = Template(first="<s>", last="</s>", is_instruction_pooled=False)
 
 
 def tokenizer(folder, max_sequence_tokens=32768, vocab_size=1024):
-    return Tokenizer(folder / "tokenizer.json", vocab_size=vocab_size, max_sequence_tokens=max_sequence_tokens)
+    return Tokenizer(
+        folder / "tokenizer.json", TEMPLATE, vocab_size=vocab_size, max_sequence_tokens=max_sequence_tokens
+    )
 
 
 def test_a_text_of_exactly_the_limit_passes_and_one_token_more_is_refused_when_it_may_not_be_cut(toy):
@@ -91,3 +95,11 @@ def test_a_missing_damaged_or_foreign_file_is_said(toy, tmp_path):
     )
     with pytest.raises(CheckpointError, match="puts '<s>' before a text"):
         tokenizer(tmp_path)
+
+
+def test_a_template_may_put_nothing_behind_a_text_and_pool_its_instruction(toy):
+    template = Template(first="<s>", last="", is_instruction_pooled=True)
+    bare = Tokenizer(toy / "tokenizer.json", template, vocab_size=1024, max_sequence_tokens=64)
+    (ours,), (theirs,) = bare.encode(["x"], "Find: "), tokenizer(toy).encode(["x"], "Find: ")
+    assert ours.input_ids.tolist() == theirs.input_ids.tolist()[:-1]
+    assert (ours.num_masked, theirs.num_masked > 0) == (0, True)

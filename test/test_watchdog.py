@@ -3,35 +3,69 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from contextlib import ExitStack, suppress
 
 import pytest
 from nv_embed import watchdog
 
 
-def test_listening_ports_are_those_of_the_process_and_of_no_connection():
-    before = watchdog.listening_ports(os.getpid())
+def inode(sock: socket.socket) -> int:
+    return os.fstat(sock.fileno()).st_ino
+
+
+def test_open_sockets_and_listening_ones_are_told_apart():
     with ExitStack() as stack:
         listeners = [stack.enter_context(socket.create_server(("127.0.0.1", 0)))]
         with suppress(OSError):  # a machine without IPv6
             listeners.append(stack.enter_context(socket.create_server(("::1", 0), family=socket.AF_INET6)))
-        ports = {listener.getsockname()[1] for listener in listeners}
-        with socket.create_connection(listeners[0].getsockname()):
-            assert watchdog.listening_ports(os.getpid()) - before == ports
-        assert not ports & watchdog.listening_ports(os.getppid())
-    assert watchdog.listening_ports(os.getpid()) == before
+        connection = stack.enter_context(socket.create_connection(listeners[0].getsockname()))
+        doors = {inode(listener) for listener in listeners}
+        assert watchdog.open_sockets(os.getpid()) >= {*doors, inode(connection)}
+        assert watchdog.listening_sockets(os.getpid()) >= doors
+        assert inode(connection) not in watchdog.listening_sockets(os.getpid())
+        assert not doors & watchdog.open_sockets(os.getppid())
+    assert not doors & watchdog.open_sockets(os.getpid())
 
 
-def test_doors_are_closing_when_a_port_is_missing_twice_for_it_may_be_missed_once(monkeypatch):
-    looks = iter([{1, 2}, {1, 2, 3}, {1, 3}, {1, 2, 3}, {1, 3}, {1}, set()])
-    monkeypatch.setattr(watchdog, "listening_ports", lambda pid: frozenset(next(looks)))
+def test_doors_are_closing_once_when_a_listening_socket_is_closed_but_not_a_connection():
     doors = watchdog.Doors(os.getpid())
-    assert [doors.are_closing() for _ in range(7)] == [False] * 5 + [True, False]
+    with socket.create_server(("127.0.0.1", 0)) as other, socket.create_server(("127.0.0.1", 0)) as door:
+        assert not doors.are_closing()
+        with socket.create_connection(door.getsockname()), door.accept()[0]:
+            assert not doors.are_closing()
+        assert not doors.are_closing()
+        door.close()
+        assert doors.are_closing()
+        assert not doors.are_closing()
+        other.close()
+        assert not doors.are_closing()
+
+
+def test_doors_are_not_closing_however_often_the_kernels_table_misses_one(monkeypatch):
+    doors = watchdog.Doors(os.getpid())
+    with socket.create_server(("127.0.0.1", 0)) as door:
+        assert not doors.are_closing()
+        with monkeypatch.context() as patch:
+            patch.setattr(watchdog, "listening_sockets", lambda pid: frozenset())
+            assert not any(doors.are_closing() for _ in range(5))
+            patch.setattr(watchdog, "open_sockets", lambda pid: None)  # nor when nothing can be seen
+            assert not any(doors.are_closing() for _ in range(5))
+        door.close()
+        assert doors.are_closing()
+
+
+def test_a_process_that_is_gone_shows_nothing():
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    assert watchdog.open_sockets(process.pid) is None
+    assert watchdog.listening_sockets(process.pid) == frozenset()
 
 
 @pytest.fixture
@@ -66,6 +100,52 @@ def test_silence_means_a_frozen_model_but_only_after_a_first_beat(server, monkey
     threading.Timer(1.0, server.terminate).start()  # after many steps of silence
     assert watchdog.watch(loading, os.pidfd_open(server.pid)) == "the server is gone"
     os.close(writer)
+
+
+def test_the_exit_code_of_a_dead_process_is_known_until_its_parent_asks_for_it():
+    for script, verdict in (("exit(3)", 3), ("import os; os.abort()", -signal.SIGABRT)):
+        with subprocess.Popen([sys.executable, "-c", script]) as process:
+            pidfd = os.pidfd_open(process.pid)
+            select.select([pidfd], [], [])
+            assert watchdog.how_it_ended(process.pid, pidfd) == f" with exit code {verdict}"
+            process.wait()
+            assert watchdog.how_it_ended(process.pid, pidfd) == ""
+
+
+def test_a_crash_handler_hangs_when_its_signal_stays_blocked_for_longer_than_printing_takes(monkeypatch):
+    monkeypatch.setattr(watchdog, "_GRACE_SECONDS", 0.2)
+    with subprocess.Popen([sys.executable, "-c", BLOCKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
+        server.stdout.readline()
+        handler = watchdog.CrashHandler(server.pid)  # SIGSEGV is blocked already: whoever started it did that
+        assert not any(handler.hangs() or time.sleep(0.1) for _ in range(5))
+        server.stdin.write(b"\n")
+        server.stdin.flush()
+        server.stdout.readline()  # now a thread blocks SIGABRT
+        assert not handler.hangs()
+        time.sleep(0.3)
+        assert handler.hangs()
+        server.stdin.close()
+        server.stdout.readline()  # unblocked: it had only been slow
+        assert not handler.hangs()
+        server.kill()
+
+
+# Blocks SIGSEGV; at a line SIGABRT in a thread; at the end of its input it unblocks that.
+BLOCKER = """
+import signal, sys, threading, time
+def mask(how, signals):
+    signal.pthread_sigmask(how, signals)
+    print(flush=True)
+def work():
+    sys.stdin.readline()
+    mask(signal.SIG_BLOCK, [signal.SIGABRT])
+    sys.stdin.read()
+    mask(signal.SIG_UNBLOCK, [signal.SIGABRT])
+    time.sleep(60)
+mask(signal.SIG_BLOCK, [signal.SIGSEGV])
+threading.Thread(target=work).start()
+time.sleep(60)
+"""
 
 
 def test_end_kills_what_does_not_heed_its_signal(monkeypatch):

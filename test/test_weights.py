@@ -9,23 +9,23 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from nv_embed.compute import engine as engine_module
+from nv_embed.compute import devices
 from nv_embed.compute.engine import Engine
-from nv_embed.compute.weights import published_shapes
-from nv_embed.config import CheckpointConfig
-from nv_embed.errors import CheckpointError, DeviceError, DeviceLost, OutOfDeviceMemory
-from nv_embed.tokenizer import TokenSequence
+from nv_embed.compute.loading import load_engine, load_engines
+from nv_embed.compute.weights import checkpoint_shapes
+from nv_embed.errors import CheckpointError, DeviceError
+from nv_embed.models import read_checkpoint
+from nv_embed.sequence import TokenSequence
 from safetensors.torch import load_file, save_file
 
 
 def load(folder: Path, dtype: str = "float32") -> Engine:
-    return Engine.load(folder, CheckpointConfig.load(folder), device="cpu", dtype=dtype)
+    return load_engine(folder, read_checkpoint(folder), device="cpu", dtype=dtype)
 
 
 @pytest.fixture
@@ -35,7 +35,9 @@ def checkpoint(toy, tmp_path) -> Path:
 
 
 def test_the_published_sizes_give_exactly_the_published_tensors(published):
-    shapes = published_shapes(published)
+    with torch.device("meta"):
+        network = published.network()
+    shapes = checkpoint_shapes(network)
     layer = {
         "input_layernorm.weight": (4096,),
         "self_attn.q_proj.weight": (4096, 4096),
@@ -69,28 +71,9 @@ def test_the_published_sizes_give_exactly_the_published_tensors(published):
     assert shapes == expected
     num_parameters = sum(math.prod(shape) for shape in shapes.values())
     assert (num_parameters, 2 * num_parameters) == (7_851_016_192, 15_702_032_384)
-
-
-def test_the_network_of_the_published_sizes_has_a_place_for_all_but_the_folded_tensors(published):
-    from nv_embed.compute.weights import _layer_places, _outer_places
-    from nv_embed.network import Network
-
-    with torch.device("meta"):
-        network = Network(published)
-    places = {name: tuple(place.shape) for name, place in _outer_places(network)}
-    for i, layer in enumerate(network.layers):
-        places |= {f"embedding_model.layers.{i}.{name}": tuple(place.shape) for name, place in _layer_places(layer)}
-    folded = {
-        "latent_attention_model.latents",
-        *(
-            f"latent_attention_model.cross_attend_blocks.0.{name}.weight"
-            for name in ("norm_context", "fn.to_q", "fn.to_kv", "fn.to_out")
-        ),
-        "latent_attention_model.cross_attend_blocks.0.norm_context.bias",
-    }
-    assert places == {name: shape for name, shape in published_shapes(published).items() if name not in folded}
-    filled = sum(math.prod(shape) for shape in places.values()) + 2 * network.pooling.keys.numel()
-    assert filled == sum(parameter.numel() for parameter in network.parameters())
+    copied = sum(math.prod(shape) for name, shape in shapes.items() if name not in network.folded_shapes())
+    own = sum(parameter.numel() for parameter in network.parameters())
+    assert own == copied + 2 * network.pooling.keys.numel()  # keys and values stand for what is folded
 
 
 def test_one_file_without_an_index_loads_as_well_as_shards(checkpoint):
@@ -171,91 +154,34 @@ def test_no_weights_and_a_damaged_index_are_said(checkpoint):
 def test_a_device_that_is_not_there_is_said(toy, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(DeviceError, match=r"no CUDA device is visible( \(.*\))?; correct the parameter or NV_"):
-        Engine.load(toy, CheckpointConfig.load(toy), device="cuda:0", dtype="auto")
+        load_engine(toy, read_checkpoint(toy), device="cuda:0", dtype="auto")
 
 
 def test_memory_too_small_for_the_weights_is_said_before_anything_is_read(published, monkeypatch, tmp_path):
-    monkeypatch.setattr(engine_module, "_free_host_memory", lambda: 24 * 10**9)
+    monkeypatch.setattr(devices, "free_memory", lambda: 24 * 10**9)
     with pytest.raises(DeviceError, match=r"cpu: expected 3\d\.\d GB of free memory .* in float32; got 24.0 GB"):
-        Engine.load(tmp_path, published, device="cpu", dtype="auto")
+        load_engine(tmp_path, published, device="cpu", dtype="auto")
 
 
-@pytest.mark.parametrize(
-    ("raised", "expected", "message"),
-    [
-        (torch.OutOfMemoryError("CUDA out of memory"), OutOfDeviceMemory, "30 tokens, which the memory of cpu"),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), OutOfDeviceMemory, "30 tokens"),
-        (RuntimeError("a mistake of ours"), RuntimeError, "a mistake of ours"),
-    ],
-)
-def test_errors_of_the_device_are_told_apart(toy, monkeypatch, raised, expected, message):
-    engine = load(toy)
-
-    def fail(batch):
-        raise raised
-
-    monkeypatch.setattr(engine, "network", fail)
-    with pytest.raises(expected, match=re.escape(message)):
-        engine.embed([TokenSequence(np.ones(30, dtype=np.int32), 0)])
-    if expected is not RuntimeError:
-        with pytest.raises(DeviceError, match="expected cpu to compute 512 tokens; got:"):
-            engine.warm_up(0.01)
-
-
-@pytest.mark.parametrize(
-    ("raised", "answers", "expected"),
-    [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), True, OutOfDeviceMemory),
-        (torch.AcceleratorError("CUDA error: out of memory"), True, OutOfDeviceMemory),
-        (
-            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
-            True,
-            OutOfDeviceMemory,
-        ),
-        (RuntimeError("Triton Error [CUDA]: out of memory"), True, OutOfDeviceMemory),
-        (torch.AcceleratorError("CUDA error: invalid argument"), True, torch.AcceleratorError),
-        (torch.AcceleratorError("CUDA error: unspecified launch failure"), False, DeviceLost),
-        (RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"), False, DeviceLost),
-        (RuntimeError("a mistake of ours"), True, RuntimeError),
-    ],
-)
-def test_a_gpu_is_lost_only_if_it_answers_no_more(toy, monkeypatch, raised, answers, expected):
-    engine = load(toy)
-    monkeypatch.setattr(engine, "device", torch.device("cuda:0"))
-
-    def synchronize(device):
-        if not answers:
-            raise torch.AcceleratorError("CUDA error: unspecified launch failure")
-
-    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-    with pytest.raises(expected), engine._errors([TokenSequence(np.ones(30, dtype=np.int32), 0)]):
-        raise raised
-
-
-def test_warm_up_finds_how_many_tokens_take_the_time_that_a_batch_may_take(toy, monkeypatch):
-    engine = load(toy)
-    assert engine.warm_up(1e-6) == 512
-    assert engine.warm_up(1e6) == 65536
-    assert engine.warm_up(1e6, max_batch_tokens=2000) == 2000
-
-    def only_small(sequences):
-        if len(sequences) > 8:
-            raise OutOfDeviceMemory("too much")
-        time.sleep(0.005 * len(sequences))  # 40 ms for 1,024 tokens
-        return np.zeros((len(sequences), 64), dtype=np.float32)
-
-    monkeypatch.setattr(engine, "embed", only_small)
-    assert engine.warm_up(1e6) == 1024
-    assert engine.warm_up(0.06) == 1024  # in time there would be half as many more
-
-    def break_later(sequences):
-        if len(sequences) > 8:
-            raise DeviceLost("cpu failed")
-        return only_small(sequences)
-
-    monkeypatch.setattr(engine, "embed", break_later)
-    with pytest.raises(DeviceError, match="cpu failed"):
-        engine.warm_up(1e6)
+def test_memory_too_small_for_the_longest_texts_at_a_time_is_said_with_what_to_lower(toy, monkeypatch):
+    monkeypatch.setattr(devices, "free_memory", lambda: 10**9)
+    checkpoint = read_checkpoint(toy)
+    settings = {"devices": ["cpu"] * 4, "dtype": "float32"}
+    before = torch.get_num_threads()
+    try:
+        load_engines(toy, checkpoint, **settings, max_sequence_tokens=32_768)
+        with pytest.raises(DeviceError) as caught:
+            load_engines(toy, checkpoint, **settings, max_sequence_tokens=1_000_000)
+    finally:
+        torch.set_num_threads(before)
+    for words in (
+        "for 4 texts of 1000000 tokens at a time",
+        "1.0 GB",
+        "max_sequence_tokens",
+        "OMP_NUM_THREADS",
+        "dtype",
+    ):
+        assert words in str(caught.value)
 
 
 def test_progress_of_a_long_load_is_logged(toy, monkeypatch, caplog):
@@ -266,6 +192,7 @@ def test_progress_of_a_long_load_is_logged(toy, monkeypatch, caplog):
     assert any("loaded" in line for line in caplog.messages)
 
 
+@pytest.mark.slow
 def test_loading_holds_the_weights_in_memory_once(tmp_path):
     """A 400 MB checkpoint in float32 may add little more than itself to a process's anonymous memory."""
     from reference import Reference, Sizes
@@ -276,8 +203,9 @@ def test_loading_holds_the_weights_in_memory_once(tmp_path):
     script = """
 import re, sys
 from pathlib import Path
-from nv_embed.config import CheckpointConfig
+from nv_embed.models import read_checkpoint
 from nv_embed.compute.engine import Engine
+from nv_embed.compute.loading import load_engine, load_engines
 def anonymous(peak=0):
     return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 import threading
@@ -288,7 +216,7 @@ def watch():
         peak = max(peak, anonymous())
 watcher = threading.Thread(target=watch); watcher.start()
 folder = Path(sys.argv[1])
-engine = Engine.load(folder, CheckpointConfig.load(folder), device="cpu", dtype="float32")
+engine = load_engine(folder, read_checkpoint(folder), device="cpu", dtype="float32")
 done.set(); watcher.join()
 print(max(peak, anonymous()) - before)
 """

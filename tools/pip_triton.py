@@ -1,12 +1,13 @@
 """Runs the tritonserver of the nvidia-pytriton wheel as a plain server, without Docker.
 
     .venv/bin/python tools/pip_triton.py --model-repository=... [further arguments of tritonserver]
+    .venv/bin/python tools/pip_triton.py --lay-out
     python3 tools/pip_triton.py --check-only
 
 The wheel carries the server, its Python backend and one backend process ("stub") per Python version, but not laid
 out for a server that is started by hand. This script checks that they can run here, lays them out inside the
-virtual environment and becomes the server. `--check-only` ends after the conditions that hold or fail before
-anything is installed; a condition that fails ends either form with exit code 2 and says what works instead.
+virtual environment and becomes the server. `--check-only` checks only what must hold before anything is installed.
+`--lay-out` ends before the server starts. If a condition fails, each form ends with exit code 2 and says what works.
 
 Needs the standard library only: it also runs before the virtual environment exists. Knows no model.
 """
@@ -113,7 +114,8 @@ def lay_out(package: Path, version: str, python: tuple[int, int], libpython: Pat
     """Puts the backend, its stub and a link to `libpython` into one folder below `parent`, once.
 
     `package` is the installed `pytriton` package. The folder is filled under another name and renamed, so one that
-    has the final name is complete; the name changes with everything that goes into it.
+    has the final name is complete. The name changes with everything that goes into it, but not with the links that
+    lead to the package. Every user can read the folder. Raises `ConditionError` if this user cannot make it.
     """
     triton = package / "tritonserver"
     stub = triton / "python_backend_stubs" / _dotted(python) / "triton_python_backend_stub"
@@ -122,12 +124,20 @@ def lay_out(package: Path, version: str, python: tuple[int, int], libpython: Pat
         if not part.is_file():
             raise ConditionError(f"{DISTRIBUTION} {version}: expected {part}, found none: install it again")
 
-    key = hashlib.sha256(f"{version} {_dotted(python)} {package} {libpython}".encode()).hexdigest()[:12]
-    folder = parent / f"triton-{version}-{key}"
+    parts = f"{version} {_dotted(python)} {package.resolve()} {libpython}"
+    folder = parent / f"layout-{version}-{hashlib.sha256(os.fsencode(parts)).hexdigest()[:12]}"
     if not folder.is_dir():
         parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(dir=parent, prefix="triton-unfinished-"))
         try:
+            unfinished = Path(tempfile.mkdtemp(dir=parent, prefix="layout-unfinished-"))
+        except PermissionError:
+            raise ConditionError(
+                f"{parent.resolve()}: expected the server's files, laid out by the owner of this environment, or "
+                "leave to write there; found neither: the owner runs serve.sh once, or VENV names another folder"
+            ) from None
+        umask = os.umask(0o022)
+        try:
+            unfinished.chmod(0o755)  # mkdtemp makes it for its owner alone
             backend = unfinished / "backends" / "python"
             shutil.copytree(triton / "backends" / "python", backend, ignore=shutil.ignore_patterns("__pycache__"))
             shutil.copy(stub, backend)
@@ -139,6 +149,7 @@ def lay_out(package: Path, version: str, python: tuple[int, int], libpython: Pat
             if not folder.is_dir():  # else another start was faster
                 raise
         finally:
+            os.umask(umask)
             shutil.rmtree(unfinished, ignore_errors=True)
     return Layout(
         server=server,
@@ -178,6 +189,8 @@ def main(arguments: Sequence[str]) -> NoReturn:
         if list(arguments) == ["--check-only"]:
             raise SystemExit(0)
         layout = lay_out(*_installed_package(), machine.python, libpython, parent=Path(sys.prefix))
+        if list(arguments) == ["--lay-out"]:
+            raise SystemExit(0)
     except ConditionError as error:
         print(
             f"The pip-installed Triton cannot run here.\n  {error}\nDocker works instead:\n  {docker_line(os.environ)}",

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Runs a command and starts it again whenever it ends unasked. SIGTERM or Ctrl-C ends both, with exit code 0.
+# Exit code 2 ends it for good: the command refused its settings, and would again.
 set -uo pipefail
 
 MAX_DELAY_SECONDS=${MAX_DELAY_SECONDS:-30}  # between two starts of a command that keeps failing at once
@@ -23,6 +24,7 @@ while [[ -z $asked ]]; do
     code=$?
   done
   if [[ -n $asked ]]; then break; fi
+  if ((code == 2)); then exit 2; fi
   if ((SECONDS - started > 60)); then delay=1; fi
   echo "supervise.sh: ended with exit code $code; starting again in $delay s" >&2
   sleep "$delay" >/dev/null 2>&1 &  # in the background, so that a signal is heeded at once; holds nobody's pipe open

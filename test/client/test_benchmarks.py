@@ -1,4 +1,4 @@
-"""The gateway's benchmark runs and ends with one JSON line; what it measures is another matter."""
+"""The gateway is measured beside its server by one command; how fast it is is another matter."""
 
 import json
 import subprocess
@@ -7,20 +7,20 @@ import sys
 from conftest import REPO
 
 
-def test_the_gateway_benchmark_prints_a_table_and_one_json_line(server):
+def test_the_gateway_is_a_target_of_the_serving_benchmark(server):
     done = subprocess.run(
         [
-            *(sys.executable, REPO / "benchmarks" / "gateway.py", "--url", server.url),
-            *("--clients", "2", "--batch", "4", "--rounds", "2", "--seconds", "0.5"),
+            *(sys.executable, REPO / "benchmarks" / "serving.py", "--url", server.url, "--gateway"),
+            *("--loads", "query,documents", "--lengths", "short", "--documents", "4", "--document-clients", "2"),
+            *("--clients", "2", "--rounds", "2", "--seconds", "0.5", "--warm-up", "0.1"),
         ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+        capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    *table, last = done.stdout.splitlines()
-    assert any(line.startswith("gateway") for line in table)
-    result = json.loads(last)
-    assert result["benchmark"] == "gateway"
-    assert result["ratio"] > 0
+    answer = json.loads(done.stdout.splitlines()[-1])
+    results = {(result["load"], result["target"]): result for result in answer["results"]}
+    for load in ("query", "documents"):
+        for target in ("server", "gateway"):
+            assert results[load, target]["requests"] > 0
+            assert results[load, target]["errors"] == {}
+        assert answer["ratios"][f"{load}: gateway / server"]["median"] > 0

@@ -9,6 +9,7 @@ from conftest import REPO
 ENCODER = "import nv_embed_client; nv_embed_client.NVEmbedEncoder().similarity([[1.0]], [[1.0]])"
 
 
+@pytest.mark.slow  # each imports much in a process of its own
 @pytest.mark.parametrize(
     ("extra", "missing", "statement"),
     [
@@ -16,6 +17,10 @@ ENCODER = "import nv_embed_client; nv_embed_client.NVEmbedEncoder().similarity([
         ("langchain", "langchain_core", "import nv_embed_client.langchain"),
         ("llama-index", "llama_index", "import nv_embed_client.llama_index"),
         ("sentence-transformers", "torch", ENCODER),
+        ("mteb", "mteb", "import nv_embed_client.mteb"),
+        ("chroma", "chromadb", "import nv_embed_client.chroma"),
+        ("bertopic", "bertopic", "import nv_embed_client.bertopic"),
+        ("keybert", "keybert", "import nv_embed_client.keybert"),
     ],
 )
 def test_a_missing_extra_is_named(extra, missing, statement):

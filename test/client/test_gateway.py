@@ -69,7 +69,7 @@ def test_queries_are_asked_for_by_field_or_by_suffix(openai_client, client):
 def test_the_openai_packages_errors_are_the_typed_ones(openai_client):
     with pytest.raises(openai.NotFoundError, match="see /v1/models"):
         openai_client.embeddings.create(model="text-embedding-3-small", input="a")
-    with pytest.raises(openai.BadRequestError, match="not trained"):
+    with pytest.raises(openai.BadRequestError, match="does not support matryoshka representation"):
         openai_client.embeddings.create(model="nv-embed-v2", input="a", dimensions=256)
     with pytest.raises(openai.BadRequestError, match="token ids"):
         openai_client.embeddings.create(model="nv-embed-v2", input=[[1, 2], [3]])
@@ -77,11 +77,35 @@ def test_the_openai_packages_errors_are_the_typed_ones(openai_client):
 
 def test_the_models_are_listed_and_each_is_found(openai_client):
     listed = list(openai_client.models.list())
-    assert [model.id for model in listed] == ["nv-embed-v2", "nv-embed-v2-query", "nv-embed-v2-passage"]
+    names = ["nv-embed-v2", "nv-embed-v2-query", "nv-embed-v2-passage", "nvidia/NV-Embed-v2"]
+    assert [model.id for model in listed] == names
     assert [openai_client.models.retrieve(model.id) for model in listed] == listed
-    for absent in ("text-embedding-3-small", "nvidia/NV-Embed-v2"):
-        with pytest.raises(openai.NotFoundError, match=r"got '.*'; see /v1/models"):
-            openai_client.models.retrieve(absent)
+    with pytest.raises(openai.NotFoundError, match=r"got 'text-embedding-3-small'; see /v1/models"):
+        openai_client.models.retrieve("text-embedding-3-small")
+
+
+def test_the_models_own_dimensions_are_accepted_and_no_others(openai_client, http, client):
+    own = client.dimension()
+    answer = openai_client.embeddings.create(model="nv-embed-v2", input="a", dimensions=own)
+    assert len(answer.data[0].embedding) == own
+    for other in (0, own // 2, own + 1):
+        refused = post(http, dimensions=other)
+        assert_refused(
+            refused,
+            400,
+            f"expected dimensions of {own}",
+            f"got {other}",
+            "does not support matryoshka representation",
+            param="dimensions",
+        )
+
+
+def test_null_stands_for_every_optional_field_that_is_left_out(http):
+    optional = http.get("/openapi.json").json()["components"]["schemas"]["EmbeddingsRequest"]["properties"]
+    nothing = dict.fromkeys(name for name in optional if name != "input")
+    answer = http.post("/v1/embeddings", json={"input": "a", **nothing})
+    assert answer.status_code == 200, answer.text
+    assert answer.json() == post(http).json()
 
 
 def test_more_texts_than_one_request_of_triton_come_in_order(http, client):
@@ -94,16 +118,26 @@ def test_more_texts_than_one_request_of_triton_come_in_order(http, client):
     ("body", "parts", "param"),
     [
         ({"input": []}, ["an empty list", "at least one"], "input"),
-        ({"input": 7}, ["one text or a list"], "input"),
-        ({"input": [1, 2]}, ["token ids", "check_embedding_ctx_length=False"], "input"),
-        ({"input": ["a", None]}, ["a list of something else"], "input"),
+        ({"input": 7}, ["one text or a list", "got a number;"], "input"),
+        ({"input": None}, ["got null;"], "input"),
+        ({"input": [1, 2]}, ["token ids as text 0", "check_embedding_ctx_length=False"], "input"),
+        ({"input": [[1, 2], [3]]}, ["token ids as text 0", "send the texts themselves"], "input"),
+        ({"input": ["a", [1, 2]]}, ["token ids as text 1"], "input"),
+        ({"input": ["a", None]}, ["null as text 1", "leave it out"], "input"),
+        ({"input": [["a", "b"]]}, ["a list as text 0", "one flat list"], "input"),
+        ({"input": ["a", {"text": "b"}]}, ["an object as text 1"], "input"),
+        ({"input": [True]}, ["a boolean as text 0"], "input"),
+        ({"input": [1.5]}, ["a number as text 0"], "input"),
         ({"input": ["a"] * 2049}, ["at most 2048 texts", "2049"], "input"),
-        ({"dimensions": 64}, ["not trained"], "dimensions"),
+        ({"dimensions": "384"}, ["integer"], "dimensions"),
+        ({"embedding_type": "int8"}, ["'float'"], "embedding_type"),
+        ({"modality": "image"}, ["'text'"], "modality"),
         ({"encoding_format": "int8"}, ["'float' or 'base64'"], "encoding_format"),
-        ({"truncate": "START"}, ["'END' or 'NONE'"], "truncate"),
+        ({"truncate": "START"}, ["'END' or 'NONE'", "got 'START'", "cut its start yourself"], "truncate"),
+        ({"truncate": "MIDDLE"}, ["'END' or 'NONE'"], "truncate"),
         ({"input_type": "document"}, ["'query' or 'passage'"], "input_type"),
         ({"model": "nv-embed-v2-query", "input_type": "passage"}, ["leave one of them out"], "input_type"),
-        ({"nonsense": 1}, ["nonsense"], "nonsense"),
+        ({"nonsense": 1}, ["expected no fields but input, ", "'nonsense'", "--ignore-unknown-fields"], "nonsense"),
         ({"model": 3}, ["string"], "model"),
     ],
 )
@@ -198,6 +232,18 @@ def test_without_a_server_it_is_503_with_retry_after_and_live_but_not_ready(logs
     assert "the server behind this gateway is unavailable: " in (logs / "orphan.log").read_text()
 
 
+def test_a_proxy_between_gateway_and_server_is_named_with_the_remedy(server, logs):
+    log = logs / "proxy.log"
+    with (
+        gateway_running(log, server.url, http_proxy="http://me:secret@localhost:9", no_proxy="") as base,
+        httpx.Client(base_url=base, timeout=60, trust_env=False) as http,
+    ):
+        response = post(http)
+    assert_refused(response, 503, "http_proxy", "localhost:9", "add localhost to no_proxy")
+    assert "add localhost to no_proxy" in log.read_text()
+    assert "secret" not in response.text + log.read_text()
+
+
 def test_a_server_without_the_model_is_502_and_the_operators_log_says_why(server, logs):
     log = logs / "absent.log"
     with (
@@ -217,8 +263,10 @@ def test_no_answer_in_time_is_504(server, logs):
         httpx.Client(base_url=base, timeout=30) as http,
     ):
         texts = [f"{number} {'word ' * 400}" for number in range(1000)]
+        texts[637] += " and one word more"
         response = post(http, input=texts)
-        assert_refused(response, 504, "fewer or shorter texts")
+        longest = f"text 637 is the longest with {len(texts[637])} characters"
+        assert_refused(response, 504, "within 0.4 seconds", longest, "fewer or shorter texts", param="input")
         assert response.headers["x-should-retry"] == "false"
 
 
@@ -233,9 +281,17 @@ def test_an_api_key_guards_what_costs_something(server, logs):
         for wrong in ("Bearer wrong", "Bearer", "correct horse", "Basic correct horse"):
             assert_refused(http.get("/v1/models", headers={"Authorization": wrong}), 401, "got another")
         right = {"Authorization": "bearer correct horse"}
-        assert http.get("/v1/models", headers=right).status_code == 200
-        assert http.get("/health/ready").status_code == 200
-        assert http.get("/metrics").status_code == 200
+        closed = ("/v1/models", "/v1/models/nv-embed-v2", "/v1/metadata", "/info")
+        for path in closed:
+            assert http.get(path, headers=right).status_code == 200, path
+        for path in (*closed, "/v1/models/", "//v1//models", "/v1/health", "/"):
+            assert http.get(path).status_code == 401, path
+        for path in ("/embed", "/"):
+            assert http.post(path, json={"inputs": "a"}).status_code == 401
+            assert http.post(path, json={"inputs": "a"}, headers=right).status_code == 200
+        health = ("/health", "/health/live", "/health/ready", "/v1/health/live", "/v1/health/ready")
+        for path in (*health, "/metrics", "/docs", "/openapi.json"):
+            assert http.get(path).status_code == 200, path
         with openai.OpenAI(base_url=f"{base}/v1", api_key="correct horse") as client:
             assert client.embeddings.create(model="nv-embed-v2", input="a").data
         with openai.OpenAI(base_url=f"{base}/v1", api_key="wrong") as client, pytest.raises(openai.AuthenticationError):
@@ -253,6 +309,8 @@ def test_an_api_key_guards_what_costs_something(server, logs):
         (["--triton-header", "novalue"], "NAME=VALUE"),
         (["--triton-root-certificates", "ca.pem"], "expected --triton-tls"),
         (["--triton-tls", "--triton-root-certificates", "absent.pem"], "'absent.pem'"),
+        (["--cors-origin", "https://example.org/"], "scheme://host"),
+        (["--cors-origin", "example.org"], "scheme://host"),
     ],
 )
 def test_settings_that_make_no_sense_end_the_start_with_code_2(arguments, message, capsys):

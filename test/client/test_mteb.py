@@ -1,70 +1,19 @@
-"""mteb runs small local tasks through the served endpoint, by the committed command."""
+"""mteb runs small local tasks through the served endpoint, by the package's encoder and by the committed command."""
 
 import json
 
 import mteb
 import pytest
-from corpus import DOCUMENTS, QUERIES, RELEVANT, SIMILAR_PAIRS
-from datasets import Dataset, DatasetDict
-from mteb.abstasks.retrieval import AbsTaskRetrieval
-from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
-from mteb.abstasks.sts import AbsTaskSTS
-from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.types import PromptType
-from mteb_task import ServedEncoder, main
+from mteb_task import main
 from nv_embed_client import QUERY_INSTRUCTION, TASK_INSTRUCTIONS, NVEmbedEncoder, instruction_of
-
-LOCAL = {
-    "description": "Made for this test.",
-    "reference": "https://example.com",
-    "dataset": {"path": "local", "revision": "1"},
-    "category": "t2t",
-    "eval_splits": ["test"],
-    "eval_langs": ["eng-Latn"],
-    "date": ("2026-01-01", "2026-01-01"),
-    "dialect": [],
-    "domains": [],
-    "task_subtypes": [],
-    "license": "apache-2.0",
-    "annotations_creators": "derived",
-    "modalities": ["text"],
-    "sample_creation": "created",
-    "bibtex_citation": "",
-}
-
-
-class SmallRetrieval(AbsTaskRetrieval):
-    metadata = TaskMetadata(type="Retrieval", name="SmallRetrieval", main_score="ndcg_at_10", **LOCAL)
-
-    def load_data(self, num_proc=None, **kwargs):
-        split = RetrievalSplitData(
-            queries=Dataset.from_dict({"id": list(QUERIES), "text": list(QUERIES.values())}),
-            corpus=Dataset.from_dict(
-                {"id": list(DOCUMENTS), "text": list(DOCUMENTS.values()), "title": [""] * len(DOCUMENTS)}
-            ),
-            relevant_docs={query: dict.fromkeys(documents, 1) for query, documents in RELEVANT.items()},
-            top_ranked=None,
-        )
-        self.dataset = {"default": {"test": split}}
-        self.data_loaded = True
-
-
-class SmallSTS(AbsTaskSTS):
-    metadata = TaskMetadata(type="STS", name="SmallSTS", main_score="cosine_spearman", **LOCAL)
-    min_score = 0
-    max_score = 1
-
-    def load_data(self, num_proc=None, **kwargs):
-        first, second, scores = zip(*SIMILAR_PAIRS, strict=True)
-        self.dataset = DatasetDict(
-            {"test": Dataset.from_dict({"sentence1": first, "sentence2": second, "score": scores})}
-        )
-        self.data_loaded = True
+from nv_embed_client.mteb import NVEmbedTaskEncoder
+from small_tasks import SmallRetrieval, SmallSTS
 
 
 @pytest.fixture
 def encoder(client):
-    return ServedEncoder(NVEmbedEncoder(client))
+    return NVEmbedTaskEncoder(NVEmbedEncoder(client))
 
 
 @pytest.mark.parametrize(("task", "least"), [(SmallRetrieval(), 0.8), (SmallSTS(), 0.5)])

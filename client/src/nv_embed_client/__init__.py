@@ -5,14 +5,13 @@
     with NVEmbedClient("localhost:8001") as client:
         scores = client.embed_query("...") @ client.embed_documents(["...", "..."]).T
 
-Adapters are modules of their own, each with an extra of the same name: `nv_embed_client.langchain`,
-`nv_embed_client.llama_index`, `nv_embed_client.gateway`.
+Adapters are modules of their own, each with an extra of the same name: `bertopic`, `chroma`, `gateway`, `keybert`,
+`langchain`, `llama_index`, `mteb`, and without an extra `beir`.
 """
 
 from nv_embed_client.async_client import AsyncNVEmbedClient
 from nv_embed_client.client import NVEmbedClient
 from nv_embed_client.connection import TLS, Settings
-from nv_embed_client.encoder import NVEmbedEncoder
 from nv_embed_client.errors import (
     AccessDenied,
     ClientClosed,
@@ -28,6 +27,7 @@ from nv_embed_client.errors import (
 from nv_embed_client.grpc_transport import GrpcTransport
 from nv_embed_client.instructions import DOCUMENT_INSTRUCTIONS, QUERY_INSTRUCTION, TASK_INSTRUCTIONS, instruction_of
 from nv_embed_client.retry import RetryPolicy
+from nv_embed_client.sentence_transformers import NVEmbedEncoder
 from nv_embed_client.transport import MockTransport, Transport
 from nv_embed_client.wire import EmbedRequest, EmbedResult
 

@@ -6,19 +6,22 @@ the texts of any number of requests share a forward pass although Triton itself 
 
 from __future__ import annotations
 
+import faulthandler
+import gc
 import json
 import locale
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from threading import Lock, Thread
 from typing import Any
 
+import c_python_backend_utils
+import numpy as np
 import triton_python_backend_utils as pb_utils
-from nv_embed.config import CheckpointConfig
 from nv_embed.errors import (
     Cancelled,
     ComputeFailed,
@@ -29,17 +32,18 @@ from nv_embed.errors import (
     Unavailable,
 )
 from nv_embed.metrics import SERIES, Labels, Metric, Update
-from nv_embed.requests import QUERY_INSTRUCTION, EmbedRequest, RequestLimits
+from nv_embed.requests import EmbedRequest, Instructions, RequestLimits
 from nv_embed.scheduling.answers import LARGE_ANSWER_BYTES, Answer, Outcome
-from nv_embed.scheduling.batcher import Batcher, BatchLimits
-from nv_embed.settings import ServingConfig
-from nv_embed.tokenizer import Tokenizer
+from nv_embed.scheduling.batcher import Batcher
+from nv_embed.scheduling.pace import MIN_BATCH_TOKENS
+from nv_embed.scheduling.policy import BatchLimits
+from nv_embed.settings import Settings
+from nv_embed.shared_memory import SharedMemory
 from nv_embed.watchdog import Watchdog, shared_memory
 
 logger = logging.getLogger("nv_embed")
 
 _DRAIN_SECONDS = 20.0  # of Triton's exit timeout, 30 s by default
-_SHARED_MEMORY_OVERHEAD = 2**20  # Triton's own in each region, and the steps that it grows in
 
 
 class TritonPythonModel:
@@ -48,6 +52,7 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Load and warm up; an exception here ends the server with its message."""
         _log_to_triton()
+        faulthandler.enable()  # a crash inside a library prints every thread's stack into the server's log
         # Triton's Python takes files for ASCII where no locale is set; torch's compiler reads its own, which are not.
         with suppress(locale.Error):
             locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
@@ -58,34 +63,33 @@ class TritonPythonModel:
             self._watchdog.stop()
             raise
         self._watchdog.start_beating()
-        Thread(target=self._drain_when_stopping, name="nv-embed-drain", daemon=True).start()
+        self._drains = Thread(target=self._drain_when_stopping, name="nv-embed-drain", daemon=True)
+        self._drains.start()
 
     def _drain_when_stopping(self) -> None:
         """Triton calls `finalize` only when all is answered, but stops the hard way after its exit timeout."""
         if self._watchdog.wait_for_stop():
-            num_unanswered = self._batcher.drain(_DRAIN_SECONDS)
+            num_unanswered = self._batcher.num_unanswered
+            self._batcher.drain(_DRAIN_SECONDS)
             # Past Triton's log, which tears down too. A stop that takes long although nothing is unanswered here
             # waits for something of Triton's own.
             print(f"nv-embed: the server stops; requests not yet answered: {num_unanswered}", file=sys.stderr)
 
     def _load(self, parameters: dict[str, dict[str, str]]) -> None:
-        from nv_embed.compute.engine import (
-            load_engines,  # imports torch: Triton's own look at this file does not wait for it
-        )
+        # These import torch, and Triton's own look at this file does not wait for that.
+        from nv_embed.compute.loading import load_engines
+        from nv_embed.compute.warm_up import SAMPLE_TEXT, warm_up
+        from nv_embed.models import read_checkpoint
 
         try:
-            config = ServingConfig.from_parameters(
+            config = Settings.from_parameters(
                 {name: value["string_value"] for name, value in parameters.items()}, os.environ
             )
             folder = Path(config.model_path)
-            checkpoint = CheckpointConfig.load(folder)
-            tokenizer = Tokenizer(
-                folder / "tokenizer.json",
-                vocab_size=checkpoint.vocab_size,
-                max_sequence_tokens=config.max_sequence_tokens,
-            )
+            checkpoint = read_checkpoint(folder)
+            tokenizer = checkpoint.tokenizer(folder, config.max_sequence_tokens)
             try:
-                tokenizer.encode([""], QUERY_INSTRUCTION)
+                tokenizer.encode([""], checkpoint.query_instruction)
             except InvalidRequest:
                 raise ConfigError(
                     f"max_sequence_tokens ({config.max_sequence_tokens}) leaves nothing of a query beside its "
@@ -93,12 +97,17 @@ class TritonPythonModel:
                 ) from None
             engines = load_engines(
                 folder, checkpoint, devices=config.device, dtype=config.dtype, attention=config.attention,
-                compile_layers=config.compile,
+                compile_layers=config.compile, max_sequence_tokens=config.max_sequence_tokens,
             )  # fmt: skip
             target_seconds = config.target_batch_milliseconds / 1000
-            measured = min(engine.warm_up(target_seconds, config.max_batch_tokens) for engine in dict.fromkeys(engines))
+            (sample,) = tokenizer.encode([SAMPLE_TEXT], "")
+            measured = min(
+                warm_up(engine, sample, target_seconds, MIN_BATCH_TOKENS, config.max_batch_tokens)
+                for engine in dict.fromkeys(engines)
+            )
         except (StartupError, OSError) as error:  # OSError: a file that this user may not read, say; it names the file
             raise pb_utils.TritonModelException(f"the server does not start: {error}") from None
+        self._instructions = Instructions(checkpoint.query_instruction, checkpoint.document_instruction)
         self._request_limits = RequestLimits(config.max_request_documents, config.max_request_bytes)
         batch_limits = BatchLimits(
             max_batch_tokens=config.max_batch_tokens or measured,
@@ -129,6 +138,7 @@ class TritonPythonModel:
                     documents=_elements(request, "documents"),
                     parameters=json.loads(request.parameters() or "{}"),
                     limits=self._request_limits,
+                    instructions=self._instructions,
                     timeout_seconds=request.timeout() / 1e6,
                 )
             except RequestError as error:
@@ -147,6 +157,11 @@ class TritonPythonModel:
         """Triton has drained its requests by now; end the threads."""
         self._batcher.stop()
         self._watchdog.stop()
+        self._drains.join(1.0)
+        # Metrics lie in the memory shared with the server. It is gone when the interpreter ends, and collecting them
+        # only then is a segmentation fault.
+        del self._batcher
+        gc.collect()
 
 
 class TritonReply:
@@ -164,8 +179,8 @@ class TritonReply:
 
     def send(self, outcome: Outcome) -> Outcome:
         """Answer, once; returns what was sent."""
-        if isinstance(outcome, Answer) and outcome.embeddings.nbytes > LARGE_ANSWER_BYTES:
-            outcome = _fitting(outcome)
+        if isinstance(outcome, Answer) and outcome.num_bytes > LARGE_ANSWER_BYTES:
+            outcome = _shared_memory().refusal(outcome.num_bytes) or outcome
         response = self._response(outcome)
         with self._lock:
             sender, self._sender = self._sender, None
@@ -176,23 +191,23 @@ class TritonReply:
     def _response(self, outcome: Outcome) -> Any:
         if isinstance(outcome, RequestError):
             return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(outcome), _code(outcome)))
-        outputs = {"embeddings": outcome.embeddings, "token_counts": outcome.token_counts}
+        outputs: dict[str, Callable[[], Any]] = {
+            "embeddings": outcome.embeddings,
+            "token_counts": lambda: np.array(outcome.token_counts, dtype=np.int32),
+        }
         return pb_utils.InferenceResponse(
-            [pb_utils.Tensor(name, array) for name, array in outputs.items() if name in self._output_names]
+            [pb_utils.Tensor(name, array()) for name, array in outputs.items() if name in self._output_names]
         )
 
 
-def _fitting(answer: Answer) -> Answer | InvalidRequest:
-    """An answer that fits nowhere in the memory shared with Triton is refused: sending it would fail without a word."""
-    free = os.statvfs("/dev/shm")
+def _shared_memory() -> SharedMemory:
+    """As it is now."""
+    outside = os.statvfs("/dev/shm")
     regions = (path for path in shared_memory(os.getpid()) if path.exists())  # somebody may have cleaned /dev/shm up
-    room = max([free.f_bavail * free.f_frsize, *(path.stat().st_size for path in regions)]) - _SHARED_MEMORY_OVERHEAD
-    if answer.embeddings.nbytes <= room:
-        return answer
-    return InvalidRequest.of(
-        expected=f"an answer of at most {room} bytes, for which the server has shared memory",
-        got=f"one of {answer.embeddings.nbytes} bytes",
-        remedy="split the request, or give the server's /dev/shm more room (docker run --shm-size)",
+    return SharedMemory(
+        region_bytes=sum(path.stat().st_size for path in regions),
+        region_free_bytes=c_python_backend_utils.shared_memory.free_memory(),
+        outside_free_bytes=outside.f_bavail * outside.f_frsize,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import signal
 import sys
@@ -32,9 +33,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # When uvicorn is done it raises the signal again for whoever handled it before: that must be nobody's end.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
+    logging.getLogger("uvicorn.error").addFilter(_is_no_upgrade)
     server = uvicorn.Server(
         uvicorn.Config(
             app,
+            # With httptools, which uvicorn prefers where it is installed, a request that offers an upgrade (the JDK's
+            # client offers h2c) loses its body.
+            http="h11",
+            ws="none",
             host=parsed.host,
             port=parsed.port,
             access_log=parsed.access_log,
@@ -44,6 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     server.run()
     return 0 if server.started else 1
+
+
+def _is_no_upgrade(record: logging.LogRecord) -> bool:
+    """Whether a line is worth logging: clients may offer an upgrade with each request, and need none."""
+    return not str(record.msg).startswith(("Unsupported upgrade request", "No supported WebSocket library"))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -73,6 +84,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--max-body-bytes", type=int, default=defaults.max_body_bytes, help="of one request")
     parser.add_argument("--max-inputs", type=int, default=defaults.max_inputs, help="texts of one request")
+    parser.add_argument(
+        "--alias",
+        action="append",
+        default=[],
+        metavar="NAME[=VALUE]",
+        help="a further name of the model; VALUE: a known name, as nv-embed-v2-query, or an instruction, as "
+        "'Instruct: ...\\nQuery: '",
+    )
+    parser.add_argument(
+        "--cors-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="whose pages in a browser may ask, as https://example.org; '*': all",
+    )
+    parser.add_argument(
+        "--ignore-unknown-fields", action="store_true", help="of requests, instead of refusing the requests"
+    )
     parser.add_argument("--access-log", action="store_true", help="log a line for each request")
     return parser
 
@@ -99,6 +128,9 @@ def _settings(parsed: argparse.Namespace) -> GatewaySettings:
         request_timeout_seconds=parsed.request_timeout,
         max_body_bytes=parsed.max_body_bytes,
         max_inputs=parsed.max_inputs,
+        aliases=tuple(parsed.alias),
+        cors_origins=tuple(parsed.cors_origin),
+        ignore_unknown_fields=parsed.ignore_unknown_fields,
     )
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-# Other paths are whatever somebody makes up: one label for all of them, and one for all names of models.
-_LOOKUP = "/v1/models/{model}"
-_PATHS = frozenset({"/v1/embeddings", "/v1/models", "/health/live", "/health/ready", "/metrics"})
+from nv_embed_client.gateway import paths
 
 
 class GatewayMetrics:
@@ -30,12 +28,12 @@ class GatewayMetrics:
         self.texts = Counter("nv_embed_gateway_texts", "Texts embedded", registry=self._registry)
         self.tokens = Counter("nv_embed_gateway_tokens", "Tokens of texts embedded", registry=self._registry)
         self.hung_up = Counter(
-            "nv_embed_gateway_hung_up", "Requests cancelled as their client hung up", registry=self._registry
+            "nv_embed_gateway_hung_up", "Requests cancelled because their client hung up", registry=self._registry
         )
 
     def observe(self, path: str, status: int, seconds: float) -> None:
         """One request is over."""
-        label = path if path in _PATHS else _LOOKUP if path.startswith("/v1/models/") else "other"
+        label = paths.label(path)
         self._requests.labels(label, str(status)).inc()
         self._seconds.labels(label).observe(seconds)
 

@@ -1,31 +1,102 @@
-"""What goes over the wire, as the OpenAI API has it, with the few additions an embedding model needs."""
+"""What goes over the wire, as the OpenAI API has it, with the few additions that an embedding model needs."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic_core import PydanticCustomError
 
+from nv_embed_client.gateway.names import PROMPTS
+
 _INPUT_EXAMPLES = ["The food was delicious.", ["first text", "second text"]]
+_KINDS = {bool: "a boolean", int: "a number", float: "a number", dict: "an object", list: "a list", type(None): "null"}
+
+Texts = Annotated[
+    str | Annotated[list[str], Field(min_length=1)],
+    Field(description="One text or a list of texts.", examples=_INPUT_EXAMPLES),
+]
+Dimensions = Annotated[
+    int | None,
+    Field(
+        description="Of each vector; only the model's own number. It was not trained so that a part of its vectors "
+        "means anything."
+    ),
+]
+PromptName = Annotated[
+    str | None,
+    Field(
+        description="`query`, `document`, or MTEB's name of a task that the model was published with an instruction "
+        "for; that instruction is put before each text.",
+        json_schema_extra={"examples": ["SciFact"]},
+    ),
+]
+
+
+def refused(code: str, *, expected: str, got: str, remedy: str) -> PydanticCustomError:
+    """A value that is not accepted."""
+    parts: dict[str, Any] = {"expected": expected, "got": got, "remedy": remedy}
+    return PydanticCustomError(code, "expected {expected}; got {got}; {remedy}", parts)
+
+
+def checked_texts(value: object) -> object:
+    """`value` if it is one text or a list of them.
+
+    Checked here, because the two forms of a union would each complain in their own words.
+    """
+    elements = value if isinstance(value, list) else [value]
+    for index, element in enumerate(elements):
+        if isinstance(element, str):
+            continue
+        where = f" as text {index}" if isinstance(value, list) else ""
+        is_list_of = [type(each) for each in element] if isinstance(element, list) else []
+        if (type(element) is int and isinstance(value, list)) or (is_list_of and set(is_list_of) == {int}):
+            raise refused(
+                "tokens",
+                expected="texts",
+                got=f"token ids{where}, which belong to another model's tokenizer",
+                remedy="send the texts themselves (in LangChain's OpenAIEmbeddings: check_embedding_ctx_length=False)",
+            )
+        remedy = {
+            list: "send one flat list of texts",
+            type(None): "leave it out, or send a text in its place",
+        }.get(type(element), "send a text in its place")
+        raise refused(
+            "texts", expected="one text or a list of texts", got=f"{_KINDS[type(element)]}{where}", remedy=remedy
+        )
+    if not elements:
+        raise refused(
+            "texts", expected="one text or a list of texts", got="an empty list", remedy="send at least one text"
+        )
+    return value
+
+
+def checked_prompt_name(value: str | None) -> str | None:
+    """`value` if it is the name of a prompt."""
+    if value is not None and value not in PROMPTS:
+        raise refused(
+            "prompt_name",
+            expected=f"a prompt_name of {', '.join(PROMPTS)}",
+            got=ascii(value)[:80],
+            remedy="correct it, or send your own 'instruction' to /v1/embeddings",
+        )
+    return value
 
 
 class EmbeddingsRequest(BaseModel):
     """Texts to embed."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    # What is unknown is refused by the operation, unless the operator has it ignored.
+    model_config = ConfigDict(extra="allow", strict=True)
 
-    input: Annotated[
-        str | Annotated[list[str], Field(min_length=1)],
-        Field(description="One text or a list of texts.", examples=_INPUT_EXAMPLES),
-    ]
+    input: Texts
     model: Annotated[
-        str,
+        str | None,
         Field(
-            description="The model, or the model with `-query` or `-passage` after its name, which stands for "
-            "`input_type` in clients that cannot send it."
+            description="A name of `/v1/models`; null or none is the model itself. With `-query` or `-passage` after "
+            "it, it stands for `input_type` in clients that cannot send that."
         ),
-    ]
+    ] = None
     encoding_format: Annotated[
         Literal["float", "base64"] | None,
         Field(description="`base64`: the vector's float32 values in little-endian order; null is `float`."),
@@ -33,45 +104,62 @@ class EmbeddingsRequest(BaseModel):
     input_type: Annotated[
         Literal["query", "passage"] | None,
         Field(
-            description="A query has the model's instruction put before it; a passage has none. `passage` when "
-            "absent. It must not contradict a suffix of `model`."
+            description="A query has the model's instruction put before it; a passage has none. Without anything "
+            "that says otherwise, texts are passages."
         ),
     ] = None
+    instruction: Annotated[
+        str | None,
+        Field(
+            description="Put before each text in place of the standard instruction, exactly as it is: the published "
+            "form is `Instruct: <task>` and, on the next line, `Query: `, with a space at its end. It makes the "
+            "texts queries.",
+            json_schema_extra={"pattern": "^[^\\u0000]*$"},
+        ),
+    ] = None
+    prompt_name: PromptName = None
     truncate: Annotated[
-        Literal["END", "NONE"],
-        Field(description="What to do with a text that is too long for the model: cut it, or refuse the request."),
+        Literal["END", "NONE"] | None,
+        Field(
+            description="What to do with a text that is too long for the model: cut its end, or refuse the request; "
+            "null is `END`."
+        ),
     ] = "END"
-    dimensions: Annotated[
-        None,
-        Field(description="Always refused: NV-Embed-v2 was not trained so that a part of its vectors means anything."),
+    dimensions: Dimensions = None
+    embedding_type: Annotated[Literal["float"] | None, Field(description="Of the numbers, as NVIDIA's NIM has it.")] = (
+        None
+    )
+    modality: Annotated[
+        Literal["text"] | list[Literal["text"]] | None,
+        Field(description="Of all texts or of each, as NVIDIA's NIM has it."),
     ] = None
     user: Annotated[str | None, Field(description="Accepted and ignored.")] = None
 
-    @field_validator("input", mode="before")
-    @classmethod
-    def _texts(cls, value: object) -> object:
-        # Checked here, as the two forms of a union would each complain in their own words.
-        if isinstance(value, list) and value and isinstance(value[0], int | list):
-            raise PydanticCustomError(
-                "tokens",
-                "expected texts; got token ids, which belong to another model's tokenizer; send the texts themselves "
-                "(in LangChain's OpenAIEmbeddings: check_embedding_ctx_length=False)",
-            )
-        if isinstance(value, str) or (isinstance(value, list) and value and all(isinstance(t, str) for t in value)):
-            return value
-        got = "an empty list" if value == [] else "a list of something else" if isinstance(value, list) else "neither"
-        raise PydanticCustomError(
-            "texts", "expected one text or a list of at least one; got {got}; correct it", {"got": got}
-        )
+    _texts = field_validator("input", mode="before")(checked_texts)
+    _prompt_name = field_validator("prompt_name")(checked_prompt_name)
 
-    @field_validator("dimensions", mode="before")
+    @field_validator("instruction")
     @classmethod
-    def _no_dimensions(cls, value: object) -> object:
-        if value is not None:
-            raise PydanticCustomError(
-                "dimensions",
-                "expected no dimensions, as NV-Embed-v2 was not trained so that a part of its vectors means anything; "
-                "got some; leave it out",
+    def _sendable(cls, value: str | None) -> str | None:
+        for index, character in enumerate(value or ""):
+            if character == "\0" or "\ud800" <= character <= "\udfff":
+                raise refused(
+                    "instruction",
+                    expected="an instruction in Unicode without NUL, at which the server would cut it off",
+                    got=f"{'NUL' if character == chr(0) else 'half a surrogate pair'} at position {index}",
+                    remedy="take it out",
+                )
+        return value
+
+    @field_validator("truncate", mode="before")
+    @classmethod
+    def _end_only(cls, value: object) -> object:
+        if value == "START":
+            raise refused(
+                "truncate",
+                expected="'END' or 'NONE' as truncate",
+                got="'START', which this model's server cannot do",
+                remedy="send 'END' to have a long text's end cut off, or cut its start yourself and send 'NONE'",
             )
         return value
 
@@ -114,12 +202,6 @@ class ModelList(BaseModel):
 
     object: Literal["list"]
     data: list[Model]
-
-
-class Health(BaseModel):
-    """A gateway that is well."""
-
-    status: Literal["live", "ready"]
 
 
 class ErrorDetail(BaseModel):

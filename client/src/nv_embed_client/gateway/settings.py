@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from nv_embed_client.connection import DEFAULT_MODEL_NAME, DEFAULT_URL, TLS, Connection
 from nv_embed_client.errors import InvalidInput
+from nv_embed_client.gateway.names import names_of
+
+_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[a-z0-9.:\[\]_-]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,9 +24,20 @@ class GatewaySettings:
     request_timeout_seconds: float = 60.0  # from the parsed request to the last vector
     max_body_bytes: int = 16 * 2**20
     max_inputs: int = 2048  # as the OpenAI API has it
+    aliases: tuple[str, ...] = ()  # further names, as `names.names_of` reads them
+    cors_origins: tuple[str, ...] = ()  # whose pages in a browser may ask; "*": all
+    ignore_unknown_fields: bool = False  # of requests, instead of refusing them
 
     def __post_init__(self) -> None:
         Connection(self.triton_url, self.model_name, self.triton_tls, self.triton_headers)  # raises what is wrong
+        names_of(self.model_name, self.aliases)  # so does this
+        for origin in self.cors_origins:
+            if not _ORIGIN.fullmatch(origin):
+                raise InvalidInput.of(
+                    expected="an origin as browsers send it, scheme://host or scheme://host:port in lower case, or *",
+                    got=ascii(origin)[:80],
+                    remedy="leave out the path and the slash at the end",
+                )
         for name in ("request_timeout_seconds", "max_body_bytes", "max_inputs"):
             if not getattr(self, name) > 0:
                 raise InvalidInput.of(

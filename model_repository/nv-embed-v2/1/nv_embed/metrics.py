@@ -22,7 +22,12 @@ class Metric(Enum):
 
     REQUESTS = "requests_total", "counter", "Requests answered, by kind and outcome", ()
     REQUEST_SECONDS = "request_seconds_total", "counter", "Time from arrival to outcome, summed over requests", ()
-    TEXTS = "texts_total", "counter", "Texts by source of their vectors: computed, cached or coalesced", ()
+    TEXTS = (
+        "texts_total",
+        "counter",
+        "Texts by source of their vectors: computed or cached",
+        (),
+    )
     TOKENS = "tokens_total", "counter", "Tokens computed", ()
     BATCH_TOKENS = "batch_tokens", "histogram", "Tokens in a batch", _TOKENS
     BATCH_TEXTS = "batch_texts", "histogram", "Texts in a batch", _TEXTS
@@ -52,7 +57,7 @@ _LABELS: dict[Metric, dict[str, tuple[str, ...]]] = {
         "outcome": ("ok", "InvalidRequest", "Unavailable", "Cancelled", "OutOfDeviceMemory", "ComputeFailed"),
     },
     Metric.REQUEST_SECONDS: {"kind": _INPUTS},
-    Metric.TEXTS: {"source": ("computed", "cached", "coalesced")},
+    Metric.TEXTS: {"source": ("computed", "cached")},
 }
 # Every series there can be. One that is absent until it first counts neither a dashboard nor an alert can see.
 SERIES: tuple[tuple[Metric, Labels], ...] = tuple(

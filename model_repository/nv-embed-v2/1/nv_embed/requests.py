@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 from nv_embed.errors import InvalidRequest
 
-# The published model's own query template; the trailing space is part of it.
-QUERY_INSTRUCTION = "Instruct: Given a question, retrieve passages that answer the question\nQuery: "
 # Proxies and Triton itself put these beside the caller's own parameters.
 _FOREIGN_PARAMETERS = ("x-", "traceparent", "triton")
 
@@ -26,11 +24,19 @@ class RequestLimits:
 
 
 @dataclass(frozen=True, slots=True)
+class Instructions:
+    """The model's own, for requests that name none."""
+
+    query: str
+    documents: str
+
+
+@dataclass(frozen=True, slots=True)
 class EmbedRequest:
     """One valid request: texts in input order, and how to embed them."""
 
     texts: tuple[str, ...]
-    instruction: str  # stands before every text and is left out of the pooling; may be empty
+    instruction: str  # stands before every text; may be empty
     truncate: bool  # False: a text over the limit is refused
     is_query: bool
     num_bytes: int  # of UTF-8, the instruction counted once for each text
@@ -43,6 +49,7 @@ class EmbedRequest:
         documents: Sequence[bytes] | None,
         parameters: Mapping[str, object],
         limits: RequestLimits,
+        instructions: Instructions,
         timeout_seconds: float | None = None,
     ) -> EmbedRequest:
         """Check one request.
@@ -52,6 +59,7 @@ class EmbedRequest:
             documents: the elements of input `documents`, N; None when the input is absent.
             parameters: the request's parameters: `instruction` and `truncate`.
             limits: what one request may hold.
+            instructions: what stands before a text when the parameters do not say.
             timeout_seconds: the caller's own limit, None or 0 for none.
 
         Raises:
@@ -77,7 +85,8 @@ class EmbedRequest:
                 got=str(len(raw)),
                 remedy="split the documents over several requests",
             )
-        instruction, truncate = _parse_parameters(parameters, QUERY_INSTRUCTION if query is not None else "")
+        default = instructions.query if query is not None else instructions.documents
+        instruction, truncate = _parse_parameters(parameters, default)
         num_bytes = sum(map(len, raw)) + len(raw) * len(instruction.encode())
         if num_bytes > limits.max_request_bytes:
             raise InvalidRequest.of(

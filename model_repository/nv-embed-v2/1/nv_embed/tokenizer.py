@@ -1,51 +1,44 @@
-"""Texts and an instruction to token sequences, as the published model does it; knows neither torch nor batches."""
+"""Texts and an instruction to token sequences; knows neither torch nor batches, nor any one model's template."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from tokenizers import Tokenizer as RustTokenizer
 
 from nv_embed.errors import CheckpointError, InvalidRequest
+from nv_embed.sequence import TokenSequence
 
 # How a text is tokenized near a cut can depend on what was cut off, but not from this many characters away.
 _CUT_MARGIN_CHARACTERS = 4096
 _MAX_CACHED_INSTRUCTION_CHARACTERS = 4096  # clients choose instructions; what they choose must not fill memory
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class TokenSequence:
-    """One text as the network sees it."""
+@dataclass(frozen=True, slots=True)
+class Template:
+    """What a kind of checkpoint puts around a text."""
 
-    input_ids: npt.NDArray[np.int32]  # [num_tokens], instruction and special tokens included
-    num_masked: int  # leading tokens left out of the pooling; always less than num_tokens
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.input_ids)
-
-    def digest(self) -> bytes:
-        """16 bytes that are the same for another sequence only if its embedding is the same."""
-        return blake2b(self.input_ids.tobytes() + self.num_masked.to_bytes(8, "little"), digest_size=16).digest()
+    first: str  # the token before it, which tokenizer.json itself must add
+    last: str  # written behind it; may be empty
+    is_instruction_pooled: bool
 
 
 class Tokenizer:
-    """The checkpoint's `tokenizer.json`, with the published model's template and truncation.
+    """A checkpoint's `tokenizer.json`, with its template and truncation.
 
     The `tokenizers` library is used directly: `transformers`' loaders give other ids for this file than the
     original did. It releases the GIL and uses every core for a batch of texts.
     """
 
-    def __init__(self, path: Path, *, vocab_size: int, max_sequence_tokens: int) -> None:
+    def __init__(self, path: Path, template: Template, *, vocab_size: int, max_sequence_tokens: int) -> None:
         """
         Args:
             path: the checkpoint's `tokenizer.json`.
+            template: what stands around a text.
             vocab_size: rows of the embedding table; no id may reach it.
             max_sequence_tokens: a text is cut to, or refused beyond, this many tokens.
 
@@ -69,12 +62,13 @@ class Tokenizer:
                 f"{path}: expected token ids below the checkpoint's vocab_size {vocab_size}; got {largest}; "
                 "take all files from the same checkpoint"
             )
-        bos = self._tokenizer.encode("", add_special_tokens=True).tokens
-        if bos[:1] != ["<s>"] or "</s>" not in vocabulary:
+        tokens = self._tokenizer.encode("", add_special_tokens=True).tokens
+        if tokens[:1] != [template.first] or template.last not in ("", *vocabulary):
             raise CheckpointError(
-                f"{path}: expected a tokenizer that puts '<s>' before a text and knows '</s>'; got another one; "
-                "take all files from the same checkpoint"
+                f"{path}: expected a tokenizer that puts {template.first!r} before a text and knows "
+                f"{template.last or template.first!r}; got another one; take all files from the same checkpoint"
             )
+        self._template = template
         self.max_sequence_tokens = max_sequence_tokens
         # Cutting a huge text before tokenizing it bounds time and memory; what is cut could not be reached.
         self._max_characters = max_sequence_tokens * max(map(len, vocabulary)) + _CUT_MARGIN_CHARACTERS
@@ -83,13 +77,13 @@ class Tokenizer:
     def encode(
         self, texts: Sequence[str], instruction: str, *, truncate: bool = True, first_index: int = 0
     ) -> list[TokenSequence]:
-        """Tokenize `<s>` + instruction + text + `</s>` for each text, cut on the right to `max_sequence_tokens`.
+        """Tokenize first token + instruction + text + last token, cut on the right to `max_sequence_tokens`.
 
-        As in the original a text that is cut has no `</s>`, and `<s>` or `</s>` inside a text is that token.
+        As in the originals a text that is cut has no last token, and a special token written in a text is that token.
 
         Args:
             texts: any number of texts.
-            instruction: stands before every text and is left out of the pooling; may be empty.
+            instruction: stands before every text; may be empty. The template says whether it is pooled.
             truncate: False refuses a text that would be cut.
             first_index: of the first text within its request, for messages.
 
@@ -99,8 +93,8 @@ class Tokenizer:
         limit = self.max_sequence_tokens
         is_usual = len(instruction) <= _MAX_CACHED_INSTRUCTION_CHARACTERS
         count = self._cached_num_instruction_tokens if is_usual else self._num_instruction_tokens
-        num_masked = count(instruction)
-        inputs = [self._cut(instruction + text) + "</s>" for text in texts]
+        num_masked = 0 if self._template.is_instruction_pooled else count(instruction)
+        inputs = [self._cut(instruction + text) + self._template.last for text in texts]
         sequences = []
         for index, encoding in enumerate(self._tokenizer.encode_batch_fast(inputs), start=first_index):
             input_ids = encoding.ids
@@ -126,7 +120,7 @@ class Tokenizer:
         return text[: self._max_characters]
 
     def _num_instruction_tokens(self, instruction: str) -> int:
-        # Tokenized alone, although beside a text its last token may merge with the text's first: the original does
-        # the same, and its vectors depend on it.
+        # Tokenized alone, although its last token may merge with the text's first when they stand together. The
+        # original does the same, and its vectors depend on it.
         (encoding,) = self._tokenizer.encode_batch_fast([self._cut(instruction)], add_special_tokens=False)
         return len(encoding.ids)

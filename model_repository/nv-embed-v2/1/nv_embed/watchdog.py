@@ -6,13 +6,18 @@ second a beat comes through it, and silence means a stopped or frozen process. E
 clients see the connection break, and whatever supervises the server starts a new one. And a server that is killed
 leaves behind neither a model that still loads nor the memory that both shared.
 
+A server that crashes may hang instead of ending: Triton's handler of a crash allocates memory to print the stack, and
+waits for ever if the crash came while memory was allocated. No client gets an answer then. It shows in the threads'
+signal masks, so they are looked at here.
+
 A server that stops closes its doors first, long before it tells the model. Nothing else shows it, and it may not be
-asked: a call into it (pb_utils.is_model_ready) while it tears down crashes the model's process. So its ports are
-looked at, here, where that delays no answer.
+asked: a call into it (pb_utils.is_model_ready) while it tears down crashes the model's process. So this process looks
+at the sockets on which the server listens, because here that delays no answer.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import select
 import shutil
@@ -34,10 +39,14 @@ _FIRST_BEATS, _FIRST_BEAT_SECONDS = 50, 0.1
 # No honest pause of a Python process is as long. In steps, for a machine or container that was suspended as a whole
 # wakes up to one step that has passed in silence.
 _SILENT_STEPS, _STEP_SECONDS = 4, 2.0
+_EXIT_SECONDS = 1.0  # between a process's pipe closing and its exit code being known
+_SPEECH_SECONDS = 1.0
 _GRACE_SECONDS = 4.0  # for the server to end by itself; it would wait 30 s for answers that nobody can give
 _BEAT, _HELP, _GOODBYE = b"-", b"!", b"."
+_DEATH = "the model's process has died"
+_HANG = "the server hangs in its handler of a crash"
+_CRASHES = (signal.SIGABRT, signal.SIGSEGV)  # what Triton handles by printing its stack
 _STOPS = b"s"  # the other way: what the watchdog says of the server
-_MISSES = 2  # in a row, for a look may miss a port: the kernel's table changes while it is read
 
 
 class Watchdog:
@@ -93,28 +102,50 @@ class Watchdog:
 
 
 class Doors:
-    """The ports on which a server listens."""
+    """The sockets on which a server listens.
+
+    That one is closed shows in the server's descriptors. The kernel's table of listening sockets is no evidence,
+    because it changes while it is read and may miss one: a look at it can only add a door.
+    """
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
-        self._open = frozenset[int]()
-        self._num_misses = 0
+        self._doors = frozenset[int]()
+        self._were_closing = False
 
     def are_closing(self) -> bool:
-        """Look; True once, when one that was open is so no more, and was not the last time either."""
-        ports = listening_ports(self._pid)
-        self._num_misses = self._num_misses + 1 if self._open - ports else 0
-        self._open |= ports
-        return self._num_misses == _MISSES
+        """Look; True once, when the server has closed a socket on which it listened."""
+        sockets = open_sockets(self._pid)
+        if sockets is None:  # nothing can be seen, which is no evidence either
+            return False
+        were_closing, self._were_closing = self._were_closing, self._were_closing or not self._doors <= sockets
+        self._doors |= sockets & listening_sockets(self._pid)
+        return self._were_closing and not were_closing
 
 
-def watch(pipe: int, server: int, on_step: Callable[[], None] = lambda: None) -> str | None:
+class CrashHandler:
+    """What a server does last; a signal is blocked while its handler runs."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._blocked_from_the_start = blocked_signals(pid)
+        self._running_since = math.inf
+
+    def hangs(self) -> bool:
+        """Look; whether it has been running for longer than printing a stack takes."""
+        now = time.monotonic()
+        is_running = bool((blocked_signals(self._pid) - self._blocked_from_the_start).intersection(_CRASHES))
+        self._running_since = min(self._running_since, now) if is_running else math.inf
+        return now - self._running_since > _GRACE_SECONDS
+
+
+def watch(pipe: int, server: int, on_step: Callable[[], str | None] = lambda: None) -> str | None:
     """Wait for what ends the watch: a goodbye, None; or what went wrong with the model or its server.
 
     Args:
         pipe: file descriptor of what the model says.
         server: pidfd of the server.
-        on_step: called with the model's beats, about once a second and at first more often.
+        on_step: called with the model's beats, about once a second and at first more often; may find what went wrong.
     """
     has_beaten, silent_steps = False, 0
     while silent_steps < _SILENT_STEPS:
@@ -126,9 +157,10 @@ def watch(pipe: int, server: int, on_step: Callable[[], None] = lambda: None) ->
             if _HELP in words:
                 return "the model asks for a restart"
             if not words:
-                return "the model's process has died"
+                return _DEATH
             has_beaten, silent_steps = True, 0
-            on_step()
+            if trouble := on_step():
+                return trouble
         elif server in ready:
             return "the server is gone"  # killed, or stopped on purpose while the model still loads
         elif has_beaten:
@@ -142,25 +174,54 @@ def shared_memory(pid: int) -> set[Path]:
     return {Path(_SHARED_MEMORY + part.split()[0]) for part in maps.split(_SHARED_MEMORY)[1:]}
 
 
-def listening_ports(pid: int) -> frozenset[int]:
-    """TCP ports on which a process waits for connections, from proc(5); none if it ends or must not be looked at."""
-    inodes = set()
-    ports = set()
+def how_it_ended(pid: int, process: int) -> str:
+    """Exit code, or signal as a negative number, of a dead process that its parent has not waited for; "" if unknown.
+
+    Args:
+        pid: its number.
+        process: its pidfd.
+    """
+    if not select.select([process], [], [], _EXIT_SECONDS)[0]:
+        return ""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:  # its parent has waited for it
+        return ""
+    return f" with exit code {os.waitstatus_to_exitcode(int(fields[-1]))}"
+
+
+def open_sockets(pid: int) -> frozenset[int] | None:
+    """Inodes of a process's sockets, from proc(5); None if it ends or must not be looked at."""
+    links = set()
     try:
         for descriptor in Path(f"/proc/{pid}/fd").iterdir():
             with suppress(FileNotFoundError):  # closed meanwhile
-                inodes.add(os.readlink(descriptor))
-        tables = [Path(f"/proc/{pid}/net/tcp").read_text(encoding="ascii")]
-        with suppress(FileNotFoundError):  # a machine without IPv6
-            tables.append(Path(f"/proc/{pid}/net/tcp6").read_text(encoding="ascii"))
+                links.add(os.readlink(descriptor))
     except OSError:  # of a process that is being killed everything is root's, before it is gone
-        return frozenset()
-    for table in tables:
-        for line in table.splitlines()[1:]:
-            _, local, _, state, *rest = line.split()
-            if state == _LISTENING and f"socket:[{rest[5]}]" in inodes:
-                ports.add(int(local.rpartition(":")[2], 16))
-    return frozenset(ports)
+        return None
+    return frozenset(int(link[len("socket:[") : -1]) for link in links if link.startswith("socket:["))
+
+
+def listening_sockets(pid: int) -> frozenset[int]:
+    """Inodes of the TCP sockets that wait for connections in a process's network namespace, most of them at least."""
+    inodes = set()
+    for table in ("tcp", "tcp6"):
+        with suppress(OSError):  # a machine without IPv6, or a process that ends
+            for line in Path(f"/proc/{pid}/net/{table}").read_text(encoding="ascii").splitlines()[1:]:
+                fields = line.split()
+                if fields[3] == _LISTENING:
+                    inodes.add(int(fields[9]))
+    return frozenset(inodes)
+
+
+def blocked_signals(pid: int) -> frozenset[int]:
+    """Signals that some thread of a process blocks, from proc(5)."""
+    mask = 0
+    for task in Path(f"/proc/{pid}/task").glob("*"):
+        with suppress(OSError):  # a thread that has ended
+            status = (task / "status").read_text(encoding="utf-8", errors="replace")
+            mask |= int(status.partition("SigBlk:")[2].split()[0], 16)
+    return frozenset(number for number in range(1, 65) if mask >> (number - 1) & 1)
 
 
 def end(process: int, with_signal: signal.Signals) -> None:
@@ -181,18 +242,24 @@ def main() -> None:
         regions = shared_memory(int(sys.argv[1]))
     except (ProcessLookupError, FileNotFoundError):
         return  # over before it began
-    doors = Doors(int(sys.argv[2]))
+    doors, crash_handler = Doors(int(sys.argv[2])), CrashHandler(int(sys.argv[2]))
 
-    def look() -> None:
+    def look() -> str | None:
         if doors.are_closing():
             with suppress(BrokenPipeError):  # nobody waits to hear it
                 os.write(sys.stdout.fileno(), _STOPS)
+        return _HANG if crash_handler.hangs() else None
 
     trouble = watch(sys.stdin.fileno(), server, look)
     if trouble is not None:
+        if trouble == _DEATH:
+            trouble += how_it_ended(int(sys.argv[1]), model)
         now = time.strftime("%Y-%m-%d %H:%M:%S")
-        print(f"{now} nv-embed-v2 watchdog: {trouble}; ending what is left", file=sys.stderr, flush=True)
-        end(server, signal.SIGTERM)
+        words = f"{now} nv-embed-v2 watchdog: {trouble}; ending what is left\n"
+        speech = threading.Thread(target=os.write, args=(sys.stderr.fileno(), words.encode()), daemon=True)
+        speech.start()
+        speech.join(_SPEECH_SECONDS)  # a log that nobody reads must not keep it from acting
+        end(server, signal.SIGKILL if trouble == _HANG else signal.SIGTERM)
         end(model, signal.SIGKILL)
         for region in regions:
             region.unlink(missing_ok=True)

@@ -49,13 +49,14 @@ class PaddedNetwork:
             self._head = LatentHead(weights, (raw.get("latent_attention_config") or {}).get("num_cross_heads", 8))
 
     @torch.inference_mode()
-    def embed(self, rows: Sequence[Sequence[int]], num_masked: int) -> Tensor:
-        """Rows of token ids, of which the first `num_masked` are not pooled, to [B, C] float32."""
+    def embed(self, rows: Sequence[Sequence[int]], num_masked: int | Sequence[int]) -> Tensor:
+        """Rows of token ids, of which the first `num_masked` (of all, or of each) are not pooled, to [B, C] float32."""
         width = max(map(len, rows))
         padded = [[*row, *[2] * (width - len(row))] for row in rows]
         input_ids = torch.tensor(padded, device=self._device)  # [B, L]
         lengths = torch.tensor([len(row) for row in rows], device=self._device)[:, None]
-        exists = torch.arange(width, device=self._device) < lengths
+        positions = torch.arange(width, device=self._device)
+        exists = positions < lengths
         # A mask of four dimensions is used as it is; any other would be made causal. Without padding there is none, as
         # in the published code, and SDPA may take its fastest kernel.
         is_padded = min(map(len, rows)) < width
@@ -63,8 +64,7 @@ class PaddedNetwork:
         for layer in self._mistral.layers:
             layer.self_attn.is_causal = False
         hidden = self._mistral(input_ids=input_ids, attention_mask=mask).last_hidden_state  # [B, L, C]
-        pooled = exists.clone()
-        pooled[:, :num_masked] = False
+        pooled = exists & (positions >= torch.tensor(num_masked, device=self._device).reshape(-1, 1))
         x = self._head(hidden).float() * pooled[..., None]
         return functional.normalize(x.sum(dim=1) / pooled.sum(dim=1, keepdim=True), dim=-1)
 

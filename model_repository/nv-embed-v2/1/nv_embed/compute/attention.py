@@ -7,52 +7,68 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Iterator
 from importlib import import_module
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from nv_embed.compute.packing import PackedBatch
-from nv_embed.config import CheckpointConfig
+from nv_embed.compute.pieces import Whole
 from nv_embed.errors import DeviceError, in_short
+from nv_embed.models.protocol import Attend, Heads, PackedBatch, Work
 
 logger = logging.getLogger(__name__)
 
-# Full, bidirectional, grouped-query attention within each sequence; softmax scale head_dim ** -0.5.
-# q [T, num_heads, head_dim], k and v [T, num_kv_heads, head_dim], the batch -> [T, num_heads, head_dim]
-Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor, PackedBatch], Tensor]
-
+_FEWEST_QUERIES = 768  # of a piece: with fewer, the CPU's kernel takes smaller blocks
 _LARGEST_DIFFERENCE = 0.05  # of a kernel in half precision from float32, of values up to 4
 _OLDEST_CAPABILITY = (8, 0)  # of GPUs that flash attention runs on: Ampere
 
 
-def attend_each(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch) -> Tensor:
-    """One sequence after the other, on any device: what every other kernel is compared with."""
+def attend_each(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, work: Work) -> Tensor:
+    """One sequence after the other, on any device: what every other kernel is compared with.
+
+    A text too long for one piece is attended head by head, because a kernel is faster with many queries of one head
+    than with few of all.
+    """
     out = torch.empty_like(q)
+    num_kv_heads, groups = k.shape[1], q.shape[1] // k.shape[1]
     start = 0
     for seqlen in batch.seqlens:
-        rows = slice(start, start + seqlen)
-        # [1, heads, seqlen, head_dim]: SDPA wants the sequence next to last
-        q_text, k_text, v_text = (x[rows].transpose(0, 1)[None] for x in (q, k, v))
-        if q.is_cuda:  # where its only kernel for grouped heads is missing, it would hold every score
-            groups = q.shape[1] // k.shape[1]
-            k_text, v_text = (x.repeat_interleave(groups, dim=1) for x in (k_text, v_text))
-        attended = functional.scaled_dot_product_attention(q_text, k_text, v_text, enable_gqa=not q.is_cuda)
-        out[rows] = attended[0].transpose(0, 1)
+        tokens = slice(start, start + seqlen)
+        cost = 2 * seqlen * groups * q.shape[2]
+        for piece in work.pieces(num_kv_heads * seqlen, cost, fewest_rows=_FEWEST_QUERIES):
+            for heads, queries in _parts(piece, num_kv_heads, seqlen):
+                rows = slice(start + queries.start, start + queries.stop)
+                q_heads = slice(heads.start * groups, heads.stop * groups)
+                # [1, heads, seqlen, head_dim]: SDPA wants the sequence next to last
+                q_part = q[rows, q_heads].transpose(0, 1)[None]
+                k_part, v_part = (x[tokens, heads].transpose(0, 1)[None] for x in (k, v))
+                if q.is_cuda:  # where its only kernel for grouped heads is missing, it would hold every score
+                    k_part, v_part = (x.repeat_interleave(groups, dim=1) for x in (k_part, v_part))
+                attended = functional.scaled_dot_product_attention(q_part, k_part, v_part, enable_gqa=not q.is_cuda)
+                out[rows, q_heads] = attended[0].transpose(0, 1)
         start += seqlen
     return out
 
 
-def choose_attention(name: str, config: CheckpointConfig, device: torch.device, dtype: torch.dtype) -> Attend:
+def _parts(piece: slice, num_kv_heads: int, seqlen: int) -> Iterator[tuple[slice, slice]]:
+    """Heads and queries of a piece, which counts the queries of the first head, then those of the second, and so on."""
+    if piece.stop - piece.start == num_kv_heads * seqlen:
+        yield slice(0, num_kv_heads), slice(0, seqlen)
+        return
+    for head in range(piece.start // seqlen, -(-piece.stop // seqlen)):
+        first = head * seqlen
+        yield slice(head, head + 1), slice(max(piece.start - first, 0), min(piece.stop - first, seqlen))
+
+
+def choose_attention(name: str, heads: Heads, device: torch.device, dtype: torch.dtype) -> Attend:
     """The kernel for a network's heads on a device in a precision.
 
     Args:
         name: 'sdpa', one sequence after the other; 'varlen', torch's flash attention for all at once; 'flash-attn', the
             package of that name; or 'auto': varlen where it runs, else sdpa. The log says which and why.
-        config: of the network; its heads are what the kernel is proved with.
+        heads: of the network, with which the kernel is proved.
 
     Raises:
         DeviceError: the kernel named is missing, does not run here or computes something else.
@@ -63,13 +79,13 @@ def choose_attention(name: str, config: CheckpointConfig, device: torch.device, 
     kernel = "varlen" if name == "auto" else name
     try:
         attend = _flash(kernel, device, dtype)
-        _prove(attend, config, device, dtype)
+        prove(attend, heads, device, dtype)
     except torch.AcceleratorError as error:  # nothing can be computed on this device any more
         raise DeviceError(f"attention: {kernel} broke {device}: {in_short(error)}; set attention to 'sdpa'") from None
     except (ImportError, AttributeError, RuntimeError, TypeError, ValueError) as error:
         reason = in_short(error)
         if name == "auto":
-            logger.warning("%s: attention one sequence after the other, which is slower, for: %s", device, reason)
+            logger.warning("%s: attention one sequence after the other, which is slower, because: %s", device, reason)
             return attend_each
         raise DeviceError(
             f"attention: expected {name!r} to run on {device} in {str(dtype).removeprefix('torch.')}; got: {reason}; "
@@ -88,7 +104,7 @@ def _flash(kernel: str, device: torch.device, dtype: torch.dtype) -> Attend:
     if kernel == "flash-attn":
         flash_attn_varlen_func = import_module("flash_attn").flash_attn_varlen_func
 
-        def attend_by_package(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch) -> Tensor:
+        def attend_by_package(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, work: Work) -> Tensor:
             cu_seqlens, max_seqlen = batch.cu_seqlens, batch.max_seqlen
             return flash_attn_varlen_func(  # type: ignore[no-any-return]
                 q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal=False
@@ -100,7 +116,7 @@ def _flash(kernel: str, device: torch.device, dtype: torch.dtype) -> Attend:
     knows_groups = "enable_gqa" in inspect.signature(varlen_attn).parameters
     grouped = {"enable_gqa": True} if knows_groups else {}
 
-    def attend_by_torch(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch) -> Tensor:
+    def attend_by_torch(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, work: Work) -> Tensor:
         if not knows_groups:
             groups = q.shape[1] // k.shape[1]
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
@@ -112,18 +128,22 @@ def _flash(kernel: str, device: torch.device, dtype: torch.dtype) -> Attend:
     return attend_by_torch
 
 
-def _prove(attend: Attend, config: CheckpointConfig, device: torch.device, dtype: torch.dtype) -> None:
-    """Compare with the readable kernel, in float32, on sequences of one token, a few, and more than a block."""
+def prove(attend: Attend, heads: Heads, device: torch.device, dtype: torch.dtype) -> None:
+    """Compare with the readable kernel, in float32, on sequences of one token, a few, and more than a block.
+
+    Raises:
+        ValueError: the kernel computes something else.
+    """
     seqlens = (1, 5, 300)
     cu_seqlens = torch.tensor([0, *seqlens], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
     nothing = torch.empty(0, dtype=torch.int32, device=device)
     batch = PackedBatch(nothing, nothing, cu_seqlens, max(seqlens), seqlens, nothing, seqlens)
-    heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+    sizes = (heads.num_heads, heads.num_kv_heads, heads.num_kv_heads)
     generator = torch.Generator(device).manual_seed(0)
     # Strided as in the network, where all three are parts of one product.
-    fused = torch.randn(sum(seqlens), sum(heads), config.head_dim, device=device, dtype=dtype, generator=generator)
-    q, k, v = fused.split_with_sizes(heads, dim=1)
-    expected = attend_each(q.float(), k.float(), v.float(), batch)
-    difference = (attend(q, k, v, batch).float() - expected).abs().max().item()
+    fused = torch.randn(sum(seqlens), sum(sizes), heads.head_dim, device=device, dtype=dtype, generator=generator)
+    q, k, v = fused.split_with_sizes(sizes, dim=1)
+    expected = attend_each(q.float(), k.float(), v.float(), batch, Whole())
+    difference = (attend(q, k, v, batch, Whole()).float() - expected).abs().max().item()
     if not difference < _LARGEST_DIFFERENCE:  # NaN is not smaller either
         raise ValueError(f"it differs from the reference by {difference:.3g}")

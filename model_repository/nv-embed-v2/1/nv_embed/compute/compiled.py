@@ -1,6 +1,6 @@
-"""The network's layers and pooling head compiled: what lies between matrix products read and written once.
+"""Compiles what acts on each token alone, so that what lies between matrix products is read and written once.
 
-Compiled is what acts on each token alone, for any number of tokens; attention stays what `attention.py` chose.
+It serves any number of tokens. Attention stays what `attention.py` chose.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from nv_embed.compute.packing import pack
+from nv_embed.compute.pieces import Whole
 from nv_embed.compute.precision import least_cosine_of_repeats
 from nv_embed.errors import DeviceError, in_short
-from nv_embed.network import Network
-from nv_embed.tokenizer import TokenSequence
+from nv_embed.models.protocol import Network
+from nv_embed.sequence import TokenSequence
 
 logger = logging.getLogger(__name__)
 
@@ -31,11 +32,11 @@ _MOST_VERSIONS = 64  # of what is compiled: one for each device
 def compile_network(network: Network, choice: str, device: torch.device) -> bool:
     """Compile a filled network in place, and prove it against itself as it was.
 
-    What is compiled serves as long as torch's number of threads is the one it was compiled with.
+    The result is valid for the number of threads that torch has now.
 
     Args:
-        choice: 'on', 'off', or 'auto': on a GPU, as far as it works there, and not on a CPU, where a small network
-            would take longer to compile than most have to wait. The log says what came of it.
+        choice: 'on', 'off', or 'auto': on a GPU if it works there, and never on a CPU, where compiling takes longer
+            than a small network is worth. The log says which.
 
     Returns:
         whether it is compiled.
@@ -43,7 +44,8 @@ def compile_network(network: Network, choice: str, device: torch.device) -> bool
     Raises:
         DeviceError: it was asked for by name and does not work here, or the device broke.
     """
-    if choice == "off" or (choice == "auto" and device.type == "cpu"):
+    parts = network.parts_on_tokens()
+    if not parts or choice == "off" or (choice == "auto" and device.type == "cpu"):
         return False
     from torch._dynamo import config as dynamo
     from torch._inductor import config as inductor  # neither is imported where nothing is compiled: it takes seconds
@@ -51,8 +53,6 @@ def compile_network(network: Network, choice: str, device: torch.device) -> bool
     dynamo.recompile_limit = _MOST_VERSIONS
     inductor.compile_threads = 1  # more would be processes of sys.executable, which inside Triton is no Python
     started = time.monotonic()
-    parts = [(layer, name) for layer in network.layers for name in ("before_attention", "after_attention")]
-    parts.append((network.pooling, "forward"))
     try:
         before = _sample_vectors(network, device, _SAMPLE_LENGTHS)
         torch.compiler.set_stance("default")
@@ -74,7 +74,7 @@ def compile_network(network: Network, choice: str, device: torch.device) -> bool
             module.__dict__.pop(name, None)
         reason = f"{type(error).__name__}: {in_short(error)}"
         if choice == "auto":
-            logger.warning("%s: layers not compiled, which is slower, for: %s", device, reason)
+            logger.warning("%s: layers not compiled, which is slower, because: %s", device, reason)
             return False
         raise DeviceError(
             f"compile: expected the layers to compile for {device}; got: {reason}; install what is missing (a C++ "
@@ -84,7 +84,7 @@ def compile_network(network: Network, choice: str, device: torch.device) -> bool
         logger.info("%s: layers compiled in %.0f s", device, time.monotonic() - started)
         return True
     finally:
-        # Whatever a batch might make torch compile once more, one token alone, say, is computed as it stands instead.
+        # A batch that torch would have to compile for again, of one token alone, say, is computed as it stands.
         torch.compiler.set_stance("eager_on_recompile")
 
 
@@ -96,7 +96,7 @@ def _with_dynamic_rows(function: Callable[..., Any], *inputs: Tensor) -> Any:
 
 
 def _sample_vectors(network: Network, device: torch.device, lengths: Sequence[int]) -> Tensor:
-    ids = np.arange(sum(lengths), dtype=np.int32) * 7919 % network.config.vocab_size
+    ids = np.arange(sum(lengths), dtype=np.int32) * 7919 % network.vocab_size
     sequences = [TokenSequence(part, 0) for part in np.split(ids, np.cumsum(lengths)[:-1])]
-    vectors: Tensor = network(pack(sequences, device))
+    vectors: Tensor = network(pack(sequences, device), Whole())
     return vectors

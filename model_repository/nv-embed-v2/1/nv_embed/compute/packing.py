@@ -1,28 +1,14 @@
-"""Token sequences to one `PackedBatch`: all tokens in one row, no padding; left of it lists, right of it tensors."""
+"""Token sequences to one `PackedBatch`: all tokens in one row, without padding."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from nv_embed.tokenizer import TokenSequence
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PackedBatch:
-    """S sequences of T tokens in all, P of them pooled."""
-
-    input_ids: Tensor  # [T] int32
-    position_ids: Tensor  # [T] int32, from 0 in every sequence
-    cu_seqlens: Tensor  # [S + 1] int32: sequence s is tokens cu_seqlens[s] to cu_seqlens[s + 1]
-    max_seqlen: int
-    seqlens: tuple[int, ...]  # the lengths again, on the host, where loops and kernel choice need them
-    pooled_indices: Tensor  # [P] int32: tokens that are pooled, in order
-    pooled_seqlens: tuple[int, ...]  # pooled tokens of each sequence, at least 1
+from nv_embed.models.protocol import PackedBatch
+from nv_embed.sequence import TokenSequence
 
 
 def pack(sequences: Sequence[TokenSequence], device: torch.device) -> PackedBatch:
@@ -34,7 +20,7 @@ def pack(sequences: Sequence[TokenSequence], device: torch.device) -> PackedBatc
     num_masked = [sequence.num_masked for sequence in sequences]
     (pooled_indices,) = np.nonzero(position_ids >= np.repeat(num_masked, seqlens))
     parts = [np.concatenate([sequence.input_ids for sequence in sequences]), position_ids, pooled_indices, cu_seqlens]
-    # One copy, which nobody waits for: to a GPU each costs more than it carries.
+    # In one copy that nobody waits for, because starting a copy to a GPU takes longer than carrying so little.
     numbers = torch.from_numpy(np.concatenate(parts, dtype=np.int32, casting="same_kind"))
     if device.type == "cuda":
         numbers = numbers.pin_memory()

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nv_embed.compute.packing import pack
-from nv_embed.config import CheckpointConfig
+from nv_embed.compute.pieces import Whole
 from nv_embed.errors import DeviceError, in_short
-from nv_embed.network import Layer, Matrix, Network
-from nv_embed.tokenizer import Tokenizer, TokenSequence
+from nv_embed.models.protocol import Checkpoint, Matrix, Network
+from nv_embed.sequence import TokenSequence
 
 logger = logging.getLogger(__name__)
 
@@ -104,13 +104,13 @@ class Precision:
     matrix: type[Int8Matrix] | type[Float8Matrix] | None = None  # of those; None: as the rest
 
     @classmethod
-    def choose(cls, name: str, device: torch.device, config: CheckpointConfig) -> Precision:
+    def choose(cls, name: str, device: torch.device, checkpoint: Checkpoint) -> Precision:
         """The precision of a name: 'float16', 'bfloat16', 'float32', 'int8', 'float8' or 'auto'.
 
         Raises:
             DeviceError: the device does not multiply float8.
         """
-        usual = "float32" if device.type == "cpu" else config.dtype
+        usual = "float32" if device.type == "cpu" else checkpoint.dtype
         if name == "int8":
             return cls(name, getattr(torch, usual), Int8Matrix)
         if name == "float8":
@@ -132,17 +132,14 @@ class Precision:
                 * (self.dtype.itemsize - 1)
                 for layer in network.layers
             ]
-            num_bytes -= sum(saved) - max(saved)  # one layer at a time is there in full
+            num_bytes -= sum(saved) - max(saved, default=0)  # one layer at a time is there in full
         return num_bytes
 
 
-def round_matrices(layer: Layer, kind: type[Int8Matrix] | type[Float8Matrix]) -> None:
+def round_matrices(layer: nn.Module, kind: type[Int8Matrix] | type[Float8Matrix]) -> None:
     """Put 8-bit matrices in the place of a layer's, one after the other, so that few are in memory twice."""
-    for name in [name for name, _ in layer.named_children()]:
-        matrix = getattr(layer, name)
-        assert isinstance(matrix, Matrix)
-        setattr(layer, name, kind(matrix.weight))
-        del matrix  # or it would be kept while the next is rounded
+    for name in [name for name, child in layer.named_children() if isinstance(child, Matrix)]:
+        setattr(layer, name, kind(getattr(layer, name).weight))
 
 
 class Rounding:
@@ -157,33 +154,34 @@ class Rounding:
         self._network, self._precision, self._samples = network, precision, samples
 
     @classmethod
-    def of_checkpoint(cls, folder: Path, network: Network, precision: Precision) -> Rounding:
+    def of_checkpoint(cls, folder: Path, checkpoint: Checkpoint, network: Network, precision: Precision) -> Rounding:
         """With the sample texts, through the checkpoint's own tokenizer; raises CheckpointError."""
-        tokenizer = Tokenizer(
-            folder / "tokenizer.json", vocab_size=network.config.vocab_size, max_sequence_tokens=_SAMPLE_TOKENS
-        )
-        return cls(network, precision, tokenizer.encode(SAMPLES, ""))
+        return cls(network, precision, checkpoint.tokenizer(folder, _SAMPLE_TOKENS).encode(SAMPLES, ""))
 
     def begin(self) -> None:
         """Token vectors are filled."""
-        self._batch = pack(self._samples, self._network.norm.device)
-        self._before, *self._rotary = self._network.begin(self._batch)
+        self._batch = pack(self._samples, next(self._network.parameters(recurse=False)).device)
+        self._before, *self._rest = self._network.begin(self._batch)
         self._after = self._before
 
-    def round(self, layer: Layer) -> None:
+    def round(self, layer: nn.Module) -> None:
         """The next layer is filled."""
         assert self._precision.matrix
-        self._before = layer(self._before, *self._rotary, self._batch, self._network.attend)
+        self._before = self._after_layer(layer, self._before)
         round_matrices(layer, self._precision.matrix)
         try:
-            self._after = layer(self._after, *self._rotary, self._batch, self._network.attend)
+            self._after = self._after_layer(layer, self._after)
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
         except (AttributeError, RuntimeError, ValueError) as error:  # what this torch, this device or the sizes lack
-            device, name = layer.input_norm.device, self._precision.name
+            device, name = self._before.device, self._precision.name
             raise DeviceError(
                 f"dtype: expected {name} to run on {device}; got: {in_short(error)}; set dtype to 'auto'"
             ) from None
+
+    def _after_layer(self, layer: nn.Module, x: Tensor) -> Tensor:
+        result: Tensor = layer(x, *self._rest, self._batch, self._network.attend, Whole())
+        return result
 
     def check(self) -> None:
         """All is filled.
@@ -191,7 +189,7 @@ class Rounding:
         Raises:
             DeviceError: the vectors are too far from those of the network as it was.
         """
-        before, after = (self._network.to_vectors(x, self._batch) for x in (self._before, self._after))
+        before, after = (self._network.to_vectors(x, self._batch, Whole()) for x in (self._before, self._after))
         cosine = (before * after).sum(dim=1).min().item()
         name = self._precision.name
         usual = str(self._precision.dtype).removeprefix("torch.")

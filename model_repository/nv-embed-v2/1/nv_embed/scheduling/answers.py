@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from nv_embed.errors import RequestError
 from nv_embed.metrics import Metric, Recorder, Update
+from nv_embed.scheduling.vector_cache import Vector
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +30,19 @@ _PUBLISH_SECONDS = 0.2  # from an event to its metrics
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Answer:
-    """What a request gets: one row for each of its N texts, in input order."""
+    """What a request gets: one vector for each of its N texts, in input order."""
 
-    embeddings: npt.NDArray[np.float32]  # [N, dim], rows of length 1
-    token_counts: npt.NDArray[np.int32]  # [N], as fed to the network
+    vectors: Sequence[Vector]  # N of [dim] and length 1, shared with the cache and with other answers
+    token_counts: Sequence[int]  # N, as fed to the network
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the embeddings."""
+        return len(self.vectors) * self.vectors[0].nbytes
+
+    def embeddings(self) -> npt.NDArray[np.float32]:
+        """[N, dim], put together anew at each call."""
+        return np.concatenate(self.vectors).reshape(len(self.vectors), -1)
 
 
 Outcome: TypeAlias = Answer | RequestError
@@ -71,7 +81,7 @@ class Outbox:
         self._publish = publish
         self._on_lost = on_lost
         self._lock = Lock()
-        self._num_unsent = self._num_unsent_rows = 0
+        self._num_unsent = self._num_unsent_texts = 0
         self._events: PriorityQueue[tuple[float, int, Callable[[], None] | None]] = PriorityQueue()
         self._numbers = count()  # of events that are equal in order
         self._thread = Thread(target=self._run, name="nv-embed-answer", daemon=True)
@@ -83,14 +93,16 @@ class Outbox:
         return self._num_unsent
 
     @property
-    def num_unsent_rows(self) -> int:
-        """Of the answers that were put and are not sent."""
-        return self._num_unsent_rows
+    def num_unsent_texts(self) -> int:
+        """Of the answers with vectors that were put and are not sent."""
+        return self._num_unsent_texts
 
-    def put(self, reply: Reply, outcome: Outcome, kind: str) -> None:
-        """Have an answer sent; `kind` of its request, for the metrics."""
+    def put(self, reply: Reply, outcome: Outcome, kind: str, arrived: float | None = None) -> None:
+        """Have an answer sent; `kind` and arrival of its request are for the metrics."""
+        if arrived is not None:
+            self._metrics.add(Metric.REQUEST_SECONDS, time.monotonic() - arrived, kind=kind)
         self._count_unsent(1, outcome)
-        is_large = isinstance(outcome, Answer) and outcome.embeddings.nbytes > LARGE_ANSWER_BYTES
+        is_large = isinstance(outcome, Answer) and outcome.num_bytes > LARGE_ANSWER_BYTES
         self._add(time.monotonic() + is_large * _LARGE_WAITS_SECONDS, partial(self._send, reply, outcome, kind))
 
     def announce(self) -> None:
@@ -109,7 +121,7 @@ class Outbox:
         with self._lock:
             self._num_unsent += change
             if isinstance(outcome, Answer):
-                self._num_unsent_rows += change * len(outcome.embeddings)
+                self._num_unsent_texts += change * len(outcome.vectors)
 
     def _send(self, reply: Reply, outcome: Outcome, kind: str) -> None:
         started = time.monotonic()

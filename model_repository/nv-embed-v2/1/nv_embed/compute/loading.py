@@ -1,0 +1,129 @@
+"""A checkpoint's folder to ready engines."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from nv_embed.compute.attention import choose_attention
+from nv_embed.compute.devices import Device, existing_device
+from nv_embed.compute.engine import Engine, PackedModel
+from nv_embed.compute.host import most_cores
+from nv_embed.compute.precision import Precision, Rounding
+from nv_embed.compute.weights import load_network
+from nv_embed.errors import DeviceError, in_short
+from nv_embed.models.protocol import Checkpoint, Network
+from nv_embed.sequence import TokenSequence
+
+logger = logging.getLogger(__name__)
+
+_MEMORY_HEADROOM = 1.1  # workspaces and the allocator's slack, over weights and activations
+_PIECE_BYTES = 2**27  # activations within one piece of a pass
+# In a narrower network the threads that share an operation on a CPU wait for each other too much of the time.
+_WIDE = 1024
+_MOST_CPU_BATCHES = 8  # at a time: each has activations of its own
+
+
+def load_engine(
+    folder: Path,
+    checkpoint: Checkpoint,
+    *,
+    device: str,
+    dtype: str,
+    attention: str = "auto",
+    compile_layers: str = "auto",
+    max_sequence_tokens: int = 0,
+    num_batches: int = 1,
+) -> Engine[TokenSequence]:
+    """Load a checkpoint.
+
+    Args:
+        folder: of `config.json` and the safetensors files.
+        checkpoint: what the config says.
+        device: 'cpu' or 'cuda:N'.
+        dtype: see `Precision.choose`.
+        attention: see `choose_attention`.
+        compile_layers: see `compile_network`.
+        max_sequence_tokens: a CPU must have memory for texts of so many tokens,
+        num_batches: and for so many of them at a time.
+
+    Raises:
+        DeviceError: the device is absent, its free memory too small, the attention kernel or a compiler missing, or the
+            precision not to be had or too coarse.
+        CheckpointError: files or tensors are missing, damaged or of another model.
+    """
+    target = existing_device(device)
+    precision = Precision.choose(dtype, target.torch_device, checkpoint)
+    with torch.device("meta"):
+        network = checkpoint.network().to(precision.dtype).eval()
+    num_texts = num_batches if max_sequence_tokens and device == "cpu" else 0
+    _check_memory(target, precision, network, num_texts, max_sequence_tokens)
+    if network.heads:
+        network.attend = choose_attention(attention, network.heads, target.torch_device, precision.dtype)
+    rounding = Rounding.of_checkpoint(folder, checkpoint, network, precision) if precision.matrix else None
+    with target.current():
+        try:
+            load_network(folder, network, target.torch_device, rounding)
+        except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
+            raise DeviceError(
+                f"{device}: loading the weights in {precision.name} failed: {in_short(error)}; see that nothing else "
+                "runs on it"
+            ) from None
+        return Engine(PackedModel(network, target.torch_device, compile_layers), target)
+
+
+def load_engines(
+    folder: Path,
+    checkpoint: Checkpoint,
+    *,
+    devices: Sequence[str],
+    dtype: str,
+    max_sequence_tokens: int,
+    attention: str = "auto",
+    compile_layers: str = "auto",
+) -> list[Engine[TokenSequence]]:
+    """What threads compute with: an entry for each of them, see `load_engine`.
+
+    Entries for the same device are the same engine. A GPU has two: one thread starts a batch while the other one waits
+    for its own. If only the CPU is named, and once, it has one entry for all cores if the network is wide, and one for
+    each core, up to 8, if it is narrow; else as many as it was named.
+    """
+    if "cpu" in devices:  # first of all, because what is compiled is compiled for a number of threads
+        num_cores = max(min(torch.get_num_threads(), math.ceil(min(most_cores(), 2**16))), 1)
+        if list(devices) == ["cpu"] and checkpoint.hidden_size < _WIDE:
+            devices = ["cpu"] * min(num_cores, _MOST_CPU_BATCHES)
+        torch.set_num_threads(max(1, num_cores // devices.count("cpu")))
+        logger.info("cpu: %d batches at a time, %d threads each", devices.count("cpu"), torch.get_num_threads())
+    engines = {
+        device: load_engine(
+            folder, checkpoint, device=device, dtype=dtype, attention=attention, compile_layers=compile_layers,
+            max_sequence_tokens=max_sequence_tokens, num_batches=devices.count(device),
+        )
+        for device in dict.fromkeys(devices)
+    }  # fmt: skip
+    return [engines[device] for device in devices for _ in range(1 if device == "cpu" else 2)]
+
+
+def _check_memory(
+    device: Device, precision: Precision, network: Network, num_texts: int, max_sequence_tokens: int
+) -> None:
+    """That there is room for the weights, and for the activations of so many longest texts at a time."""
+    weights = precision.num_bytes(network)
+    one_text = max_sequence_tokens * network.numbers_per_token * precision.dtype.itemsize + _PIECE_BYTES
+    needed, free = int((weights + num_texts * one_text) * _MEMORY_HEADROOM), device.free_memory()
+    if needed <= free:
+        return
+    texts, remedies = "", "free memory on it or choose another device"
+    if num_texts:
+        texts = f" and for {num_texts} texts of {max_sequence_tokens} tokens at a time"
+        remedies += ", lower max_sequence_tokens, or compute fewer texts at a time (OMP_NUM_THREADS, or device)"
+    if not precision.matrix:
+        remedies += ", or choose a dtype of fewer bytes: int8 has the fewest"
+    raise DeviceError(
+        f"{device.torch_device}: expected {needed / 1e9:.1f} GB of free memory for the weights in {precision.name}"
+        f"{texts}; got {free / 1e9:.1f} GB; {remedies}"
+    )

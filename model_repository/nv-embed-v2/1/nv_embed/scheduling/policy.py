@@ -1,0 +1,47 @@
+"""How much may wait and how much is computed at once, queries before documents; knows no state and no threads.
+
+Which text comes next is in `fair_queue.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from nv_embed.scheduling.pace import MIN_BATCH_TOKENS
+
+_QUERY_RESERVE = 8  # an eighth more may wait for queries, so that bulk which fills the queue does not shut them out
+_USUAL_PASS_SECONDS = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLimits:
+    """How much is computed at once, and how much may wait and for how long."""
+
+    max_batch_tokens: int
+    target_batch_seconds: float | None  # fewer tokens when a batch takes longer than this; None: never
+    max_queue_tokens: int
+    max_queue_bytes: int
+    max_queue_texts: int
+    max_queue_seconds: float
+    query_weight: int
+    cache_bytes: int
+
+
+def room(limit: int, *, is_query: bool) -> int:
+    """How much may wait when a request of this kind comes."""
+    return limit + limit // _QUERY_RESERVE if is_query else limit
+
+
+def share(num_waiting_tokens: int, num_idle_engines: int) -> int:
+    """Tokens for one engine while others have nothing to do: together they finish sooner what waits."""
+    return max(math.ceil(num_waiting_tokens / (num_idle_engines + 1)), MIN_BATCH_TOKENS)
+
+
+def may_interrupt(own_seconds: float, others_seconds: float) -> bool:
+    """Whether a pass of this many seconds so far lets short batches go first.
+
+    A pass keeps at least half of the time of its thread. So a long text delays nobody by minutes, and short ones do
+    not delay it by more than as much again. A pass of usual length is not interrupted.
+    """
+    return own_seconds >= _USUAL_PASS_SECONDS and others_seconds < own_seconds

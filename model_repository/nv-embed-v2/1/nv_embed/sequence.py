@@ -1,0 +1,40 @@
+"""A text as the network sees it; knows neither torch nor the tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+
+class SequenceLike(Protocol):
+    """All that the scheduler knows of a sequence. A library's models have a kind of their own, which holds the text."""
+
+    @property
+    def num_tokens(self) -> int:
+        """What it costs."""
+
+    def digest(self) -> bytes:
+        """16 bytes; another sequence has the same only if it has the same vector."""
+
+
+SequenceType = TypeVar("SequenceType", bound=SequenceLike)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenSequence:
+    """A tokenized text."""
+
+    input_ids: npt.NDArray[np.int32]  # [num_tokens], instruction and special tokens included
+    num_masked: int  # leading tokens left out of the pooling; always less than num_tokens
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.input_ids)
+
+    def digest(self) -> bytes:
+        """16 bytes; another sequence has the same only if it has the same vector."""
+        return blake2b(self.input_ids.tobytes() + self.num_masked.to_bytes(8, "little"), digest_size=16).digest()

@@ -1,0 +1,81 @@
+"""Quotas and memory limits of control groups of both versions, in folders made for the purpose, and on this machine."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import pytest
+from nv_embed.compute.host import free_memory, most_cores
+
+AVAILABLE = 8 * 2**30
+
+
+@pytest.fixture
+def machine(tmp_path):
+    """Writes files; returns the root folder."""
+
+    def write(cgroup, files):
+        files = {
+            "proc/self/cgroup": cgroup,
+            "proc/meminfo": f"MemTotal: 1 kB\nMemAvailable: {AVAILABLE // 1024} kB\n",
+        } | {f"sys/fs/cgroup/{name}": text for name, text in files.items()}
+        for name, text in files.items():
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{text}\n")
+        return tmp_path
+
+    return write
+
+
+V1 = "9:name=systemd:/\n4:memory:/docker/ab\n1:cpuacct,cpu:/docker/ab\n0::/"
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "files", "cores"),
+    [
+        ("0::/", {}, math.inf),
+        ("0::/", {"cpu.max": "max 100000"}, math.inf),
+        ("0::/", {"cpu.max": "150000 100000"}, 1.5),
+        ("0::/a/b", {"a/b/cpu.max": "max 100000", "a/cpu.max": "300000 100000"}, 3),  # of the group around it
+        ("0::/a/b", {"a/b/cpu.max": "200000 100000", "a/cpu.max": "300000 100000"}, 2),
+        (V1, {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, math.inf),
+        (V1, {"cpu/cpu.cfs_quota_us": "250000", "cpu/cpu.cfs_period_us": "100000"}, 2.5),  # as a container sees it
+        (V1, {"cpuacct,cpu/docker/cpu.cfs_quota_us": "50000", "cpuacct,cpu/docker/cpu.cfs_period_us": "100000"}, 0.5),
+        (V1, {"cpu/docker/ab/cpu.cfs_quota_us": "400000", "cpu/docker/ab/cpu.cfs_period_us": "100000"}, 4),
+    ],
+)  # fmt: skip
+def test_the_lowest_quota_of_all_groups_around_the_process_counts(machine, cgroup, files, cores):
+    assert most_cores(machine(cgroup, files)) == cores
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "files", "num_bytes"),
+    [
+        ("0::/", {}, AVAILABLE),
+        ("0::/", {"memory.max": "max", "memory.high": "max"}, AVAILABLE),
+        ("0::/", {"memory.max": "4000000000", "memory.high": "max"}, 4_000_000_000),
+        ("0::/", {"memory.max": "4000000000", "memory.high": "3000000000"}, 3_000_000_000),
+        ("0::/a/b", {"a/b/memory.max": "max", "a/memory.max": "2000000000"}, 2_000_000_000),
+        ("0::/", {"memory.max": str(2**40)}, AVAILABLE),
+        (V1, {"memory/memory.limit_in_bytes": "9223372036854771712"}, AVAILABLE),
+        (V1, {"memory/memory.limit_in_bytes": "1000000000"}, 1_000_000_000),
+        (V1, {"memory/docker/ab/memory.limit_in_bytes": "1000000000"}, 1_000_000_000),
+        ("4:memory:/x\n0::/y", {"unified/y/memory.max": "5000000000"}, 5_000_000_000),
+    ],
+)
+def test_the_lowest_memory_limit_counts_and_no_more_than_is_free(machine, cgroup, files, num_bytes):
+    assert free_memory(machine(cgroup, files)) == num_bytes
+
+
+def test_a_machine_without_control_groups_is_limited_by_nothing_else(machine):
+    root = machine("0::/", {})
+    (root / "proc/self/cgroup").unlink()
+    assert most_cores(root) == math.inf
+    assert free_memory(root) == AVAILABLE
+
+
+def test_on_this_machine_both_are_found():
+    assert most_cores() > 0
+    assert 0 < free_memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -104,6 +104,21 @@ def gateway_venv() -> Path:
     return venv
 
 
+@pytest.fixture
+def start():
+    """Starts servers; whatever is left of them at the end is stopped."""
+    servers = []
+
+    def start(*arguments, **options) -> Server:
+        servers.append(Server(*arguments, **options))
+        return servers[-1].wait_until_ready()
+
+    yield start
+    for server in servers:
+        if server.process.poll() is None:
+            server.stop()
+
+
 def serve(model_path, tmp_path_factory, **environ):
     with Server(tmp_path_factory.mktemp("server") / "log.txt", model_path, environ) as server:
         yield server

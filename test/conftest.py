@@ -32,7 +32,7 @@ def pytest_configure():
 
 
 def pytest_collection_modifyitems(items):
-    mark_those_with_servers(items, "Server")
+    mark_those_with_servers(items, "Server", "FaultyServer")
     for_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if for_gpu and not torch.cuda.is_available():
         for item in for_gpu:

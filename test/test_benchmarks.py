@@ -226,6 +226,7 @@ asyncio.run(main())
     assert answer["passed"] == {"once killed": True, "slow": False, "the same": True, "another": False}
 
 
+@pytest.mark.slow
 def test_soak_prints_how_a_server_ended_that_nobody_ended_and_keeps_its_log(toy):
     script = f"""
 import asyncio, os, signal, sys, soak

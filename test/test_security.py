@@ -18,6 +18,7 @@ import tritonclient.grpc as triton
 from pytriton.client import ModelClient
 from serving import MODEL_NAME, Server, bytes_input, free_ports
 
+pytestmark = pytest.mark.server
 ADMINISTRATION = {
     "list the repository": lambda client, **key: client.get_model_repository_index(**key),
     "unload the model": lambda client, **key: client.unload_model(MODEL_NAME, **key),

@@ -120,6 +120,7 @@ def both(tmp_path):
     return run
 
 
+pytestmark = pytest.mark.server
 SLEEP = "time.sleep(600)"
 END_WITH = "signal.signal(signal.SIGTERM, lambda *_: sys.exit({})); pathlib.Path(sys.argv[1] + '-on').touch(); " + SLEEP
 

@@ -113,7 +113,7 @@ def test_the_exit_code_of_a_dead_process_is_known_until_its_parent_asks_for_it()
 
 
 def test_a_crash_handler_hangs_when_its_signal_stays_blocked_for_longer_than_printing_takes(monkeypatch):
-    monkeypatch.setattr(watchdog, "_GRACE_SECONDS", 0.2)
+    monkeypatch.setattr(watchdog, "_CRASH_SECONDS", 0.2)
     with subprocess.Popen([sys.executable, "-c", BLOCKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
         server.stdout.readline()
         handler = watchdog.CrashHandler(server.pid)  # SIGSEGV is blocked already: whoever started it did that

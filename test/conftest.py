@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -26,8 +27,12 @@ PUBLISHED_TEXT_CONFIG = {
 }
 
 
+def pytest_configure():
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: fixtures stop what they started
+
+
 def pytest_collection_modifyitems(items):
-    mark_those_with_servers(items, "Server")
+    mark_those_with_servers(items, "Server", "FaultyServer")
     for_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if for_gpu and not torch.cuda.is_available():
         for item in for_gpu:
@@ -97,6 +102,21 @@ def gateway_venv() -> Path:
     command = ["bash", "-c", script, ROOT / "tools/prepare_venv.sh", venv, ROOT / "tools/requirements-gateway.txt"]
     subprocess.run(command, check=True, timeout=900)
     return venv
+
+
+@pytest.fixture
+def start():
+    """Starts servers; whatever is left of them at the end is stopped."""
+    servers = []
+
+    def start(*arguments, **options) -> Server:
+        servers.append(Server(*arguments, **options))
+        return servers[-1].wait_until_ready()
+
+    yield start
+    for server in servers:
+        if server.process.poll() is None:
+            server.stop()
 
 
 def serve(model_path, tmp_path_factory, **environ):

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs the tools of docs/recipes.md into environments of their own, runs every recipe against a server and a
-# gateway, and tests the adapters of the heavy ones. test/recipes.txt is its last output. Needs node, npm and chromium.
+# gateway, and tests the adapters of the heavy ones. Writes test/recipes.txt. Needs node, npm and chromium.
 # Arguments go to test/recipes/run.py, and then the adapters' tests are left out:
 #   test/recipes.sh --only Chroma
 set -euo pipefail
@@ -29,10 +29,17 @@ mkdir -p -- "$RECIPES_VENV/node"
 cp -- test/recipes/package.json "$RECIPES_VENV/node/"
 npm install --prefix "$RECIPES_VENV/node" --no-audit --no-fund --silent
 
-"$RECIPES_VENV/bin/python" test/recipes/run.py \
-  --node "$RECIPES_VENV/node" --aiperf "$RECIPES_VENV-aiperf/bin" "$@"
-if (($# == 0)); then
-  # Without filterwarnings: those packages warn of their own.
-  "$RECIPES_VENV/bin/python" -m pytest --config-file test/client/pytest.ini -o filterwarnings= -o addopts= \
-    -p no:cacheprovider --no-header -v test/client/test_chroma.py test/client/test_bertopic.py
+run() {
+  "$RECIPES_VENV/bin/python" test/recipes/run.py --node "$RECIPES_VENV/node" --aiperf "$RECIPES_VENV-aiperf/bin" "$@"
+}
+if (($#)); then
+  run "$@"
+  exit
 fi
+{
+  run
+  echo "The adapters that need these packages:"
+  # Without the filter of warnings: those packages have warnings of their own.
+  "$RECIPES_VENV/bin/python" -m pytest --config-file test/client/pytest.ini -o filterwarnings= -o addopts= -vv \
+    -p no:cacheprovider --no-header --disable-warnings test/client/test_chroma.py test/client/test_bertopic.py
+} | tee test/recipes.txt

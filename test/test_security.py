@@ -18,6 +18,7 @@ import tritonclient.grpc as triton
 from pytriton.client import ModelClient
 from serving import MODEL_NAME, Server, bytes_input, free_ports
 
+pytestmark = pytest.mark.server
 ADMINISTRATION = {
     "list the repository": lambda client, **key: client.get_model_repository_index(**key),
     "unload the model": lambda client, **key: client.unload_model(MODEL_NAME, **key),
@@ -68,10 +69,10 @@ def test_the_configuration_shows_defaults_and_nothing_of_this_server(toy_server,
     assert str(toy) not in str(toy_server.client.get_model_config(MODEL_NAME))
 
 
-def test_arguments_shut_the_configuration_too(toy, tmp_path):
+def test_arguments_shut_the_configuration_too(toy, tmp_path, start):
     protocols = "metadata,model-config:nv-embed-admin=sesame"
     arguments = [f"--grpc-restricted-protocol={protocols}", f"--http-restricted-api={protocols}"]
-    server = Server(tmp_path / "log.txt", toy, {"ADMIN_KEY": "sesame"}, arguments).wait_until_ready()
+    server = start(tmp_path / "log.txt", toy, {"ADMIN_KEY": "sesame"}, arguments)
     for read in (server.client.get_model_config, server.client.get_model_metadata):
         with pytest.raises(triton.InferenceServerException, match="restricted"):
             read(MODEL_NAME)
@@ -177,7 +178,7 @@ def certificates(tmp_path_factory):
 
 
 def test_with_tls_and_a_client_authority_only_clients_with_a_certificate_are_served(
-    toy, tmp_path, certificates, gateway_venv
+    toy, tmp_path, certificates, gateway_venv, start
 ):
     settings = {"TLS_CERT": "server.pem", "TLS_KEY": "server.key", "TLS_CLIENT_CA": "ca.pem"}
     environ = {name: str(certificates / file) for name, file in settings.items()}
@@ -187,7 +188,7 @@ def test_with_tls_and_a_client_authority_only_clients_with_a_certificate_are_ser
     environ["GATEWAY_ARGUMENTS"] = shlex.join(
         word for name, file in arguments.items() for word in (name, str(certificates / file))
     )
-    server = Server(tmp_path / "log.txt", toy, environ).wait_until_ready()
+    server = start(tmp_path / "log.txt", toy, environ)
     authority = str(certificates / "ca.pem")
     own = {"private_key": str(certificates / "client.key"), "certificate_chain": str(certificates / "client.pem")}
 

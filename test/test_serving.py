@@ -268,7 +268,10 @@ def test_settings_reach_what_they_are_of_and_known_texts_come_from_the_cache(toy
     ("environ", "words"),
     [
         ({"NV_EMBED_MAX_BATCH_TOKENS": "lots"}, "NV_EMBED_MAX_BATCH_TOKENS: expected 'auto' or a whole number"),
-        ({"NV_EMBED_DEVCE": "cpu"}, "environment: expected the variables NV_EMBED_MODEL_PATH, "),
+        (
+            {"NV_EMBED_DEVCE": "cpu"},
+            "environment: expected the name of a setting; got NV_EMBED_DEVCE; correct it or unset it; known: ",
+        ),
         ({"NV_EMBED_MAX_QUEUE_TOKENS": "100"}, "expected max_sequence_tokens to be at most max_queue_tokens"),
         ({"NV_EMBED_MAX_SEQUENCE_TOKENS": "16"}, "max_sequence_tokens (16) leaves nothing of a query"),
     ],

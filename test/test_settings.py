@@ -80,8 +80,12 @@ def test_triton_s_own_parameters_are_left_alone():
 @pytest.mark.parametrize(
     ("parameters", "environ", "words"),
     [
-        ({"max_batch_size": "1"}, {}, ["expected the parameters model_path, ", "got 'max_batch_size'", "correct it"]),
-        ({}, {"NV_EMBED_DEVCE": "cpu"}, ["expected the variables", "NV_EMBED_DEVICE", "got NV_EMBED_DEVCE"]),
+        (
+            {"max_batch_size": "1"},
+            {},
+            ["expected the name of a parameter", "got 'max_batch_size'", "correct it", "known: model_path, "],
+        ),
+        ({}, {"NV_EMBED_DEVCE": "cpu"}, ["expected the name of a setting", "NV_EMBED_DEVICE", "got NV_EMBED_DEVCE"]),
         ({"device": "gpu"}, {}, ["'device'", "'gpu'", "cuda:N"]),
         ({}, {"NV_EMBED_DEVICE": "cuda"}, ["NV_EMBED_DEVICE", "'cuda'", "cuda:N"]),
         ({"device": "cuda:0,cuda:1,cuda:0"}, {}, ["'device'", "each 'cuda:N' once"]),

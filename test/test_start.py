@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from serving import ROOT, Server, free_ports
+from serving import ROOT, free_ports
 
 SECONDS = 600  # for what takes some seconds on a quiet machine
 WITH_GATEWAY = ROOT / "tools" / "with_gateway.py"
@@ -54,21 +54,6 @@ class Gateway:
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}/v1/embeddings", body, headers)
         with urllib.request.urlopen(request, timeout=60) as response:
             return np.array([item["embedding"] for item in json.load(response)["data"]], dtype=np.float32)
-
-
-@pytest.fixture
-def start():
-    """Starts servers; whatever is left of them at the end is stopped."""
-    servers = []
-
-    def start(*arguments, **options) -> Server:
-        servers.append(Server(*arguments, **options))
-        return servers[-1].wait_until_ready()
-
-    yield start
-    for server in servers:
-        if server.process.poll() is None:
-            server.stop()
 
 
 def descendants(pid: int) -> dict[int, str]:
@@ -135,6 +120,7 @@ def both(tmp_path):
     return run
 
 
+pytestmark = pytest.mark.server
 SLEEP = "time.sleep(600)"
 END_WITH = "signal.signal(signal.SIGTERM, lambda *_: sys.exit({})); pathlib.Path(sys.argv[1] + '-on').touch(); " + SLEEP
 

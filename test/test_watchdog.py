@@ -113,7 +113,7 @@ def test_the_exit_code_of_a_dead_process_is_known_until_its_parent_asks_for_it()
 
 
 def test_a_crash_handler_hangs_when_its_signal_stays_blocked_for_longer_than_printing_takes(monkeypatch):
-    monkeypatch.setattr(watchdog, "_GRACE_SECONDS", 0.2)
+    monkeypatch.setattr(watchdog, "_CRASH_SECONDS", 0.2)
     with subprocess.Popen([sys.executable, "-c", BLOCKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
         server.stdout.readline()
         handler = watchdog.CrashHandler(server.pid)  # SIGSEGV is blocked already: whoever started it did that
@@ -151,7 +151,7 @@ time.sleep(60)
 def test_signals_that_are_blocked_for_a_moment_at_the_first_look_hide_no_later_crash(monkeypatch):
     looks = iter([watchdog.blocked_signals(os.getpid()) | {signal.SIGABRT}, frozenset(), {signal.SIGABRT}])
     monkeypatch.setattr(watchdog, "blocked_signals", lambda pid: frozenset(next(looks)))
-    monkeypatch.setattr(watchdog, "_GRACE_SECONDS", -1.0)
+    monkeypatch.setattr(watchdog, "_CRASH_SECONDS", -1.0)
     handler = watchdog.CrashHandler(os.getpid())
     assert not handler.hangs()
     assert handler.hangs()

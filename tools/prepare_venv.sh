@@ -122,5 +122,5 @@ import ensurepip')
   echo "Installing into $venv, once: $(sed -n 's/^\([a-z][^ #;]*\).*/\1/p' "$@" | paste -sd ' ' -)" >&2
   "$venv/bin/python" -m pip install --disable-pip-version-check --no-input "${options[@]}" >&2
   if [[ $has_triton == yes ]]; then "$venv/bin/python" "$tools/pip_triton.py" --lay-out; fi
-  for file in "$@"; do cp -- "$file" "$(stamp_of "$file")"; done
+  for file in "$@"; do cat -- "$file" >"$(stamp_of "$file")"; done # cp would keep a mode that shuts others out
 )

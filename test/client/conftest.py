@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import urllib.request
 from collections.abc import Iterator
@@ -70,6 +71,10 @@ def gateway_running(log: Path, triton_url: str, *arguments: str, **settings: str
     """The gateway as a user starts it; gives its base URL."""
     with until_sigterm(StartedGateway(log, triton_url, arguments, without_settings() | settings)) as gateway:
         yield gateway.url
+
+
+def pytest_configure() -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: fixtures stop what they started
 
 
 def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:

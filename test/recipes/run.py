@@ -95,6 +95,7 @@ class Place:
             "http://localhost:9000": self.gateway,
             "http://localhost:8080": self.origin,
             "localhost:8001": self.server,
+            "checkpoints/": f"{ROOT}/checkpoints/",
         }.items():
             source = source.replace(on_page, here)
         environ = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}

@@ -67,9 +67,9 @@ class Connection:
     """Sent with every request, names in lower case: for Triton's restricted protocols, or for a proxy."""
 
     def __post_init__(self) -> None:
-        if "//" in self.url or not re.fullmatch(r"[!-~]+:[0-9]+", self.url):
+        if "//" in self.url or ":" not in self.url or not re.fullmatch(r"[!-+\--~]+", self.url):  # no space, no comma
             raise InvalidInput.of(
-                expected="the gRPC address of a server as host:port",
+                expected="the gRPC address of one server as host:port",
                 got=repr(self.url),
                 remedy="leave out the scheme, and use Triton's gRPC port, by default 8001",
             )

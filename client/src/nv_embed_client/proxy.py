@@ -14,7 +14,7 @@ def proxy_hint(url: str) -> str | None:
     """
     # gRPC looks at these names in this order, in lower case only.
     variable = next((name for name in ("grpc_proxy", "https_proxy", "http_proxy") if name in os.environ), None)
-    if variable is None or not os.environ[variable]:
+    if variable is None or not os.environ[variable] or url.startswith(("unix:", "vsock:")):
         return None
     host = url.rpartition(":")[0].strip("[]")
     exempt = next((os.environ[name] for name in ("no_grpc_proxy", "no_proxy") if name in os.environ), "")

@@ -204,15 +204,15 @@ class Settings:
         for name in parameters:
             if name not in variables and name not in _TRITON_PARAMETERS:
                 raise ConfigError(
-                    f"config.pbtxt: expected the parameters {', '.join(variables)}; got {name!r}; correct it or "
-                    "remove it"
+                    f"config.pbtxt: expected the name of a parameter; got {name!r}; correct it or remove it; known: "
+                    f"{', '.join(variables)}"
                 )
         for variable in environ:
             is_ours = variable.startswith(ENVIRONMENT_PREFIX) and not _KUBERNETES_VARIABLE.fullmatch(variable)
             if is_ours and variable not in variables.values():
                 raise ConfigError(
-                    f"environment: expected the variables {', '.join(variables.values())}; got {variable}; correct "
-                    "it or unset it"
+                    f"environment: expected the name of a setting; got {variable}; correct it or unset it; known: "
+                    f"{', '.join(variables.values())}"
                 )
         values: dict[str, Any] = {}
         for name, variable in variables.items():

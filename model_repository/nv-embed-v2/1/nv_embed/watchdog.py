@@ -41,6 +41,7 @@ _FIRST_BEATS, _FIRST_BEAT_SECONDS = 50, 0.1
 _SILENT_STEPS, _STEP_SECONDS = 4, 2.0
 _EXIT_SECONDS = 1.0  # between a process's pipe closing and its exit code being known
 _SPEECH_SECONDS = 1.0
+_CRASH_SECONDS = 10.0  # for Triton to print its stack: a program for each frame, slow on a busy machine
 _GRACE_SECONDS = 4.0  # for the server to end by itself; it would wait 30 s for answers that nobody can give
 _BEAT, _HELP, _GOODBYE = b"-", b"!", b"."
 _DEATH = "the model's process has died"
@@ -138,7 +139,7 @@ class CrashHandler:
         self._always_blocked &= blocked  # not what the first look saw: whoever starts a thread blocks all for a moment
         is_running = bool((blocked - self._always_blocked).intersection(_CRASHES))
         self._running_since = min(self._running_since, now) if is_running else math.inf
-        return now - self._running_since > _GRACE_SECONDS
+        return now - self._running_since > _CRASH_SECONDS
 
 
 def watch(pipe: int, server: int, on_step: Callable[[], str | None] = lambda: None) -> str | None:

@@ -125,19 +125,25 @@ class Doors:
 
 
 class CrashHandler:
-    """What a server does last; a signal is blocked while its handler runs."""
+    """What a server does last; the thread that runs it blocks its signal meanwhile."""
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
-        self._always_blocked = blocked_signals(pid)
+        # Threads, each with a signal that it did not block in two looks in a row. Some threads of libraries block all
+        # for good when they begin.
+        self._were_open: set[tuple[int, int]] = set()
+        self._last_open: set[tuple[int, int]] = set()
         self._running_since = math.inf
 
     def hangs(self) -> bool:
         """Look; whether it has been running for longer than printing a stack takes."""
         now = time.monotonic()
         blocked = blocked_signals(self._pid)
-        self._always_blocked &= blocked  # not what the first look saw: whoever starts a thread blocks all for a moment
-        is_running = bool((blocked - self._always_blocked).intersection(_CRASHES))
+        now_blocked = {(thread, number) for thread, numbers in blocked.items() for number in numbers}
+        is_running = bool(self._were_open & now_blocked)
+        now_open = {(thread, int(number)) for thread in blocked for number in _CRASHES} - now_blocked
+        self._were_open |= now_open & self._last_open
+        self._last_open = now_open
         self._running_since = min(self._running_since, now) if is_running else math.inf
         return now - self._running_since > _CRASH_SECONDS
 
@@ -217,14 +223,15 @@ def listening_sockets(pid: int) -> frozenset[int]:
     return frozenset(inodes)
 
 
-def blocked_signals(pid: int) -> frozenset[int]:
-    """Signals that some thread of a process blocks, from proc(5)."""
-    mask = 0
+def blocked_signals(pid: int) -> dict[int, frozenset[int]]:
+    """Signals that each thread of a process blocks, from proc(5)."""
+    blocked = {}
     for task in Path(f"/proc/{pid}/task").glob("*"):
         with suppress(OSError):  # a thread that has ended
             status = (task / "status").read_text(encoding="utf-8", errors="replace")
-            mask |= int(status.partition("SigBlk:")[2].split()[0], 16)
-    return frozenset(number for number in range(1, 65) if mask >> (number - 1) & 1)
+            mask = int(status.partition("SigBlk:")[2].split()[0], 16)
+            blocked[int(task.name)] = frozenset(number for number in range(1, 65) if mask >> (number - 1) & 1)
+    return blocked
 
 
 def end(process: int, with_signal: signal.Signals) -> None:

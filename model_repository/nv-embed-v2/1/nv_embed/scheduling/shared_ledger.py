@@ -44,8 +44,8 @@ class SharedLedger:
 
     def choose(self, max_tokens: Callable[[], int]) -> Batch | None:
         """Wait for work and return a batch of at most `max_tokens()` tokens; None when the end has come."""
-        with self._lock:
-            while True:
+        while True:
+            with self._lock:  # given back after each look: a batch may hold known texts alone, and many may follow
                 self._num_idle += 1
                 self._work.wait_for(lambda: self._is_over or self.ledger.has_work)
                 self._num_idle -= 1
@@ -55,8 +55,8 @@ class SharedLedger:
                 self._send(answers)
                 if self._num_idle and self.ledger.has_work:
                     self._work.notify()  # one engine wakes the next, as long as there is something for it
-                if batch.entries:
-                    return batch
+            if batch.entries:
+                return batch
 
     def choose_short(self, max_tokens: int) -> Batch | None:
         """A batch of texts that are not long; None if there is none now."""

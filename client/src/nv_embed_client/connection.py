@@ -67,7 +67,12 @@ class Connection:
     """Sent with every request, names in lower case: for Triton's restricted protocols, or for a proxy."""
 
     def __post_init__(self) -> None:
-        if "//" in self.url or not re.fullmatch(r"[!-~]+:[0-9]+", self.url):
+        # gRPC would take a larger port modulo 65,536.
+        if (
+            "//" in self.url
+            or not re.fullmatch(r"[!-~]+:[0-9]{1,5}", self.url)
+            or not 0 < int(self.url.rpartition(":")[2]) < 2**16
+        ):
             raise InvalidInput.of(
                 expected="the gRPC address of a server as host:port",
                 got=repr(self.url),

@@ -76,8 +76,8 @@ def _meaning_of(value: str, names: dict[str, Meaning]) -> Meaning:
         is_sendable = False
     if not is_sendable:
         raise InvalidInput.of(
-            expected=f"a known model, or an instruction that begins with {_INSTRUCTION_START!r}, in UTF-8 and without NUL, "
-            "as an alias's value",
+            expected=f"a known model, or an instruction that begins with {_INSTRUCTION_START!r}, without NUL and in "
+            "UTF-8, as an alias's value",
             got=ascii(value)[:80],
             remedy=f"take one of {', '.join(names)}, or write 'Instruct: ...\\nQuery: '",
         )

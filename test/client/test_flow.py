@@ -1,6 +1,7 @@
 """Everything that is not I/O, driven by hand. Needs no server."""
 
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -219,6 +220,12 @@ def no_proxies(monkeypatch):
         ({"http_proxy": "http://proxy:1", "no_proxy": "localhost"}, None),
         ({"http_proxy": "http://proxy:1", "no_proxy": " LOCALHOST , a"}, None),
         ({"http_proxy": "http://proxy:1", "no_proxy": "a", "no_grpc_proxy": "host"}, None),
+        ({"http_proxy": "http://proxy:1", "no_proxy": "a, ,"}, "http_proxy"),
+        ({"http_proxy": "http://proxy:1", "no_proxy": ".localhost"}, None),
+        ({"http_proxy": "HTTP://me:secret@proxy:1/"}, "http_proxy"),
+        ({"http_proxy": "proxy:1"}, None),
+        ({"https_proxy": "https://proxy:1", "http_proxy": "http://proxy:2"}, None),
+        ({"https_proxy": "socks5://proxy:1"}, None),
         ({"http_proxy": ""}, None),
         ({"HTTP_PROXY": "http://proxy:1"}, None),
         ({}, None),
@@ -232,6 +239,7 @@ def test_a_proxy_that_grpc_would_ask_is_named(monkeypatch, environment, variable
         assert hint is None
     else:
         assert f"the variable {variable} " in hint
+        assert re.search(r"through the proxy [a-z0-9.]+:\d+;", hint)
         assert "add localhost to no_proxy" in hint
         assert "secret" not in hint
 

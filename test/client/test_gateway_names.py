@@ -161,6 +161,7 @@ def test_the_published_name_names_that_model_only(server, logs):
         ("a=", "a known model, or an instruction"),
         ("a=instruct: find", "a known model, or an instruction"),
         ("a=Instruct: find\0", "a known model, or an instruction"),
+        ("a=Instruct: find\udce9", "a known model, or an instruction"),  # an argument in Latin-1
         ("=nv-embed-v2", "--alias NAME"),
         ("", "--alias NAME"),
         ("a/", "--alias NAME"),

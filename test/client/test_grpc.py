@@ -5,6 +5,7 @@ import contextlib
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -239,6 +240,19 @@ def test_a_call_that_ends_by_its_deadline_without_a_byte_has_the_next_begin_anew
         with pytest.raises(DeadlineExceeded):
             client.embed_query("over the dead connection")
         client.embed_query("over a new one", timeout=60)
+
+
+def test_a_short_call_that_gives_a_dead_connection_up_does_not_leave_the_others_on_it(balancer):
+    with NVEmbedClient(balancer.url, request_timeout=600, retry=ONCE) as client, ThreadPoolExecutor() as threads:
+        client.embed_query("before")
+        balancer.forget()
+        long = [threads.submit(client.embed_query, f"long {number}", timeout=300) for number in range(3)]
+        with pytest.raises(DeadlineExceeded):
+            client.embed_query("short", timeout=1)
+        start = time.monotonic()
+        for each in long:
+            each.result()
+        assert time.monotonic() - start < 120
 
 
 def test_a_server_that_answers_nobody_is_not_flooded_with_connections(balancer):

@@ -67,7 +67,9 @@ class Connection:
     """Sent with every request, names in lower case: for Triton's restricted protocols, or for a proxy."""
 
     def __post_init__(self) -> None:
-        if "//" in self.url or ":" not in self.url or not re.fullmatch(r"[!-+\--~]+", self.url):  # no space, no comma
+        # Neither a space nor a comma. gRPC would take a larger port modulo 65,536.
+        address = re.fullmatch(r"unix:[!-+\--~]+|[!-+\--~]+:([0-9]{1,5})", self.url)
+        if "//" in self.url or not address or (address[1] and not 0 < int(address[1]) < 2**16):
             raise InvalidInput.of(
                 expected="the gRPC address of one server as host:port",
                 got=repr(self.url),

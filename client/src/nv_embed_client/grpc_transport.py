@@ -10,10 +10,12 @@ import contextlib
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -94,7 +96,7 @@ class GrpcTransport(Transport):
         self._connection = connection
         self._metadata = tuple((connection.headers or {}).items())
         self._closed = False
-        self._line: _Line | None = None
+        self._line: _Line | None  # that new requests take
         self._forget_inherited()
 
     def embed(self, request: EmbedRequest, timeout_seconds: float) -> Future[EmbedResult]:
@@ -107,29 +109,39 @@ class GrpcTransport(Transport):
         return self._send("ModelReady", message, lambda reply: bool(reply.ready), timeout_seconds)
 
     def check(self) -> float | None:
-        """Doubt the connection if it is silent. Returns the seconds until the next look is due."""
-        line = self._line
-        if line is None or line.in_doubt or not line.calls:
-            return _SILENCE_SECONDS
-        seconds = line.last_sign + _SILENCE_SECONDS - time.monotonic()
-        if seconds > 0:
-            return seconds
-        line.in_doubt = True
-        self._ask_for_a_sign(line, lambda sign: self._compare(line) if sign is _Sign.NONE else self._trust(line))
-        return _SILENCE_SECONDS
+        """Doubt each connection that is silent while requests wait on it. Seconds until the next is due."""
+        if self._pid != os.getpid():
+            self._forget_inherited()
+        with self._lock:
+            lines = [line for line in self._lines if line.calls and not line.in_doubt]
+        seconds, now = _SILENCE_SECONDS, time.monotonic()
+        for line in lines:
+            due = line.last_sign + _SILENCE_SECONDS - now
+            if due > 0:
+                seconds = min(seconds, due)
+            else:
+                line.in_doubt = True
+                self._ask_for_a_sign(line, partial(self._doubt, line))
+        return seconds
 
     def close(self) -> None:
         """End the connection and what is on its way over it."""
         self._closed = True
-        line, self._line = self._line, None
         # Closing an inherited channel would wait for threads that only the parent has.
-        if line is not None and self._pid == os.getpid():
+        if self._pid != os.getpid():
+            self._forget_inherited()
+        with self._lock:
+            self._line = None
+            lines = list(self._lines)
+        for line in lines:
             line.channel.close()
 
     def _forget_inherited(self) -> None:
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._line = None
+        # Older ones too: a request may wait on one that another request has given up.
+        self._lines: weakref.WeakSet[_Line] = weakref.WeakSet()
 
     def _send(self, method: str, message: Any, read: Callable[[Any], Any], timeout_seconds: float) -> Future[Any]:
         if self._pid != os.getpid():
@@ -139,6 +151,7 @@ class GrpcTransport(Transport):
         with self._lock:
             if self._line is None and not self._closed:
                 self._line = _Line(self._connection)
+                self._lines.add(self._line)
             line = self._line
         if line is None:
             sent.future.set_exception(_closed())
@@ -197,6 +210,12 @@ class GrpcTransport(Transport):
         line.last_sign = time.monotonic()
         line.in_doubt = False
 
+    def _doubt(self, line: _Line, sign: _Sign) -> None:
+        if sign is _Sign.NONE:
+            self._compare(line)
+        else:
+            self._trust(line)
+
     def _compare(self, line: _Line) -> None:
         """`line` gave no sign. If a new one does and `line`, asked again after that, does not, move to the new one."""
         try:
@@ -204,6 +223,8 @@ class GrpcTransport(Transport):
         except NVEmbedError:  # a certificate is gone
             self._trust(line)
             return
+        with self._lock:
+            self._lines.add(fresh)
 
         def asked_again(sign: _Sign) -> None:
             if sign is _Sign.NONE:

@@ -14,13 +14,15 @@ def proxy_hint(url: str) -> str | None:
     """
     # gRPC looks at these names in this order, in lower case only.
     variable = next((name for name in ("grpc_proxy", "https_proxy", "http_proxy") if name in os.environ), None)
-    if variable is None or not os.environ[variable] or url.startswith(("unix:", "vsock:")):
+    # It understands no other scheme, and asks the server itself when there is another or none.
+    scheme, _, address = os.environ.get(variable or "", "").partition("://")
+    if variable is None or scheme.lower() != "http" or url.startswith("unix:"):
         return None
     host = url.rpartition(":")[0].strip("[]")
     exempt = next((os.environ[name] for name in ("no_grpc_proxy", "no_proxy") if name in os.environ), "")
-    if any(_is_exempt(host, entry.strip()) for entry in exempt.split(",") if entry):
+    if any(_is_exempt(host, entry.strip()) for entry in exempt.split(",") if entry.strip()):
         return None
-    proxy = os.environ[variable].rpartition("@")[2].rpartition("/")[2]  # without a password
+    proxy = address.rpartition("@")[2].partition("/")[0]  # without a password
     return (
         f"the variable {variable} in the environment sends this connection through the proxy {proxy}; if the server is "
         f"to be reached without it, add {host} to no_proxy (NO_PROXY in lower case, because gRPC reads no other)"
@@ -28,7 +30,7 @@ def proxy_hint(url: str) -> str | None:
 
 
 def _is_exempt(host: str, entry: str) -> bool:
-    if host.lower().endswith(entry.lower()):
+    if host.lower().endswith(entry.removeprefix(".").lower()):
         return True
     try:
         return "/" in entry and ipaddress.ip_address(host) in ipaddress.ip_network(entry, strict=False)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from nv_embed_client.connection import DEFAULT_MODEL_NAME
 from nv_embed_client.errors import InvalidInput
 from nv_embed_client.gateway.refusals import Refusal
-from nv_embed_client.instructions import TASK_INSTRUCTIONS
+from nv_embed_client.instructions import TASK_INSTRUCTIONS, checked_instruction
 from nv_embed_client.wire import InputType
 
 _PUBLISHED_NAME = "nvidia/NV-Embed-v2"
@@ -69,9 +69,15 @@ def _meaning_of(value: str, names: dict[str, Meaning]) -> Meaning:
     if value in names:
         return names[value]
     instruction = value.replace("\\n", "\n")
-    if not instruction.startswith(_INSTRUCTION_START) or "\0" in instruction:
+    try:
+        checked_instruction(instruction)
+        is_sendable = instruction.startswith(_INSTRUCTION_START)
+    except InvalidInput:
+        is_sendable = False
+    if not is_sendable:
         raise InvalidInput.of(
-            expected=f"a known model, or an instruction that begins with {_INSTRUCTION_START!r}, as an alias's value",
+            expected=f"a known model, or an instruction that begins with {_INSTRUCTION_START!r}, without NUL and in "
+            "UTF-8, as an alias's value",
             got=ascii(value)[:80],
             remedy=f"take one of {', '.join(names)}, or write 'Instruct: ...\\nQuery: '",
         )

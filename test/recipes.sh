@@ -37,9 +37,11 @@ if (($#)); then
   exit
 fi
 {
-  run
+  status=0
+  run || status=$?
   echo "The adapters that need these packages:"
   # Without the filter of warnings: those packages have warnings of their own.
   "$RECIPES_VENV/bin/python" -m pytest --config-file test/client/pytest.ini -o filterwarnings= -o addopts= -vv \
-    -p no:cacheprovider --no-header --disable-warnings test/client/test_chroma.py test/client/test_bertopic.py
+    -p no:cacheprovider --no-header --disable-warnings test/client/test_chroma.py test/client/test_bertopic.py || status=$?
+  exit "$status"
 } | tee test/recipes.txt

@@ -81,7 +81,9 @@ def test_an_encoder_is_refused_and_not_replaced_by_another_model(client):
         fitted(NVEmbedEncoder(client))
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda backend: pickle.loads(pickle.dumps(backend))])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda backend: pickle.loads(pickle.dumps(backend))], ids=["copied", "pickled"]
+)
 def test_a_copy_embeds_as_the_original(backend, copied):
     other = copied(backend)
     np.testing.assert_allclose(other.embed_words(["a"]), backend.embed_words(["a"]), atol=1e-5)

@@ -83,7 +83,9 @@ def test_what_is_stored_holds_no_headers(server):
     function.close()
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda function: pickle.loads(pickle.dumps(function))])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda function: pickle.loads(pickle.dumps(function))], ids=["copied", "pickled"]
+)
 def test_a_copy_embeds_as_the_original(function, copied):
     other = copied(function)
     assert other.get_config() == function.get_config()

@@ -41,7 +41,9 @@ def test_an_encoder_is_refused_and_not_replaced_by_another_model(client):
         KeyBERT(NVEmbedEncoder(client))
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda backend: pickle.loads(pickle.dumps(backend))])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda backend: pickle.loads(pickle.dumps(backend))], ids=["copied", "pickled"]
+)
 def test_a_copy_embeds_as_the_original(server, copied):
     backend = NVEmbedBackend(server.url, instruction="Find: ")
     expected = backend.embed(["a"])

@@ -157,7 +157,7 @@ class Soak:
                     response_deserializer=pb.ModelStreamInferResponse.FromString,
                 ),
                 threads=self.threads,
-                expected=await self._expect(),
+                expected=await self.expect(),
                 has_small_limits=self.root_pid is not None,
                 kinds=tuple(arguments.kinds),
                 seed=arguments.seed,
@@ -189,7 +189,8 @@ class Soak:
                 self.tally.unexpected[f"the last query: {error!r}"[:150]] += 1
         self.threads.shutdown(wait=False)
 
-    async def _expect(self) -> Expected:
+    async def expect(self) -> Expected:
+        """The right rows: of the engine here, or of the server itself while nothing disturbs it."""
         texts = texts_of(random.Random(f"{self.arguments.seed} texts"))
         if self.engine is not None:
             return Expected(texts, *(self.engine.embed(texts, i) for i in (QUERY_INSTRUCTION, "", OTHER_INSTRUCTION)))
@@ -231,7 +232,7 @@ class Soak:
             if outcome.wrong:
                 progress(f"wrong rows: {outcome.wrong} of {kind}")
             if outcome.code not in right | BUSY:
-                if self._is_excused(outcome.code, started):
+                if self.is_excused(outcome.code, started):
                     tally.around_kills += 1
                     await asyncio.sleep(0.5)
                 else:
@@ -242,11 +243,11 @@ class Soak:
                 with suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(self.up.wait(), deadline - time.monotonic())
 
-    def _is_excused(self, code: str, started: float) -> bool:
+    def is_excused(self, code: str, started: float) -> bool:
         """Whether a kill explains this answer to a request of that moment."""
         return code in GOING_DOWN and started < self.excused_until
 
-    def _notice(self, server: int) -> None:
+    def notice(self, server: int) -> None:
         """A server that is another one than the last, though nobody ended that, replaces one that ended unasked."""
         if self.server not in (None, server):
             words = last_words(self.log, self.log_size) if self.log else "nobody knows"
@@ -275,14 +276,15 @@ class Soak:
             return
         self._keep_cores()
         log_size = self.log.stat().st_size if self.log else 0
-        is_ready = await self._is_ready()
+        is_ready = await self.is_ready()
         (self.up.set if is_ready else self.up.clear)()
         if is_ready and (usage := memory_of(self.root_pid)) is not None:
             self.usages.append(usage)
-            self._notice(usage.pid)
+            self.notice(usage.pid)
             self.log_size = log_size
 
-    async def _is_ready(self) -> bool:
+    async def is_ready(self) -> bool:
+        """Whether the server says so."""
         assert self.http_port is not None
         return await asyncio.get_running_loop().run_in_executor(self.threads, is_ready, self.http_port)
 
@@ -299,18 +301,18 @@ class Soak:
             pids = processes_of(self.root_pid or 0)
             if self.done or whom not in pids:
                 break
-            await self._kill_once(pids, whom, with_signal)
+            await self.kill_once(pids, whom, with_signal)
         self.judged_from = time.monotonic()
 
-    async def _kill_once(self, pids: dict[str, int], whom: str, with_signal: signal.Signals) -> None:
+    async def kill_once(self, pids: dict[str, int], whom: str, with_signal: signal.Signals) -> None:
         """One kill, until another server is ready; what breaks from before the signal until after that is excused."""
-        self._notice(pids["server"])
+        self.notice(pids["server"])
         killed, self.server, self.excused_until = time.monotonic(), None, float("inf")
         os.kill(pids[whom], with_signal)
         while not self.done:
             await asyncio.sleep(0.2)
             server = processes_of(self.root_pid or 0).get("server")
-            if server not in (None, pids["server"]) and await self._is_ready():
+            if server not in (None, pids["server"]) and await self.is_ready():
                 break
         else:
             return  # and the number of kills in the report is not the one asked for

@@ -193,10 +193,10 @@ async def main():
     run = soak.Soak(soak.parse(["--kills", "1"]), "localhost:8001", 8000, 7, None)
     run.server = 1
     async def ready(): return is_ready
-    run._is_ready = ready
-    excused = lambda: [run._is_excused(code, time.monotonic()) for code in ("HTTP broken", soak.REFUSED)]
+    run.is_ready = ready
+    excused = lambda: [run.is_excused(code, time.monotonic()) for code in ("HTTP broken", soak.REFUSED)]
     said = {"before": excused()}
-    kill = asyncio.ensure_future(run._kill_once(pids, "worker", signal.SIGKILL))
+    kill = asyncio.ensure_future(run.kill_once(pids, "worker", signal.SIGKILL))
     await asyncio.sleep(0.5)
     said["still the old one"] = excused()
     pids, is_ready = {"server": 3, "worker": 4}, False
@@ -211,9 +211,9 @@ async def main():
     run.arguments.restart_seconds = 0.9
     passed["slow"] = soak.report(run)["passed"]
     run.arguments.restart_seconds = 60
-    run._notice(3)
+    run.notice(3)
     passed["the same"] = soak.report(run)["passed"]
-    run._notice(5)
+    run.notice(5)
     passed["another"] = soak.report(run)["passed"]
     print(json.dumps({"killed": killed, "excused": said, "passed": passed}))
 
@@ -256,12 +256,12 @@ sys.exit(soak.main())
 def test_soak_notices_wrong_rows(toy_server):
     sabotage = f"""
 import sys, soak
-expect = soak.Soak._expect
+expect = soak.Soak.expect
 async def wrong(self):
     expected = await expect(self)
     expected.queries = -expected.queries
     return expected
-soak.Soak._expect = wrong
+soak.Soak.expect = wrong
 sys.argv = ["soak.py", "--url", {toy_server.url!r}, "--requests", "60", "--clients", "4"]
 sys.exit(soak.main())
 """

@@ -97,7 +97,7 @@ def load_engines(
         if list(devices) == ["cpu"] and checkpoint.hidden_size < _WIDE:
             devices = ["cpu"] * min(num_cores, _MOST_CPU_BATCHES)
         torch.set_num_threads(max(1, num_cores // devices.count("cpu")))
-        logger.info("cpu: %d batches at a time, %d threads each", devices.count("cpu"), torch.get_num_threads())
+        logger.info("cpu: %d batches at a time, threads for each: %d", devices.count("cpu"), torch.get_num_threads())
     engines = {
         device: load_engine(
             folder, checkpoint, device=device, dtype=dtype, attention=attention, compile_layers=compile_layers,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.metadata import version
 from itertools import permutations
 from typing import Any
 
@@ -11,13 +10,14 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
+from nv_embed_client import __version__
 from nv_embed_client.gateway import paths
 from nv_embed_client.gateway.names import PROMPTS, Meaning
 from nv_embed_client.gateway.refusals import RETRY_AFTER_SECONDS
 from nv_embed_client.gateway.schema import ErrorResponse
 from nv_embed_client.gateway.settings import GatewaySettings
 
-VERSION = version("nv-embed-client")
+VERSION = __version__
 _MEANINGS = {
     400: "The request is not what this page says, or the model refuses its texts",
     401: "The API key is missing or wrong",

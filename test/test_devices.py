@@ -103,6 +103,7 @@ def test_a_pass_in_pieces_gives_the_vectors_of_a_whole_one(engine):
             assert few.num_pieces > 12 * 309 / num_rows
 
 
+@pytest.mark.slow
 def test_a_long_text_is_computed_in_pieces_between_which_other_batches_come(engine):
     long, short = drawn(1, 6000), drawn(2, 20, 9)
     with torch.inference_mode():

@@ -270,6 +270,7 @@ def test_every_request_is_answered_once_whatever_happens_in_whatever_order():
     run_state_machine_as_test(Requests, settings=settings(max_examples=150, stateful_step_count=50, deadline=None))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [

@@ -85,6 +85,7 @@ def start(tokenizer, engines, on_fatal=lambda: None):
     return Batcher(tokenizer, engines, limits, on_fatal=on_fatal, publish=lambda values: None)
 
 
+@pytest.mark.slow
 def test_two_engines_share_the_work_of_one_queue_and_give_the_rows_of_one(checkpoint):
     folder, config, tokenizer = checkpoint
     alone = load_engine(folder, config, device="cpu", dtype="float32")

@@ -53,6 +53,7 @@ def test_special_tokens_inside_a_text_become_special(toy):
 WORDS = st.sampled_from(["network", " the", "  ", "\n", "aaaa", "日本", "é", "<s>", "</s>", "0", "\u0000", "🙂"])
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(
     pieces=st.lists(WORDS | st.text(max_size=20), min_size=1, max_size=30),

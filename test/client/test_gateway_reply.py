@@ -84,6 +84,7 @@ def test_of_texts_that_were_partly_done_in_time_the_longest_of_the_others_is_nam
     assert "text 1 is the longest with 40 characters" in refusal.detail
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_large_replies_prints_a_table_and_one_json_line():
     done = subprocess.run(
         [

@@ -33,7 +33,7 @@ _MOST_KNOWN_TEXTS = 1024  # in one batch: they cost no computing, but each costs
 
 @dataclass(slots=True)
 class Tally:
-    """Counts since they were last taken, for the metrics."""
+    """What the metrics count, since somebody last took it."""
 
     num_cached_texts: int = 0
     num_dropped_texts: int = 0

@@ -10,11 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from nv_embed.compute.devices import Cpu
-from nv_embed.compute.engine import Engine
-from nv_embed.compute.loading import load_engines
+from nv_embed.compute.loading import load_engine, load_engines
 from nv_embed.compute.warm_up import warm_up
-from nv_embed.errors import CheckpointError
+from nv_embed.errors import CheckpointError, DeviceError
 from nv_embed.models.protocol import Network, mean_shares, parameter
 from nv_embed.tokenizer import Template, Tokenizer
 from safetensors.torch import save_file
@@ -59,6 +57,7 @@ class BagCheckpoint:
     dtype: str = "float32"
     query_instruction: str = "query: "
     document_instruction: str = "passage: "
+    longest_text: int = 512
 
     def tokenizer(self, folder, max_sequence_tokens):
         template = Template(first="<s>", last="", is_instruction_pooled=True)
@@ -124,25 +123,37 @@ class Text:
 class Letters:
     """How often each letter comes, by "a library" that knows no packed tokens."""
 
-    dimension, query_instruction, document_instruction = 26, "", ""
+    dimension, hidden_size, longest_text, dtype = 26, 26, None, "float32"
+    query_instruction, document_instruction = "", ""
+
+    def tokenizer(self, folder, max_sequence_tokens):
+        return self
 
     def encode(self, texts, instruction, *, truncate=True, first_index=0):
         return [Text(instruction + text) for text in texts]
+
+    def load(self, folder, device, dtype):
+        return self
 
     def embed(self, sequences, work):
         counts = [[1 + own.text.count(chr(97 + letter)) for letter in range(26)] for own in sequences]
         return functional.normalize(torch.tensor(counts, dtype=torch.float32), dim=-1)
 
 
-def test_what_a_library_computes_is_served_by_the_same_engine():
-    model = Letters()
-    engine = Engine(model, Cpu())
-    sequences = model.encode(TEXTS, "x")
+def test_what_a_library_computes_is_served_by_the_same_engine(tmp_path):
+    engine = load_engine(tmp_path, Letters(), device="cpu", dtype="auto")
+    sequences = Letters().tokenizer(tmp_path, 99).encode(TEXTS, "x")
     vectors = engine.embed(sequences)
     assert vectors.shape == (4, 26)
     np.testing.assert_array_equal(vectors[0], vectors[3])
     assert sequences[0].digest() == sequences[3].digest() != sequences[1].digest()
     assert warm_up(engine, sequences[2], 1e-6, 512) == 512
+
+
+@pytest.mark.parametrize(("setting", "value"), [("dtype", "int8"), ("attention", "sdpa"), ("compile_layers", "on")])
+def test_what_only_this_project_s_networks_can_do_is_refused_for_a_library(tmp_path, setting, value):
+    with pytest.raises(DeviceError, match=f"expected .*another library computes this model; got '{value}'; correct"):
+        load_engine(tmp_path, Letters(), device="cpu", **{"dtype": "float32", setting: value})
 
 
 # --- the rest knows none of them -------------------------------------------------------------------------

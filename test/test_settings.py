@@ -39,7 +39,8 @@ def test_config_pbtxt_has_every_parameter_with_its_declared_default():
 def test_the_defaults_are_what_they_were():
     assert Settings() == Settings(
         model_path="/models/NV-Embed-v2", device=("cuda:0",), dtype="auto", attention="auto", compile="auto",
-        max_sequence_tokens=32768, max_batch_tokens=None, target_batch_milliseconds=200,
+        query_prompt=None, document_prompt=None, max_sequence_tokens=None, max_batch_tokens=None,
+        target_batch_milliseconds=200,
         max_request_documents=16384, max_request_bytes=64 * 2**20, max_queue_bytes=256 * 2**20,
         max_queue_tokens=4_000_000, max_queue_texts=131_072, max_queue_milliseconds=60_000, query_weight=8,
         cache_mebibytes=256,
@@ -49,7 +50,7 @@ def test_the_defaults_are_what_they_were():
 def test_every_meaning_is_a_sentence_and_every_number_has_its_unit():
     for name, setting in DECLARED.items():
         assert setting.meaning.endswith("."), name
-        assert bool(setting.unit) == (setting.default.isdigit() or name == "max_batch_tokens"), name
+        assert bool(setting.unit) == (setting.default.isdigit() or name.endswith("_tokens")), name
 
 
 @pytest.mark.parametrize("name", DECLARED)
@@ -95,7 +96,11 @@ def test_triton_s_own_parameters_are_left_alone():
         ({"model_path": " "}, {}, ["'model_path'", "not empty"]),
         ({"max_queue_bytes": "10"}, {}, ["max_request_bytes 67108864", "max_queue_bytes 10", "raise"]),
         ({"max_queue_texts": "10"}, {}, ["max_request_documents 16384", "max_queue_texts 10", "raise"]),
-        ({"max_queue_tokens": "10"}, {}, ["max_sequence_tokens 32768", "max_queue_tokens 10", "raise"]),
+        (
+            {"max_sequence_tokens": "99", "max_queue_tokens": "10"},
+            {},
+            ["max_sequence_tokens 99", "max_queue_tokens 10", "raise"],
+        ),
     ],
 )
 def test_a_bad_parameter_stops_the_start_and_is_named(parameters, environ, words):
@@ -103,6 +108,23 @@ def test_a_bad_parameter_stops_the_start_and_is_named(parameters, environ, words
         Settings.from_parameters(PARAMETERS | parameters, environ)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_the_longest_text_is_the_model_s_own_unless_a_lower_one_is_set():
+    assert Settings().for_longest_text(512).max_sequence_tokens == 512
+    assert Settings(max_sequence_tokens=100).for_longest_text(512).max_sequence_tokens == 100
+    assert Settings(max_sequence_tokens=100).for_longest_text(None).max_sequence_tokens == 100
+    assert Settings(max_queue_tokens=999).for_longest_text(None).max_sequence_tokens == 999
+    with pytest.raises(ConfigError, match=r"expected at most 512, as long as .*; got 513; lower it"):
+        Settings(max_sequence_tokens=513).for_longest_text(512)
+    with pytest.raises(ConfigError, match="max_sequence_tokens 512 and max_queue_tokens 10"):
+        Settings(max_queue_tokens=10).for_longest_text(512)
+
+
+def test_a_prompt_is_taken_as_it_is():
+    assert Settings.from_parameters({"query_prompt": "query: ", "document_prompt": ""}, {}) == Settings(
+        query_prompt="query: ", document_prompt=""
+    )
 
 
 def test_a_parameter_that_is_set_nowhere_has_its_default():

@@ -87,9 +87,15 @@ class TritonPythonModel:
             )
             folder = Path(config.model_path)
             checkpoint = read_checkpoint(folder)
+            config = config.for_longest_text(checkpoint.longest_text)
+            self._instructions = Instructions(
+                query=checkpoint.query_instruction if config.query_prompt is None else config.query_prompt,
+                documents=checkpoint.document_instruction if config.document_prompt is None else config.document_prompt,
+            )
+            assert config.max_sequence_tokens
             tokenizer = checkpoint.tokenizer(folder, config.max_sequence_tokens)
             try:
-                tokenizer.encode([""], checkpoint.query_instruction)
+                tokenizer.encode([""], self._instructions.query)
             except InvalidRequest:
                 raise ConfigError(
                     f"max_sequence_tokens ({config.max_sequence_tokens}) leaves nothing of a query beside its "
@@ -107,7 +113,6 @@ class TritonPythonModel:
             )
         except (StartupError, OSError) as error:  # OSError: such as a file that this user may not read
             raise pb_utils.TritonModelException(f"the server does not start: {error}") from None
-        self._instructions = Instructions(checkpoint.query_instruction, checkpoint.document_instruction)
         self._request_limits = RequestLimits(config.max_request_documents, config.max_request_bytes)
         batch_limits = BatchLimits(
             max_batch_tokens=config.max_batch_tokens or measured,

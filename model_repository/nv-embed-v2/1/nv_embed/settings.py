@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from nv_embed.errors import ConfigError
@@ -26,6 +26,10 @@ def _text(value: str) -> str:
     if not value.strip():
         raise ValueError("a value that is not empty")
     return value.strip()
+
+
+def _as_it_is(value: str) -> str:
+    return value
 
 
 def _devices(value: str) -> tuple[str, ...]:
@@ -122,10 +126,23 @@ class Settings:
         """Whether torch compiles the layers: `on`, `off` or `auto`. `auto` compiles them on a GPU, if that works
         there.""",
     )
-    max_sequence_tokens: int = _setting(
-        "32768",
-        _positive,
-        "Longest text, with its instruction. A longer text is cut, or refused if the request says so.",
+    query_prompt: str | None = _setting(  # None: the checkpoint's own
+        "auto",
+        _auto_or(_as_it_is),
+        """Stands before each query whose request names no `instruction`. `auto` is the model's own; for NV-Embed-v2 it
+        is the instruction of its query template. Some models name theirs on their card only. A space at the end
+        counts.""",
+    )
+    document_prompt: str | None = _setting(  # None: the checkpoint's own
+        "auto",
+        _auto_or(_as_it_is),
+        "The same for each document. NV-Embed-v2 has none.",
+    )
+    max_sequence_tokens: int | None = _setting(  # None: the checkpoint's own
+        "auto",
+        _auto_or(_positive),
+        """Longest text, with its instruction. A longer text is cut, or refused if the request says so. `auto` is as
+        long as the model was made for, which is also the most: 32768 for NV-Embed-v2.""",
         unit="tokens",
     )
     max_batch_tokens: int | None = _setting(  # None: measured at startup
@@ -228,6 +245,22 @@ class Settings:
         settings._check_consistent()
         return settings
 
+    def for_longest_text(self, longest: int | None) -> Settings:
+        """The same with `max_sequence_tokens` known. `longest`: tokens for which the model was made; None: any number.
+
+        Raises:
+            ConfigError: it was set to more than that, or contradicts another setting.
+        """
+        asked = self.max_sequence_tokens
+        if longest is not None and asked is not None and asked > longest:
+            raise ConfigError(
+                f"max_sequence_tokens: expected at most {longest}, as long as the model was made for; got {asked}; "
+                "lower it, or set it to 'auto'"
+            )
+        settings = replace(self, max_sequence_tokens=asked or longest or self.max_queue_tokens)
+        settings._check_consistent()
+        return settings
+
     def _check_consistent(self) -> None:
         # What one limit admits must also pass the next. Otherwise a client would try it again for ever.
         for smaller, larger in (
@@ -235,7 +268,7 @@ class Settings:
             ("max_sequence_tokens", "max_queue_tokens"),
             ("max_request_documents", "max_queue_texts"),
         ):
-            if getattr(self, smaller) > getattr(self, larger):
+            if (getattr(self, smaller) or 0) > getattr(self, larger):
                 raise ConfigError(
                     f"expected {smaller} to be at most {larger}, because all of a request must be able to wait; got "
                     f"{smaller} {getattr(self, smaller)} and {larger} {getattr(self, larger)}; lower {smaller} or "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Generic, Protocol, TypeVar
+from typing import Generic
 
 import numpy as np
 import numpy.typing as npt
@@ -14,17 +14,8 @@ from nv_embed.compute.compiled import compile_network
 from nv_embed.compute.devices import Computed, Device, NextBatch
 from nv_embed.compute.packing import pack
 from nv_embed.compute.pieces import nothing
-from nv_embed.models.protocol import Network, Work
-from nv_embed.sequence import SequenceLike, SequenceType, TokenSequence
-
-Taken = TypeVar("Taken", bound=SequenceLike, contravariant=True)
-
-
-class Model(Protocol[Taken]):
-    """What an engine runs."""
-
-    def embed(self, sequences: Sequence[Taken], work: Work) -> Tensor:
-        """[S, dimension] float32 rows of length 1, in the order of the sequences. A row does not depend on others."""
+from nv_embed.models.protocol import Model, Network, Work
+from nv_embed.sequence import SequenceType, TokenSequence
 
 
 class PackedModel:

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,8 +17,8 @@ from nv_embed.compute.host import most_cores
 from nv_embed.compute.precision import Precision, Rounding
 from nv_embed.compute.weights import load_network
 from nv_embed.errors import DeviceError, in_short
-from nv_embed.models.protocol import Checkpoint, Network
-from nv_embed.sequence import TokenSequence
+from nv_embed.models.config_file import DTYPES
+from nv_embed.models.protocol import AnyCheckpoint, LibraryCheckpoint, Network
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ _MOST_CPU_BATCHES = 8  # at a time: each has activations of its own
 
 def load_engine(
     folder: Path,
-    checkpoint: Checkpoint,
+    checkpoint: AnyCheckpoint,
     *,
     device: str,
     dtype: str,
@@ -38,7 +39,7 @@ def load_engine(
     compile_layers: str = "auto",
     max_sequence_tokens: int = 0,
     num_batches: int = 1,
-) -> Engine[TokenSequence]:
+) -> Engine[Any]:
     """Load a checkpoint.
 
     Args:
@@ -58,6 +59,9 @@ def load_engine(
     """
     target = existing_device(device)
     precision = Precision.choose(dtype, target.torch_device, checkpoint)
+    if isinstance(checkpoint, LibraryCheckpoint):
+        _check_library_computes(precision, attention, compile_layers)
+        return Engine(checkpoint.load(folder, target.torch_device, precision.dtype), target)
     with torch.device("meta"):
         network = checkpoint.network().to(precision.dtype).eval()
     num_texts = num_batches if max_sequence_tokens and device == "cpu" else 0
@@ -78,14 +82,14 @@ def load_engine(
 
 def load_engines(
     folder: Path,
-    checkpoint: Checkpoint,
+    checkpoint: AnyCheckpoint,
     *,
     devices: Sequence[str],
     dtype: str,
     max_sequence_tokens: int,
     attention: str = "auto",
     compile_layers: str = "auto",
-) -> list[Engine[TokenSequence]]:
+) -> list[Engine[Any]]:
     """What threads compute with: an entry for each of them, see `load_engine`.
 
     Entries for the same device are the same engine. A GPU has two: one thread starts a batch while the other one waits
@@ -106,6 +110,20 @@ def load_engines(
         for device in dict.fromkeys(devices)
     }  # fmt: skip
     return [engines[device] for device in devices for _ in range(1 if device == "cpu" else 2)]
+
+
+def _check_library_computes(precision: Precision, attention: str, compile_layers: str) -> None:
+    """Raise DeviceError for what only this project's own networks can do."""
+    for setting, value, expected in (
+        ("dtype", precision.name, ("auto", *DTYPES)),
+        ("attention", attention, ("auto",)),
+        ("compile", compile_layers, ("auto", "off")),
+    ):
+        if value not in expected:
+            raise DeviceError(
+                f"{setting}: expected {' or '.join(map(repr, expected))}, because another library computes this model; "
+                f"got {value!r}; correct the setting"
+            )
 
 
 def _check_memory(

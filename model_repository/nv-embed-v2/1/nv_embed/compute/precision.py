@@ -19,7 +19,7 @@ from torch.nn import functional
 from nv_embed.compute.packing import pack
 from nv_embed.compute.pieces import Whole
 from nv_embed.errors import DeviceError, in_short
-from nv_embed.models.protocol import Checkpoint, Matrix, Network
+from nv_embed.models.protocol import AnyCheckpoint, Checkpoint, Matrix, Network
 from nv_embed.sequence import TokenSequence
 
 logger = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ class Precision:
     matrix: type[Int8Matrix] | type[Float8Matrix] | None = None  # of those; None: as the rest
 
     @classmethod
-    def choose(cls, name: str, device: torch.device, checkpoint: Checkpoint) -> Precision:
+    def choose(cls, name: str, device: torch.device, checkpoint: AnyCheckpoint) -> Precision:
         """The precision of a name: 'float16', 'bfloat16', 'float32', 'int8', 'float8' or 'auto'.
 
         Raises:

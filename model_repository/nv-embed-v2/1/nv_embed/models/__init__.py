@@ -1,29 +1,35 @@
-"""Kinds of checkpoints, one file each, and how a folder's kind is recognized."""
+"""Kinds of checkpoints, one file each, and how a folder's kind is recognized. A kind is imported when it is needed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from nv_embed.errors import CheckpointError
-from nv_embed.models.config_file import Section
-from nv_embed.models.nv_embed import NVEmbedCheckpoint
-from nv_embed.models.protocol import Checkpoint
+from nv_embed.models.config_file import Section, check_folder
 
-_KINDS: dict[str, Callable[[Section], Checkpoint]] = {"nvembed": NVEmbedCheckpoint.read}  # by model_type
+if TYPE_CHECKING:  # it imports torch
+    from nv_embed.models.protocol import AnyCheckpoint
+
+# Name of the file here, and of the class in it that reads such a folder.
+_CLASSES = {"nv_embed": "NVEmbedCheckpoint"}
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
-    """Read a folder's `config.json`.
+def kind_of(folder: Path) -> str:
+    """Which file here knows a folder; needs no torch.
 
     Raises:
         CheckpointError: folder or file are missing or damaged, or describe a model that is not known here.
     """
+    check_folder(folder)
     config = Section.of_folder(folder)
-    try:
-        kind = config.raw.get("model_type")
-        if not isinstance(kind, str) or kind not in _KINDS:
-            config.refuse("model_type", " or ".join(map(repr, _KINDS)))
-        return _KINDS[kind](config)
-    except CheckpointError as error:
-        raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
+    if config.raw.get("model_type") == "nvembed":
+        return "nv_embed"
+    config.refuse("model_type", "'nvembed'")
+
+
+def read_checkpoint(folder: Path) -> AnyCheckpoint:
+    """Read a folder's configuration; raises CheckpointError."""
+    kind = kind_of(folder)
+    kind_class = getattr(import_module(f"{__name__}.{kind}"), _CLASSES[kind])
+    return kind_class.of_folder(folder)  # type: ignore[no-any-return]

@@ -17,35 +17,34 @@ DTYPES = ("float16", "bfloat16", "float32")
 class Section:
     """One object of a config.json."""
 
-    def __init__(self, raw: Any, name: str = "") -> None:
-        """Raises CheckpointError if it is no object."""
-        self.name = name
+    def __init__(self, raw: Any, name: str = "", file: str = "") -> None:
+        """Raises CheckpointError if it is no object.
+
+        Args:
+            raw: what JSON holds.
+            name: of the object within its file; empty for the whole of it.
+            file: where it stands, for messages.
+        """
+        self.name, self._file = name, file
         if not isinstance(raw, dict):
-            raise CheckpointError(f"{name or 'config.json'}: expected a JSON object; got {_shown(raw)}; {_REMEDY}")
+            raise CheckpointError(f"{self._place(name)}: expected a JSON object; got {_shown(raw)}; {_REMEDY}")
         self.raw: dict[str, Any] = raw
 
     @classmethod
     def of_folder(cls, folder: Path) -> Section:
         """Read `<folder>/config.json`; raises CheckpointError if folder or file are missing or damaged."""
-        if not folder.is_dir():
-            raise CheckpointError(
-                f"model_path: expected the folder of a checkpoint; got {str(folder)!r}, which is "
-                f"{'no folder' if folder.exists() else 'missing'}; download the checkpoint there or correct model_path"
-            )
-        path = folder / "config.json"
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing; model_path must hold the whole published checkpoint")
-        try:
-            return cls(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(
-                f"{path}: expected JSON; got a file that ends early or is damaged ({error}); download it again"
-            ) from None
+        check_folder(folder)
+        return cls.of_file(folder / "config.json")
+
+    @classmethod
+    def of_file(cls, path: Path) -> Section:
+        """Read a file; raises CheckpointError if it is missing or damaged."""
+        return cls(read_json(path), file=str(path))
 
     def section(self, key: str, default: dict[str, Any] | None = None) -> Section:
         """The object of a key; `default` where it is absent or null."""
         value = self.raw.get(key)
-        return Section(default if value is None and default is not None else value, self._name_of(key))
+        return Section(default if value is None and default is not None else value, self._name_of(key), self._file)
 
     def integer(self, key: str, default: int | None = None) -> int:
         """A size, at least 1; `default` where it is absent or null."""
@@ -86,10 +85,36 @@ class Section:
 
     def refuse(self, key: str, expected: str) -> NoReturn:
         """Raise CheckpointError: what was expected of a key, what it holds, what to do."""
-        raise CheckpointError(f"{self._name_of(key)}: expected {expected}; got {_shown(self.raw.get(key))}; {_REMEDY}")
+        raise CheckpointError(
+            f"{self._place(self._name_of(key))}: expected {expected}; got {_shown(self.raw.get(key))}; {_REMEDY}"
+        )
+
+    def _place(self, name: str) -> str:
+        return ": ".join(filter(None, (self._file, name))) or "config.json"
 
     def _name_of(self, key: str) -> str:
         return f"{self.name}.{key}" if self.name else key
+
+
+def check_folder(folder: Path) -> None:
+    """Raise CheckpointError if there is no such folder."""
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"model_path: expected the folder of a checkpoint; got {str(folder)!r}, which is "
+            f"{'no folder' if folder.exists() else 'missing'}; download the checkpoint there or correct model_path"
+        )
+
+
+def read_json(path: Path) -> Any:
+    """What a file holds; raises CheckpointError if it is missing or damaged."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing; model_path must hold the whole published checkpoint")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: expected JSON; got a file that ends early or is damaged ({error}); download it again"
+        ) from None
 
 
 def _shown(value: object) -> str:

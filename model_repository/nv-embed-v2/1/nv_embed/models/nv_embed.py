@@ -41,6 +41,11 @@ class NVEmbedCheckpoint(MistralSizes):
     dtype: str  # of the weights on disk, a torch dtype's name
 
     @classmethod
+    def of_folder(cls, folder: Path) -> NVEmbedCheckpoint:
+        """Raises CheckpointError."""
+        return cls.read(Section.of_folder(folder))
+
+    @classmethod
     def read(cls, config: Section) -> NVEmbedCheckpoint:
         """Raises CheckpointError naming the key, the value and what is supported."""
         # The published model was trained with these. Another value means another model.
@@ -74,6 +79,10 @@ class NVEmbedCheckpoint(MistralSizes):
     @property
     def document_instruction(self) -> str:
         return ""
+
+    @property
+    def longest_text(self) -> int:
+        return 32768
 
     def tokenizer(self, folder: Path, max_sequence_tokens: int) -> Tokenizer:
         """Read the folder's tokenizer; raises CheckpointError."""

@@ -1,7 +1,7 @@
 """What the rest of the server sees of a checkpoint. Each kind of checkpoint is one file beside this one.
 
 Most kinds are a `Checkpoint`: it builds a `Network` of this project, which `compute/` fills, rounds, compiles and runs
-on packed tokens. What another library computes is a `LibraryModel`: texts in, vectors out.
+on packed tokens. A `LibraryCheckpoint` loads a `Model` that another library computes.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nv_embed.sequence import SequenceType, TokenSequence
+from nv_embed.sequence import SequenceLike, SequenceType, TokenSequence
+
+Taken = TypeVar("Taken", bound=SequenceLike, contravariant=True)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -208,9 +210,9 @@ class Described(Protocol):
     def document_instruction(self) -> str:
         """The same of documents."""
 
-
-class Checkpoint(Described, Protocol):
-    """What `config.json` says, and what kind of checkpoint it is."""
+    @property
+    def longest_text(self) -> int | None:
+        """Tokens of the longest text for which it was made; None if any length will do."""
 
     @property
     def hidden_size(self) -> int:
@@ -220,6 +222,10 @@ class Checkpoint(Described, Protocol):
     def dtype(self) -> str:
         """Of the weights on disk: a torch dtype's name."""
 
+
+class Checkpoint(Described, Protocol):
+    """What `config.json` says, and what kind of checkpoint it is."""
+
     def tokenizer(self, folder: Path, max_sequence_tokens: int) -> TextEncoder[TokenSequence]:
         """Read the folder's tokenizer; raises CheckpointError."""
 
@@ -227,8 +233,22 @@ class Checkpoint(Described, Protocol):
         """Without values, on whatever device is current."""
 
 
-class LibraryModel(Described, TextEncoder[SequenceType], Protocol[SequenceType]):
-    """A model that another library has loaded. Its sequences hold what that library reads."""
+class Model(Protocol[Taken]):
+    """What an engine runs on a device."""
 
-    def embed(self, sequences: Sequence[SequenceType], work: Work) -> Tensor:
-        """[S, dimension] float32 rows of length 1, in the order of the sequences, on its device."""
+    def embed(self, sequences: Sequence[Taken], work: Work) -> Tensor:
+        """[S, dimension] float32 rows of length 1, in the order of the sequences. A row does not depend on others."""
+
+
+@runtime_checkable
+class LibraryCheckpoint(Described, Protocol[SequenceType]):
+    """A folder that another library loads. Its sequences hold what that library reads."""
+
+    def tokenizer(self, folder: Path, max_sequence_tokens: int) -> TextEncoder[SequenceType]:
+        """Read the folder's tokenizer; raises CheckpointError."""
+
+    def load(self, folder: Path, device: torch.device, dtype: torch.dtype) -> Model[SequenceType]:
+        """Read its weights; raises CheckpointError. `load` may be called once for each device."""
+
+
+AnyCheckpoint: TypeAlias = Checkpoint | LibraryCheckpoint[Any]

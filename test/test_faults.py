@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -263,6 +264,22 @@ def test_more_than_may_wait_is_answered_unavailable_at_once_and_metrics_tell(sta
     metrics = server.metrics_once(lambda metrics: counts.items() | empty.items() <= metrics.items())
     assert metrics['nv_embed_texts_total{source="computed"}'] >= num_ok * len(bulk)
     assert metrics["nv_embed_batch_tokens_sum"] == metrics["nv_embed_tokens_total"] > 0
+
+
+def test_the_model_is_described_at_once_while_the_queue_is_full(start_server):
+    server = start_server(NV_EMBED_MAX_QUEUE_TEXTS="8", NV_EMBED_MAX_REQUEST_DOCUMENTS="8")
+    asked = {"parameters": {"model_info": True}, "outputs": ["model_info"]}
+    with server.held(texts(7)) as slow:
+        with pytest.raises(triton.InferenceServerException, match="at most 8 texts"):
+            server.embed_documents(["one more"])
+        for question in ({"query": [""]}, {"documents": texts(8)}):
+            assert json.loads(server.infer(**question, **asked)["model_info"][0])["dimension"] == 64
+        assert slow.outcomes == [[]]
+    assert [status(outcome) for outcome in slow.wait()] == ["OK"]
+    counts = {
+        f'nv_embed_requests_total{{kind="{kind}",outcome="ok"}}': n for kind, n in (("query", 1), ("documents", 2))
+    }
+    server.metrics_once(lambda metrics: counts.items() <= metrics.items())
 
 
 @pytest.mark.slow

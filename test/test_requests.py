@@ -31,6 +31,12 @@ def test_instruction_and_truncate_are_taken_from_the_parameters():
     assert parse(query=[b""], parameters={"instruction": ""}).instruction == ""
 
 
+def test_the_model_is_described_on_demand():
+    asked = [None, False, "false", True, "true"]
+    told = [parse(query=[b"x"], parameters={} if value is None else {"model_info": value}) for value in asked]
+    assert [request.model_info for request in told] == [False, False, False, True, True]
+
+
 @pytest.mark.parametrize("name", ["x-request-id", "X-Forwarded-For", "traceparent", "triton_enable_empty_final"])
 def test_what_proxies_and_triton_add_is_ignored(name):
     parse(query=[b"x"], parameters={name: 1})
@@ -50,7 +56,10 @@ def test_what_proxies_and_triton_add_is_ignored(name):
         ({"query": [b"a"], "parameters": {"truncate": "START"}}, ["'END' or 'NONE'", "'START'", "send"]),
         ({"query": [b"a"], "parameters": {"truncate": True}}, ["a string", "'truncate'", "bool"]),
         ({"query": [b"a"], "parameters": {"instruction": 3}}, ["a string", "'instruction'", "int"]),
-        ({"query": [b"a"], "parameters": {"dimensions": 8}}, ["'instruction' and 'truncate'", "'dimensions'"]),
+        ({"query": [b"a"], "parameters": {"dimensions": 8}}, ["'truncate' and 'model_info'", "'dimensions'"]),
+        ({"query": [b"a"], "parameters": {"model_info": 1}}, ["true or false", "'model_info'", "int", "boolean"]),
+        ({"query": [b"a"], "parameters": {"model_info": "yes"}}, ["true or false", "got 'yes'", "boolean"]),
+        ({"parameters": {"model_info": True}}, ["exactly one", "neither"]),
         ({"query": [b"a"], "parameters": {"n\xfc\n" * 50: 8}}, ["'n\\xfc\\n", "..."]),
         ({"query": [b"a"], "parameters": {"instruction": "\ud800"}}, ["surrogate at position 0"]),
     ],
@@ -69,8 +78,8 @@ def test_what_is_wrong_is_said_with_expected_got_and_remedy(arguments, words):
     query=st.none() | st.lists(st.binary(max_size=40), min_size=1, max_size=1),
     documents=st.none() | st.lists(st.binary(max_size=40), max_size=5),
     parameters=st.dictionaries(
-        st.sampled_from(["instruction", "truncate"]) | st.text(max_size=9),
-        st.sampled_from(["END", "NONE"]) | st.text() | st.integers() | st.booleans() | st.none(),
+        st.sampled_from(["instruction", "truncate", "model_info"]) | st.text(max_size=9),
+        st.sampled_from(["END", "NONE", "true"]) | st.text() | st.integers() | st.booleans() | st.none(),
         max_size=3,
     ),
 )

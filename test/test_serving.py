@@ -138,7 +138,11 @@ def test_truncate_none_refuses_what_end_cuts(toy_server_of_64_tokens):
         ({"truncate": "START"}, "'END' or 'NONE' as request parameter 'truncate'; got 'START'"),
         ({"truncate": 1}, "a string as request parameter 'truncate'; got a value of type int"),
         ({"instruction": True}, "a string as request parameter 'instruction'; got a value of type bool"),
-        ({"dimensions": 256}, "only the request parameters 'instruction' and 'truncate'; got 'dimensions'"),
+        (
+            {"dimensions": 256},
+            "only the request parameters 'instruction', 'truncate' and 'model_info'; got 'dimensions'",
+        ),
+        ({"model_info": "1"}, "true or false as request parameter 'model_info'; got '1'"),
     ],
 )
 def test_bad_parameters_are_refused(toy_server, parameters, words):

@@ -129,3 +129,12 @@ def test_a_prompt_is_taken_as_it_is():
 
 def test_a_parameter_that_is_set_nowhere_has_its_default():
     assert Settings.from_parameters({"dtype": "int8"}, {}) == Settings(dtype="int8")
+
+
+def test_a_prompt_may_be_in_any_language_although_triton_s_python_reads_its_environment_as_ascii():
+    as_ascii = "为: ".encode().decode("ascii", "surrogateescape")
+    for value in ("为: ", as_ascii):
+        assert Settings.from_parameters({}, {"NV_EMBED_QUERY_PROMPT": value}).query_prompt == "为: "
+    latin = "né: ".encode("latin-1").decode("ascii", "surrogateescape")
+    with pytest.raises(ConfigError, match="NV_EMBED_DOCUMENT_PROMPT: expected 'auto' or text in UTF-8; got "):
+        Settings.from_parameters({}, {"NV_EMBED_DOCUMENT_PROMPT": latin})

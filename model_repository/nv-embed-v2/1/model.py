@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from threading import Lock, Thread
 from typing import Any
@@ -32,6 +33,8 @@ from nv_embed.errors import (
     Unavailable,
 )
 from nv_embed.metrics import SERIES, Labels, Metric, Update
+from nv_embed.model_info import model_info
+from nv_embed.models.fingerprint import fingerprint
 from nv_embed.requests import EmbedRequest, Instructions, RequestLimits
 from nv_embed.scheduling.answers import LARGE_ANSWER_BYTES, Answer, Outcome
 from nv_embed.scheduling.batcher import Batcher
@@ -58,7 +61,7 @@ class TritonPythonModel:
             locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
         self._watchdog = Watchdog()
         try:
-            self._load(json.loads(args["model_config"]).get("parameters", {}))
+            self._load(args["model_name"], json.loads(args["model_config"]).get("parameters", {}))
         except BaseException:
             self._watchdog.stop()
             raise
@@ -75,11 +78,12 @@ class TritonPythonModel:
             # Triton waits for something of its own.
             print(f"nv-embed: the server stops; requests not yet answered: {num_unanswered}", file=sys.stderr)
 
-    def _load(self, parameters: dict[str, dict[str, str]]) -> None:
+    def _load(self, name: str, parameters: dict[str, dict[str, str]]) -> None:
         # These import torch, which takes long. Triton also imports this file only to look at it.
         from nv_embed.compute.loading import load_engines
+        from nv_embed.compute.precision import Precision
         from nv_embed.compute.warm_up import SAMPLE_TEXT, warm_up
-        from nv_embed.models import read_checkpoint
+        from nv_embed.models import kind_of, read_checkpoint
 
         try:
             config = Settings.from_parameters(
@@ -88,10 +92,13 @@ class TritonPythonModel:
             folder = Path(config.model_path)
             checkpoint = read_checkpoint(folder)
             config = config.for_longest_text(checkpoint.longest_text)
-            self._instructions = Instructions(
-                query=checkpoint.query_instruction if config.query_prompt is None else config.query_prompt,
-                documents=checkpoint.document_instruction if config.document_prompt is None else config.document_prompt,
-            )
+            if config.query_prompt is None:
+                config = replace(config, query_prompt=checkpoint.query_instruction)
+            if config.document_prompt is None:
+                config = replace(config, document_prompt=checkpoint.document_instruction)
+            assert config.query_prompt is not None
+            assert config.document_prompt is not None
+            self._instructions = Instructions(config.query_prompt, config.document_prompt)
             assert config.max_sequence_tokens
             tokenizer = checkpoint.tokenizer(folder, config.max_sequence_tokens)
             try:
@@ -110,6 +117,14 @@ class TritonPythonModel:
             measured = min(
                 warm_up(engine, sample, target_seconds, MIN_BATCH_TOKENS, config.max_batch_tokens)
                 for engine in dict.fromkeys(engines)
+            )
+            precisions = (Precision.choose(config.dtype, engine.device, checkpoint).name for engine in engines)
+            self._model_info = model_info(
+                replace(config, dtype=",".join(dict.fromkeys(precisions))),
+                name=name,
+                kind=kind_of(folder),
+                fingerprint=fingerprint(folder),  # now, because the files are in memory after loading
+                dimension=checkpoint.dimension,
             )
         except (StartupError, OSError) as error:  # OSError: such as a file that this user may not read
             raise pb_utils.TritonModelException(f"the server does not start: {error}") from None
@@ -152,7 +167,12 @@ class TritonPythonModel:
                 logger.exception("reading a request failed")
                 self._batcher.refuse(reply, ComputeFailed("reading this request failed; the server's log says why"))
             else:
-                self._batcher.submit(embed_request, reply)
+                if embed_request.model_info:
+                    reply.model_info = self._model_info
+                if reply.wants_vectors:
+                    self._batcher.submit(embed_request, reply)
+                else:
+                    self._batcher.answer_without_vectors(embed_request, reply)
 
     def is_ready(self) -> bool:
         """What Triton asks, from release 26.03 on, before it calls the model and itself ready."""
@@ -176,6 +196,12 @@ class TritonReply:
         self._sender = request.get_response_sender()
         self._output_names = frozenset(request.requested_output_names())
         self._lock = Lock()
+        self.model_info: bytes | None = None  # sent if the client names this output, or no outputs
+
+    @property
+    def wants_vectors(self) -> bool:
+        """Whether anything has to be computed for it."""
+        return self.model_info is None or self._output_names != {"model_info"}
 
     def is_cancelled(self) -> bool:
         """Whether the client hung up, cancelled or ran out of time."""
@@ -200,6 +226,8 @@ class TritonReply:
             "embeddings": outcome.embeddings,
             "token_counts": lambda: np.array(outcome.token_counts, dtype=np.int32),
         }
+        if self.model_info is not None:
+            outputs["model_info"] = lambda: np.array([self.model_info], dtype=np.object_)
         return pb_utils.InferenceResponse(
             [pb_utils.Tensor(name, array()) for name, array in outputs.items() if name in self._output_names]
         )

@@ -41,6 +41,7 @@ class EmbedRequest:
     is_query: bool
     num_bytes: int  # of UTF-8, the instruction counted once for each text
     timeout_seconds: float | None = None  # the caller's own limit, from arrival to answer
+    model_info: bool = False  # whether the answer also describes the model
 
     @classmethod
     def parse(
@@ -57,7 +58,7 @@ class EmbedRequest:
         Args:
             query: the elements of input `query`, one; None when the input is absent.
             documents: the elements of input `documents`, N; None when the input is absent.
-            parameters: the request's parameters: `instruction` and `truncate`.
+            parameters: the request's parameters: `instruction`, `truncate` and `model_info`.
             limits: what one request may hold.
             instructions: what stands before a text when the parameters do not say.
             timeout_seconds: the caller's own limit, None or 0 for none.
@@ -86,7 +87,7 @@ class EmbedRequest:
                 remedy="split the documents over several requests",
             )
         default = instructions.query if query is not None else instructions.documents
-        instruction, truncate = _parse_parameters(parameters, default)
+        instruction, truncate, model_info = _parse_parameters(parameters, default)
         num_bytes = sum(map(len, raw)) + len(raw) * len(instruction.encode())
         if num_bytes > limits.max_request_bytes:
             raise InvalidRequest.of(
@@ -95,7 +96,8 @@ class EmbedRequest:
                 got=f"{num_bytes} bytes",
                 remedy="split the request, or shorten its texts",
             )
-        return cls(_decode(raw), instruction, truncate, query is not None, num_bytes, timeout_seconds or None)
+        timeout = timeout_seconds or None
+        return cls(_decode(raw), instruction, truncate, query is not None, num_bytes, timeout, model_info)
 
 
 def _decode(raw: Sequence[bytes]) -> tuple[str, ...]:
@@ -112,17 +114,20 @@ def _decode(raw: Sequence[bytes]) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def _parse_parameters(parameters: Mapping[str, object], default_instruction: str) -> tuple[str, bool]:
-    instruction, truncate = default_instruction, "END"
+def _parse_parameters(parameters: Mapping[str, object], default_instruction: str) -> tuple[str, bool, bool]:
+    instruction, truncate, model_info = default_instruction, "END", False
     for name, value in parameters.items():
-        if name not in ("instruction", "truncate"):
+        if name not in ("instruction", "truncate", "model_info"):
             if name.lower().startswith(_FOREIGN_PARAMETERS):
                 continue
             raise InvalidRequest.of(
-                expected="only the request parameters 'instruction' and 'truncate'",
+                expected="only the request parameters 'instruction', 'truncate' and 'model_info'",
                 got=_clipped(name),
                 remedy="leave it out, or correct its name",
             )
+        if name == "model_info":
+            model_info = _parse_bool(name, value)
+            continue
         if not isinstance(value, str):
             raise InvalidRequest.of(
                 expected=f"a string as request parameter {name!r}",
@@ -147,7 +152,18 @@ def _parse_parameters(parameters: Mapping[str, object], default_instruction: str
             got=f"an unpaired surrogate at position {error.start}",
             remedy="correct it",
         ) from None
-    return instruction, truncate == "END"
+    return instruction, truncate == "END", model_info
+
+
+def _parse_bool(name: str, value: object) -> bool:
+    # Some clients can send nothing but strings.
+    if not isinstance(value, bool) and value not in ("true", "false"):
+        raise InvalidRequest.of(
+            expected=f"true or false as request parameter {name!r}",
+            got=_clipped(value) if isinstance(value, str) else f"a value of type {type(value).__name__}",
+            remedy="send it as a boolean, or leave it out",
+        )
+    return value in (True, "true")
 
 
 def _clipped(value: str) -> str:

@@ -28,8 +28,12 @@ def _text(value: str) -> str:
     return value.strip()
 
 
-def _as_it_is(value: str) -> str:
-    return value
+def _prompt(value: str) -> str:
+    # Triton's Python reads its environment as ASCII, and keeps other bytes as surrogates.
+    try:
+        return value.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError:
+        raise ValueError("text in UTF-8") from None
 
 
 def _devices(value: str) -> tuple[str, ...]:
@@ -128,14 +132,14 @@ class Settings:
     )
     query_prompt: str | None = _setting(  # None: the checkpoint's own
         "auto",
-        _auto_or(_as_it_is),
+        _auto_or(_prompt),
         """Stands before each query whose request names no `instruction`. `auto` is the model's own; for NV-Embed-v2 it
         is the instruction of its query template. Some models name theirs on their card only. A space at the end
         counts.""",
     )
     document_prompt: str | None = _setting(  # None: the checkpoint's own
         "auto",
-        _auto_or(_as_it_is),
+        _auto_or(_prompt),
         "The same for each document. NV-Embed-v2 has none.",
     )
     max_sequence_tokens: int | None = _setting(  # None: the checkpoint's own

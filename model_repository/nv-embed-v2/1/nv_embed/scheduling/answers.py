@@ -30,7 +30,7 @@ _PUBLISH_SECONDS = 0.2  # from an event to its metrics
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Answer:
-    """What a request gets: one vector for each of its N texts, in input order."""
+    """What a request gets: one vector for each of its N texts, in input order. None if it asks for none."""
 
     vectors: Sequence[Vector]  # N of [dim] and length 1, shared with the cache and with other answers
     token_counts: Sequence[int]  # N, as fed to the network
@@ -38,7 +38,7 @@ class Answer:
     @property
     def num_bytes(self) -> int:
         """Of the embeddings."""
-        return len(self.vectors) * self.vectors[0].nbytes
+        return len(self.vectors) * self.vectors[0].nbytes if self.vectors else 0
 
     def embeddings(self) -> npt.NDArray[np.float32]:
         """[N, dim], a new array at each call."""

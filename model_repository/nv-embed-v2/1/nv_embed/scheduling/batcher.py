@@ -15,7 +15,7 @@ from threading import Thread
 from nv_embed.errors import RequestError
 from nv_embed.metrics import Metric, Recorder, Update
 from nv_embed.requests import EmbedRequest
-from nv_embed.scheduling.answers import Outbox, Reply
+from nv_embed.scheduling.answers import Answer, Outbox, Reply
 from nv_embed.scheduling.computing import Computing, Engine
 from nv_embed.scheduling.pace import Pace
 from nv_embed.scheduling.policy import BatchLimits
@@ -69,6 +69,10 @@ class Batcher:
         """Take charge of a request; returns at once, raises nothing."""
         request = self._ledger.submit(spec, reply)
         (self._queries if spec.is_query else self._documents).add(request)
+
+    def answer_without_vectors(self, spec: EmbedRequest, reply: Reply) -> None:
+        """Answer, and count, a request that asks for no vectors: it neither waits nor is computed."""
+        self._outbox.put(reply, Answer((), ()), "query" if spec.is_query else "documents", time.monotonic())
 
     def refuse(self, reply: Reply, error: RequestError) -> None:
         """Answer, and count, a request that could not be understood."""

@@ -2,8 +2,11 @@
 
 import asyncio
 import copy
+import dataclasses
 import inspect
+import json
 import pickle
+import re
 import threading
 import time
 from concurrent.futures import Future
@@ -18,6 +21,7 @@ from nv_embed_client import (
     EmbedResult,
     InvalidInput,
     MockTransport,
+    ModelInfo,
     NVEmbedClient,
     NVEmbedEncoder,
     PartialFailure,
@@ -60,7 +64,7 @@ def call(request):
 
 
 def test_the_methods_of_both_clients_have_the_same_arguments_and_documentation():
-    for name in ("embed_query", "embed_queries", "embed_documents", "embed", "dimension", "is_ready"):
+    for name in ("embed_query", "embed_queries", "embed_documents", "embed", "dimension", "model_info", "is_ready"):
         sync, awaited = getattr(NVEmbedClient, name), getattr(AsyncNVEmbedClient, name)
         assert inspect.signature(sync) == inspect.signature(awaited)
         assert sync.__doc__ == awaited.__doc__
@@ -148,6 +152,67 @@ def test_no_texts_give_no_rows(call):
     result = call("embed", [], token_counts=True)
     assert result.embeddings.shape == (0, 8)
     assert result.token_counts.shape == (0,)
+
+
+def test_a_client_says_what_the_model_is_and_asks_each_time(call):
+    transport = MockTransport(dimension=8)
+    assert call("model_info", transport=transport) == transport.info
+    assert call("dimension", transport=transport) == 8
+    transport.info = dataclasses.replace(transport.info, fingerprint="another", dimension=9)
+    with NVEmbedClient(transport=transport) as client:
+        first = client.model_info()
+        transport.info = dataclasses.replace(first, fingerprint="a third")
+        assert (first.fingerprint, client.model_info().fingerprint) == ("another", "a third")
+    assert transport.requests == []
+
+
+def test_of_a_server_too_old_to_say_the_dimension_is_that_of_a_vector(call):
+    transport = MockTransport(lambda request: [[1.0, 0.0, 0.0]] * len(request.texts))
+    assert call("dimension", transport=transport) == 3
+    assert len(transport.requests) == 1
+    with pytest.raises(ServerFailure, match="got an older one; update the server"):
+        call("model_info", transport=transport)
+    assert call("dimension", transport=MinimalTransport()) == 2
+
+
+class MinimalTransport(Transport):
+    """One that was written before there was `model_info`."""
+
+    def embed(self, request, timeout_seconds):
+        return MockTransport(lambda request: [[1.0, 0.0]] * len(request.texts)).embed(request, timeout_seconds)
+
+    def is_ready(self, timeout_seconds):
+        return MockTransport().is_ready(timeout_seconds)
+
+
+def test_several_queries_in_one_request_have_the_prompt_of_the_served_model(call):
+    transport = MockTransport(dimension=8)
+    transport.info = dataclasses.replace(transport.info, query_prompt="query: ")
+    call("embed_queries", ["a", "b", "c"], transport=transport)
+    call("embed_queries", ["a", "b"], transport=transport, instruction="Find: ")
+    messages = [request.message("model") for request in transport.requests]
+    assert [message.parameters["instruction"].string_param for message in messages] == ["query: ", "Find: "]
+
+
+@pytest.mark.parametrize(
+    ("text", "got"),
+    [
+        (b"{", "JSONDecodeError"),
+        (b"[]", "TypeError"),
+        (b'{"name": "a"}', "KeyError('kind')"),
+        (b"\xff", "UnicodeDecodeError"),
+    ],
+)
+def test_a_description_that_is_none_is_the_servers_failure(text, got):
+    with pytest.raises(ServerFailure, match=rf"expected model_info as JSON .*; got {re.escape(got)}"):
+        ModelInfo.of_json(text)
+
+
+def test_a_description_has_the_types_that_it_says_and_may_have_more_fields():
+    told = dataclasses.asdict(MockTransport(dimension=8).info)
+    assert ModelInfo.of_json(json.dumps(told | {"later": [1]})) == MockTransport(dimension=8).info
+    with pytest.raises(ServerFailure, match="got dimension of type str and not int; update"):
+        ModelInfo.of_json(json.dumps(told | {"dimension": "8"}))
 
 
 def test_token_counts_come_when_asked_for(call):

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 import torch
 from corpus import DOCUMENTS, QUERIES, RELEVANT, SIMILAR_PAIRS
-from nv_embed_client import QUERY_INSTRUCTION, TASK_INSTRUCTIONS, InvalidInput, NVEmbedEncoder
+from nv_embed_client import (
+    QUERY_INSTRUCTION,
+    TASK_INSTRUCTIONS,
+    InvalidInput,
+    MockTransport,
+    NVEmbedClient,
+    NVEmbedEncoder,
+)
 from sentence_transformers.sentence_transformer.evaluation import (
     EmbeddingSimilarityEvaluator,
     InformationRetrievalEvaluator,
@@ -51,6 +58,24 @@ def test_it_gives_arrays_tensors_or_a_list_of_tensors(model):
     np.testing.assert_allclose(torch.stack(rows).numpy(), tensor.numpy(), atol=1e-6)
     np.testing.assert_allclose(array, tensor.numpy(), atol=1e-6)
     assert model.encode("a", convert_to_tensor=True).shape == (array.shape[1],)
+
+
+def test_a_server_s_own_prompts_stand_behind_query_and_document_until_they_are_replaced():
+    transport = MockTransport(dimension=8)
+    model = NVEmbedEncoder(NVEmbedClient(transport=transport), prompts={"claim": "Claim: "})
+    model.encode_query("a")
+    model.encode_document("a")
+    model.encode("a", prompt_name="claim")
+    model.encode("a", prompt="")
+    model.prompts["document"] = "passage: "
+    model.encode_document("a")
+    assert [(request.input_type, request.instruction) for request in transport.requests] == [
+        ("query", None),
+        ("passage", None),
+        ("passage", "Claim: "),
+        ("passage", ""),
+        ("passage", "passage: "),
+    ]
 
 
 def test_prompts_are_instructions(model, client):

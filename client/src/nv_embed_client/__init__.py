@@ -26,6 +26,7 @@ from nv_embed_client.errors import (
 )
 from nv_embed_client.grpc_transport import GrpcTransport
 from nv_embed_client.instructions import DOCUMENT_INSTRUCTIONS, QUERY_INSTRUCTION, TASK_INSTRUCTIONS, instruction_of
+from nv_embed_client.model_info import ModelInfo
 from nv_embed_client.retry import RetryPolicy
 from nv_embed_client.sentence_transformers import NVEmbedEncoder
 from nv_embed_client.transport import MockTransport, Transport
@@ -39,6 +40,7 @@ __all__ = [
     "NVEmbedEncoder",
     "EmbedRequest",
     "EmbedResult",
+    "ModelInfo",
     "Transport",
     "GrpcTransport",
     "MockTransport",

@@ -41,6 +41,7 @@ class AsyncNVEmbedClient(Core):
     embed_documents = _awaited(Core._embed_documents)
     embed = _awaited(Core._embed)
     dimension = _awaited(Core._dimension)
+    model_info = _awaited(Core._model_info)
     is_ready = _awaited(Core._is_ready)
     wait_until_ready = _awaited(Core._wait_until_ready)
 

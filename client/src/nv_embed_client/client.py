@@ -39,6 +39,7 @@ class NVEmbedClient(Core):
     embed_documents = _carried_out(Core._embed_documents)
     embed = _carried_out(Core._embed)
     dimension = _carried_out(Core._dimension)
+    model_info = _carried_out(Core._model_info)
     is_ready = _carried_out(Core._is_ready)
     wait_until_ready = _carried_out(Core._wait_until_ready)
 

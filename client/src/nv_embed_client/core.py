@@ -13,11 +13,12 @@ import numpy.typing as npt
 
 from nv_embed_client import flow
 from nv_embed_client.connection import Connection, Settings
-from nv_embed_client.errors import ClientClosed
+from nv_embed_client.errors import ClientClosed, ServerFailure
 from nv_embed_client.exchange import Exchange, Plan, Together, alone
 from nv_embed_client.flow import Deadline
 from nv_embed_client.grpc_transport import GrpcTransport
 from nv_embed_client.job import Call, Job
+from nv_embed_client.model_info import ModelInfo
 from nv_embed_client.transport import Transport
 from nv_embed_client.wire import EmbedResult, InputType, Truncate
 
@@ -131,11 +132,36 @@ class Core(Settings):
         return (yield from self._embed_as(call, texts))
 
     def _dimension(self, timeout: float | None = None) -> Plan[int]:
-        """Numbers of an embedding; asks the server once, by embedding one text, within `timeout` seconds."""
+        """Numbers of an embedding; asks the server once, within `timeout` seconds.
+
+        A server that is too old for `model_info` is asked by embedding a text.
+        """
         if self._known_dimension is None:
-            yield from self._embed_as(Call(timeout=timeout), [""])
+            info = yield from self._asked_info(timeout)
+            if info is None:
+                yield from self._embed_as(Call(timeout=timeout), [""])
+            else:
+                self._known_dimension = info.dimension
         assert self._known_dimension is not None
         return self._known_dimension
+
+    def _model_info(self, timeout: float | None = None) -> Plan[ModelInfo]:
+        """What the model is and what holds now; asks the server each time, within `timeout` seconds.
+
+        A busy server answers at once, too.
+
+        Raises:
+            ServerFailure: the server is too old to say.
+        """
+        info = yield from self._asked_info(timeout)
+        if info is None:
+            raise ServerFailure("expected a server that describes its model; got an older one; update the server")
+        return info
+
+    def _asked_info(self, timeout: float | None) -> Plan[ModelInfo | None]:
+        call = Call(timeout=timeout)  # which says what is wrong with it
+        deadline = Deadline.after(self.request_timeout if call.timeout is None else call.timeout)
+        return (yield from alone(flow.model_info(deadline, self.retry)))
 
     def _is_ready(self) -> Plan[bool]:
         """Whether the server answers and the model is loaded."""

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, Generic, TypeAlias, TypeVar
 
 from nv_embed_client.errors import DeadlineExceeded
-from nv_embed_client.flow import AskReady, Flow, Send
+from nv_embed_client.flow import AskModelInfo, AskReady, Flow, Send
 from nv_embed_client.transport import Transport
 
 T = TypeVar("T")
@@ -141,6 +141,8 @@ class Exchange(Generic[T]):
                 future = self._transport.embed(request, timeout_seconds)
             case AskReady(timeout_seconds):
                 future = self._transport.is_ready(timeout_seconds)
+            case AskModelInfo(timeout_seconds):
+                future = self._transport.model_info(timeout_seconds)
             case _:
                 self._waiting[number] = _Waiting(flow, now + step.seconds, None)
                 return

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
-from nv_embed_client.errors import DeadlineExceeded, NVEmbedError, Unavailable
+from nv_embed_client.errors import DeadlineExceeded, InvalidInput, NVEmbedError, Unavailable
+from nv_embed_client.model_info import ModelInfo
 from nv_embed_client.retry import RetryPolicy
 from nv_embed_client.wire import EmbedRequest, EmbedResult
 
@@ -35,13 +37,20 @@ class AskReady:
 
 
 @dataclass(frozen=True, slots=True)
+class AskModelInfo:
+    """Ask what the model is; the outcome is a `ModelInfo`, or None."""
+
+    timeout_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Sleep:
     """Pause; the outcome is None."""
 
     seconds: float
 
 
-Step: TypeAlias = Send | AskReady | Sleep
+Step: TypeAlias = Send | AskReady | AskModelInfo | Sleep
 Flow: TypeAlias = Generator[Step, Any, T]
 
 _PROBE_SECONDS = 10.0  # longer than a transport needs to replace a dead connection
@@ -71,14 +80,28 @@ def embed(request: EmbedRequest, deadline: Deadline, retry: RetryPolicy) -> Flow
     Raises:
         NVEmbedError: the error of the last attempt.
     """
+    result: EmbedResult = yield from _persistently(partial(Send, request), deadline, retry)
+    return result
+
+
+def model_info(deadline: Deadline, retry: RetryPolicy) -> Flow[ModelInfo | None]:
+    """What the model is, asked as `embed` asks; None: the server is too old to say."""
+    try:
+        info: ModelInfo | None = yield from _persistently(AskModelInfo, deadline, retry)
+        return info
+    except InvalidInput:  # it knows no such output: nothing else of this request can be wrong
+        return None
+
+
+def _persistently(step: Callable[[float], Step], deadline: Deadline, retry: RetryPolicy) -> Flow[Any]:
+    """The outcome of a step, which is given the seconds that are left."""
     attempt = 1
     while True:
         remaining = deadline.remaining_seconds()
         if remaining <= 0:
             raise DeadlineExceeded("expected time left for the request; got none; give the call a longer timeout")
         try:
-            result: EmbedResult = yield Send(request, remaining)
-            return result
+            return (yield step(remaining))
         except Unavailable as unavailable:
             error = unavailable
         pause = retry.pause_seconds(attempt, random.random())

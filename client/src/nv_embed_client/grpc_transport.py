@@ -13,7 +13,7 @@ import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -22,9 +22,10 @@ import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from nv_embed_client.errors import AccessDenied, DeadlineExceeded, NVEmbedError, Unavailable
+from nv_embed_client.model_info import ModelInfo
 from nv_embed_client.proxy import proxy_hint
 from nv_embed_client.transport import Transport
-from nv_embed_client.wire import EmbedRequest, EmbedResult, error_of
+from nv_embed_client.wire import EmbedRequest, EmbedResult, error_of, model_info_message, model_info_of
 
 if TYPE_CHECKING:
     from nv_embed_client.connection import Connection
@@ -107,6 +108,18 @@ class GrpcTransport(Transport):
         """Ask whether the model is ready; the future ends within `timeout_seconds`."""
         message = service_pb2.ModelReadyRequest(name=self._connection.model_name)
         return self._send("ModelReady", message, lambda reply: bool(reply.ready), timeout_seconds)
+
+    def model_info(self, timeout_seconds: float) -> Future[ModelInfo | None]:
+        """Ask what the model is; the future ends within `timeout_seconds`."""
+        return self._send("ModelInfer", model_info_message(self._connection.model_name), model_info_of, timeout_seconds)
+
+    def for_model(self, model_name: str) -> Transport:
+        """A transport to another model of the same server, over the connections of this one, which closes them.
+
+        Raises:
+            InvalidInput: the name makes no sense.
+        """
+        return _SharedTransport(self, model_name)
 
     def check(self) -> float | None:
         """Doubt each connection that is silent while requests wait on it. Seconds until the next is due."""
@@ -259,6 +272,23 @@ class GrpcTransport(Transport):
         if line.proxy_hint is not None and isinstance(error, Unavailable | DeadlineExceeded):
             return type(error)(f"{error}; {line.proxy_hint}")
         return error
+
+
+class _SharedTransport(GrpcTransport):
+    """Another model, over the connections of `owner`."""
+
+    def __init__(self, owner: GrpcTransport, model_name: str) -> None:
+        self._connection = replace(owner._connection, model_name=model_name)
+        self._owner = owner
+
+    def _send(self, method: str, message: Any, read: Callable[[Any], Any], timeout_seconds: float) -> Future[Any]:
+        return self._owner._send(method, message, read, timeout_seconds)
+
+    def check(self) -> float | None:
+        return self._owner.check()
+
+    def close(self) -> None:
+        """The owner does."""
 
 
 def _closed() -> Unavailable:

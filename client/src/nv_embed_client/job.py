@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -117,6 +117,7 @@ class Job:
         self._patience = _Patience()
         self._embedded: list[_Embedded] = []
         self._failures: list[Failure] = []
+        self._query_prompt: str | None = None
         self._bar: Any = None  # even a disabled one starts a thread
         if call.progress:
             self._bar = tqdm(total=len(texts) if isinstance(texts, Sized) else None, unit=" texts")
@@ -160,7 +161,10 @@ class Job:
                 outcomes.append(Failure(chunk.indices, ended))
                 continue
             try:
-                result = yield from flow.embed(self._call.request(chunk.texts), deadline, self._settings.retry)
+                request = self._call.request(chunk.texts)
+                if request.needs_query_prompt:
+                    request = replace(request, query_prompt=(yield from self._own_query_prompt(deadline)))
+                result = yield from flow.embed(request, deadline, self._settings.retry)
             except (InvalidInput, ServerFailure) as error:
                 # One text may fail its whole request, too long for NONE or for the device: find it, so that the
                 # others get through.
@@ -174,6 +178,13 @@ class Job:
                 outcomes.append(_Embedded(chunk.indices, result))
             ended = patience.ended_by(outcomes[-1])
         return outcomes
+
+    def _own_query_prompt(self, deadline: Deadline) -> Flow[str]:
+        """The served model's; asked in each call, because a server may have come back with another."""
+        if self._query_prompt is None:
+            info = yield from flow.model_info(deadline, self._settings.retry)
+            self._query_prompt = QUERY_INSTRUCTION if info is None else info.query_prompt
+        return self._query_prompt
 
     def record(self, outcomes: list[Outcome]) -> None:
         """Take what a flow returned."""

@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     Encoded: TypeAlias = npt.NDArray[np.float32] | torch.Tensor | list[torch.Tensor]
 
 
+# What the published model has. A server may have another one; then these names mean that.
+_STANDARD = {"query": QUERY_INSTRUCTION, "document": ""}
+
+
 class NVEmbedEncoder:
     """The methods of `SentenceTransformer` that use a model, over the network.
 
@@ -40,7 +44,7 @@ class NVEmbedEncoder:
 
     Attributes:
         prompts: by name: "query" is the standard instruction, "document" is none, the others are the published
-            ones, by MTEB's name of the task.
+            ones, by MTEB's name of the task. Those two stand for the served model's own, until they are replaced.
     """
 
     similarity_fn_name: Literal["cosine"] = "cosine"
@@ -61,8 +65,7 @@ class NVEmbedEncoder:
         self._owns_client = isinstance(client, str)
         self.client = NVEmbedClient(client) if isinstance(client, str) else client
         self.prompts: dict[str, str] = {
-            "query": QUERY_INSTRUCTION,
-            "document": "",
+            **_STANDARD,
             **TASK_INSTRUCTIONS,
             **{f"{task}-document": instruction for task, instruction in DOCUMENT_INSTRUCTIONS.items()},
             **(prompts or {}),
@@ -129,9 +132,12 @@ class NVEmbedEncoder:
             )
         single = isinstance(sentences, str)
         texts: Iterable[str] = [sentences] if isinstance(sentences, str) else [_as_str(text) for text in sentences]
+        name = None if prompt is not None else prompt_name if prompt_name is not None else self.default_prompt_name
+        is_own = name in _STANDARD and self.prompts[name] == _STANDARD[name]
         embeddings = self.client.embed(
             texts,
-            instruction=self._instruction(prompt_name, prompt),
+            input_type="query" if is_own and name == "query" else "passage",
+            instruction=None if is_own else self._instruction(name, prompt),
             progress=bool(show_progress_bar),
             max_texts_per_request=batch_size,
         ).embeddings
@@ -193,12 +199,9 @@ class NVEmbedEncoder:
     ) -> None:
         self.close()
 
-    def _instruction(self, prompt_name: str | None, prompt: str | None) -> str | None:
-        if prompt is not None:
-            return prompt
-        name = prompt_name if prompt_name is not None else self.default_prompt_name
+    def _instruction(self, name: str | None, prompt: str | None) -> str | None:
         if name is None:
-            return None
+            return prompt
         if name not in self.prompts:
             raise InvalidInput.of(
                 expected="the name of a prompt",

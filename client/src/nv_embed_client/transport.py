@@ -6,13 +6,17 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from nv_embed_client.errors import NVEmbedError
+from nv_embed_client.instructions import QUERY_INSTRUCTION
+from nv_embed_client.model_info import ModelInfo
 from nv_embed_client.wire import EmbedRequest, EmbedResult
+
+T = TypeVar("T")
 
 
 class Transport(ABC):
@@ -28,6 +32,10 @@ class Transport(ABC):
     @abstractmethod
     def is_ready(self, timeout_seconds: float) -> Future[bool]:
         """Ask whether the model is ready; the future ends within `timeout_seconds`."""
+
+    def model_info(self, timeout_seconds: float) -> Future[ModelInfo | None]:
+        """Ask what the model is; None: the server does not say. The future ends within `timeout_seconds`."""
+        return _done(None)
 
     def check(self) -> float | None:
         """Look after the connections; called while calls wait. Seconds until it is due again, None for never."""
@@ -49,6 +57,7 @@ class MockTransport(Transport):
     Attributes:
         requests: all that were sent, in order.
         ready: what `is_ready` answers.
+        info: what `model_info` answers; with a handler None, because only the handler knows its vectors.
     """
 
     def __init__(self, handler: Callable[[EmbedRequest], Answer] | None = None, *, dimension: int = 4096) -> None:
@@ -62,6 +71,7 @@ class MockTransport(Transport):
         self._dimension = dimension
         self.requests: list[EmbedRequest] = []
         self.ready = True
+        self.info = None if handler else _mock_info(dimension)
 
     def embed(self, request: EmbedRequest, timeout_seconds: float) -> Future[EmbedResult]:
         """Record the request and answer it."""
@@ -81,9 +91,11 @@ class MockTransport(Transport):
 
     def is_ready(self, timeout_seconds: float) -> Future[bool]:
         """Answer `ready`."""
-        future: Future[bool] = Future()
-        future.set_result(self.ready)
-        return future
+        return _done(self.ready)
+
+    def model_info(self, timeout_seconds: float) -> Future[ModelInfo | None]:
+        """Answer `info`."""
+        return _done(self.info)
 
     def _random_vectors(self, request: EmbedRequest) -> npt.NDArray[np.float32]:
         rows = np.empty((len(request.texts), self._dimension), np.float32)
@@ -93,3 +105,19 @@ class MockTransport(Transport):
             numbers = np.random.default_rng(int.from_bytes(seed, "little")).standard_normal(self._dimension)
             row[:] = numbers / np.linalg.norm(numbers)
         return rows
+
+
+def _mock_info(dimension: int) -> ModelInfo:
+    """As a server with default settings tells it."""
+    return ModelInfo(
+        name="nv-embed-v2", kind="mock", fingerprint="0" * 32, dimension=dimension, dtype="float32", device="cpu",
+        query_prompt=QUERY_INSTRUCTION, document_prompt="", max_sequence_tokens=32768, max_request_documents=16384,
+        max_request_bytes=2**26, max_queue_bytes=2**28, max_queue_tokens=4_000_000, max_queue_texts=131_072,
+        max_queue_milliseconds=60_000,
+    )  # fmt: skip
+
+
+def _done(result: T) -> Future[T]:
+    future: Future[T] = Future()
+    future.set_result(result)
+    return future

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -19,6 +20,7 @@ from nv_embed_client.errors import (
     Unavailable,
 )
 from nv_embed_client.instructions import QUERY_INSTRUCTION
+from nv_embed_client.model_info import ModelInfo
 
 InputType: TypeAlias = Literal["query", "passage"]
 Truncate: TypeAlias = Literal["END", "NONE"]
@@ -44,23 +46,19 @@ class EmbedRequest:
     """None: the model's standard instruction for queries, nothing for passages."""
     truncate: Truncate = "END"
     token_counts: bool = False
+    query_prompt: str = QUERY_INSTRUCTION
+    """What the server puts before a query. Several queries in one request need it, see `needs_query_prompt`."""
+
+    @property
+    def needs_query_prompt(self) -> bool:
+        """Whether it is sent as documents with the query's instruction, because a request holds at most one `query`."""
+        return self.input_type == "query" and self.instruction is None and len(self.texts) > 1
 
     def message(self, model_name: str) -> Any:
         """This request as a message of Triton's protocol."""
-        input_name, instruction = "documents", self.instruction
-        if self.input_type == "query":
-            if len(self.texts) == 1:
-                input_name = "query"
-            elif instruction is None:
-                # A request holds at most one `query`. Documents with the query's instruction get the same vectors.
-                instruction = QUERY_INSTRUCTION
-        message = service_pb2.ModelInferRequest(model_name=model_name)
-        num_texts = len(self.texts)
-        message.inputs.add(
-            name=input_name, datatype="BYTES", shape=[num_texts] if input_name == "query" else [1, num_texts]
-        )
-        encoded = [text.encode() for text in self.texts]
-        message.raw_input_contents.append(b"".join(len(text).to_bytes(4, "little") + text for text in encoded))
+        instruction = self.query_prompt if self.needs_query_prompt else self.instruction
+        is_query = self.input_type == "query" and len(self.texts) == 1
+        message = _message(model_name, "query" if is_query else "documents", self.texts)
         for name in ["embeddings", "token_counts"] if self.token_counts else ["embeddings"]:
             message.outputs.add(name=name)
         if instruction is not None:
@@ -99,6 +97,35 @@ class EmbedRequest:
         if self.token_counts and (result.token_counts is None or result.token_counts.shape != (num_texts,)):
             raise ServerFailure(f"expected {num_texts} token counts; got others; update the server")
         return result
+
+
+def model_info_message(model_name: str) -> Any:
+    """The request that asks for the model's description alone; the server answers it at once."""
+    message = _message(model_name, "documents", ("",))
+    message.outputs.add(name="model_info")
+    message.parameters["model_info"].bool_param = True
+    return message
+
+
+def model_info_of(reply: Any) -> ModelInfo | None:
+    """The description in Triton's reply; None if the server sent none.
+
+    Raises:
+        ServerFailure: it is none of a model.
+    """
+    for output, content in zip(reply.outputs, reply.raw_output_contents, strict=False):
+        if output.name == "model_info":
+            return ModelInfo.of_json(content[4:])  # behind its length
+    return None
+
+
+def _message(model_name: str, input_name: str, texts: Sequence[str]) -> Any:
+    message = service_pb2.ModelInferRequest(model_name=model_name)
+    shape = [len(texts)] if input_name == "query" else [1, len(texts)]
+    message.inputs.add(name=input_name, datatype="BYTES", shape=shape)
+    encoded = [text.encode() for text in texts]
+    message.raw_input_contents.append(b"".join(len(text).to_bytes(4, "little") + text for text in encoded))
+    return message
 
 
 def error_of(code: str, message: str) -> NVEmbedError:

@@ -38,7 +38,7 @@ class Answer:
     @property
     def num_bytes(self) -> int:
         """Of the embeddings."""
-        return len(self.vectors) * self.vectors[0].nbytes if self.vectors else 0
+        return sum(vector.nbytes for vector in self.vectors)
 
     def embeddings(self) -> npt.NDArray[np.float32]:
         """[N, dim], a new array at each call."""

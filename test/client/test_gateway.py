@@ -75,10 +75,12 @@ def test_the_openai_packages_errors_are_the_typed_ones(openai_client):
         openai_client.embeddings.create(model="nv-embed-v2", input=[[1, 2], [3]])
 
 
-def test_the_models_are_listed_and_each_is_found(openai_client):
+def test_the_models_are_listed_and_each_is_found(openai_client, client):
     listed = list(openai_client.models.list())
     names = ["nv-embed-v2", "nv-embed-v2-query", "nv-embed-v2-passage", "nvidia/NV-Embed-v2"]
     assert [model.id for model in listed] == names
+    assert {model.dimension for model in listed} == {client.dimension()}
+    assert {model.max_model_len for model in listed} == {MAX_SEQUENCE_TOKENS}
     assert [openai_client.models.retrieve(model.id) for model in listed] == listed
     with pytest.raises(openai.NotFoundError, match=r"got 'text-embedding-3-small'; see /v1/models"):
         openai_client.models.retrieve("text-embedding-3-small")
@@ -244,17 +246,21 @@ def test_a_proxy_between_gateway_and_server_is_named_with_the_remedy(server, log
     assert "secret" not in response.text + log.read_text()
 
 
-def test_a_server_without_the_model_is_502_and_the_operators_log_says_why(server, logs):
+def test_a_model_that_the_server_lacks_is_404_and_the_log_says_so_at_the_start(server, logs):
     log = logs / "absent.log"
-    with (
-        gateway_running(log, server.url, "--model-name", "absent") as base,
-        httpx.Client(base_url=base, timeout=30) as http,
-    ):
-        response = post(http, model="absent")
-        assert_refused(response, 502, "operator's log")
-        assert response.headers["x-should-retry"] == "false"
-        assert http.get("/health/ready").status_code == 503
-    assert "ModelNotFound: Request for unknown model: 'absent' is not found" in log.read_text()
+    missing = "the server behind this gateway does not have model absent; load it there, or correct --model-name"
+    names = ("--model-name", "nv-embed-v2", "--model-name", "absent")
+    with gateway_running(log, server.url, *names) as base, httpx.Client(base_url=base, timeout=30) as http:
+        eventually(lambda: missing in log.read_text() and "model nv-embed-v2: dimension " in log.read_text())
+        assert_refused(post(http, model="absent-query"), 404, "got 'absent', which it does not have", param="model")
+        assert post(http).status_code == 200
+        assert_refused(http.get("/health/ready"), 503, "has loaded nv-embed-v2, absent;")
+        listed = {model["id"]: set(model) for model in http.get("/v1/models").json()["data"]}
+        assert listed["absent"] == {"id", "object", "created", "owned_by"}
+        assert listed["nv-embed-v2"] == {*listed["absent"], "dimension", "max_model_len"}
+    with gateway_running(log, server.url, "--model-name", "absent") as base, httpx.Client(base_url=base) as http:
+        for answer in (http.post("/embed", json={"inputs": "a"}), http.get("/info")):
+            assert (answer.status_code, answer.json()["error_type"]) == (424, "Backend")
 
 
 def test_no_answer_in_time_is_504(server, logs):

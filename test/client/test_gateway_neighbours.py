@@ -102,9 +102,10 @@ def test_an_absent_server_is_teis_overloaded_with_retry_after(logs):
             assert answer.headers["retry-after"] == "1"
 
 
-def test_teis_info_says_what_the_server_takes(http):
+def test_teis_info_says_what_the_server_takes(http, client):
     info = http.get("/info").json()
     assert info["model_id"] == "nv-embed-v2"
+    assert (info["model_sha"], info["model_dtype"]) == (client.model_info().fingerprint, "float32")
     assert info["max_input_length"] == MAX_SEQUENCE_TOKENS
     assert info["max_client_batch_size"] == 2048
     assert list(info["model_type"]) == ["embedding"]

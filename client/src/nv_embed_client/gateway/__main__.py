@@ -60,7 +60,7 @@ def _is_no_upgrade(record: logging.LogRecord) -> bool:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nv-embed-gateway",
-        description="OpenAI's embeddings API in front of NV-Embed-v2 on Triton.",
+        description="OpenAI's embeddings API in front of NV-Embed-v2 and other models on Triton.",
         epilog=f"{API_KEY_VARIABLE} in the environment is the key that clients must send as a bearer token; "
         "without it anybody may ask.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -75,7 +75,12 @@ def _parser() -> argparse.ArgumentParser:
         "--triton-header", action="append", default=[], metavar="NAME=VALUE", help="sent with every request to Triton"
     )
     parser.add_argument(
-        "--model-name", default=defaults.model_name, help="as Triton knows it, and as clients ask for it"
+        "--model-name",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="as Triton knows it, and as clients ask for it; the first is meant where a request names none; without "
+        f"this option {defaults.default_model}",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=9000, help="port to listen on")
@@ -90,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="NAME[=VALUE]",
         help="a further name of the model; VALUE: a known name, as nv-embed-v2-query, or an instruction, as "
-        "'Instruct: ...\\nQuery: '",
+        "'Instruct: ...\\nQuery: '; with several models 'MODEL=Instruct: ...\\nQuery: '",
     )
     parser.add_argument(
         "--cors-origin",
@@ -123,7 +128,7 @@ def _settings(parsed: argparse.Namespace) -> GatewaySettings:
         triton_url=parsed.triton_url,
         triton_tls=tls,
         triton_headers=headers,
-        model_name=parsed.model_name,
+        model_names=tuple(parsed.model_name) or GatewaySettings().model_names,
         api_key=os.environ.get(API_KEY_VARIABLE),
         request_timeout_seconds=parsed.request_timeout,
         max_body_bytes=parsed.max_body_bytes,

@@ -24,7 +24,7 @@ from nv_embed_client.gateway.settings import GatewaySettings
 def create_app(settings: GatewaySettings) -> FastAPI:
     """One gateway. It connects to Triton when the application starts, and needs it for no answer but embeddings."""
     metrics = GatewayMetrics()
-    names = names_of(settings.model_name, settings.aliases)
+    names = names_of(settings.model_names, settings.aliases)
     embedder = Embedder(settings, metrics)
     replies = Replies()
 
@@ -36,7 +36,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     app = FastAPI(
         title="nv-embed-gateway",
         version=openapi.VERSION,
-        description="NV-Embed-v2 behind NVIDIA Triton, as the OpenAI API has it.",
+        description="Embedding models behind NVIDIA Triton, as the OpenAI API has them.",
         lifespan=lifespan,
         redirect_slashes=False,
         # FastAPI's own pages load scripts from the internet, and its OpenAPI page cannot ask the server.
@@ -65,7 +65,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     app.include_router(health.operations(settings, embedder, metrics))
 
     async def page() -> dict[str, Any]:
-        return openapi.page(app, settings, names, await embedder.dimension())
+        return openapi.page(app, settings, names, await embedder.known_infos())
 
     @app.get("/openapi.json", include_in_schema=False)
     async def page_for_programs() -> JSONResponse:

@@ -1,61 +1,91 @@
-"""Texts to vectors: what all operations of a gateway do with its one client of Triton."""
+"""Texts to vectors: what all operations of a gateway do with its clients of Triton, one for each model."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
+import logging
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import Any
 
 from fastapi import Request
 
 from nv_embed_client.async_client import AsyncNVEmbedClient
-from nv_embed_client.errors import InvalidInput, NVEmbedError
+from nv_embed_client.errors import NVEmbedError
 from nv_embed_client.gateway import refusals
 from nv_embed_client.gateway.metrics import GatewayMetrics
-from nv_embed_client.gateway.names import Meaning
+from nv_embed_client.gateway.names import Named
 from nv_embed_client.gateway.refusals import Refusal
 from nv_embed_client.gateway.settings import GatewaySettings
+from nv_embed_client.grpc_transport import GrpcTransport
+from nv_embed_client.model_info import ModelInfo
 from nv_embed_client.retry import RetryPolicy
+from nv_embed_client.transport import Transport
 from nv_embed_client.wire import EmbedResult, Truncate
 
 # A caller is told to come back rather than kept waiting; one more attempt covers a connection that just closed.
 _RETRY = RetryPolicy(max_attempts=2)
+# What the log says at the start has time: the server may load its weights for long.
+_PATIENCE = RetryPolicy(max_attempts=2**31)
+_PATIENCE_SECONDS = 24 * 3600.0
 _PAGE_SECONDS = 5.0  # what describes the gateway does not wait longer for a server that is busy
 _HUNG_UP = 499  # never seen by anybody but the metrics
-_TOO_MANY_WORDS = 2**17  # more tokens than any model here takes
+
+logger = logging.getLogger("uvicorn.error")  # where the gateway's other lines go
 
 
 class Embedder:
-    """One gateway's way to the model. Raises a `Refusal` for whatever goes wrong."""
+    """One gateway's way to the models. Raises a `Refusal` for whatever goes wrong."""
 
     def __init__(self, settings: GatewaySettings, metrics: GatewayMetrics) -> None:
         self._settings = settings
         self._metrics = metrics
-        self._client: AsyncNVEmbedClient
-        self._max_text_tokens: int | None = None
+        self._clients: dict[str, AsyncNVEmbedClient] = {}  # by the names of their models
 
     @contextlib.asynccontextmanager
     async def connected(self) -> AsyncIterator[None]:
         """As long as this lasts it can embed; a server that is absent is asked again at each request."""
-        async with AsyncNVEmbedClient(
-            self._settings.triton_url,
-            model_name=self._settings.model_name,
-            tls=self._settings.triton_tls,
-            headers=self._settings.triton_headers,
-            request_timeout=self._settings.request_timeout_seconds,
-            retry=_RETRY,
-        ) as self._client:
-            yield
+        settings = self._settings
+        transport = GrpcTransport(settings.connection(settings.default_model))
+        async with contextlib.AsyncExitStack() as stack:
+            stack.callback(transport.close)
+            for name in settings.model_names:
+                client = AsyncNVEmbedClient(
+                    settings.triton_url,
+                    name,
+                    request_timeout=settings.request_timeout_seconds,
+                    retry=_RETRY,
+                    transport=transport.for_model(name),
+                )
+                self._clients[name] = await stack.enter_async_context(client)
+            saying = asyncio.gather(*(self._say(name, transport.for_model(name)) for name in settings.model_names))
+            try:
+                yield
+            finally:
+                saying.cancel()
+                await asyncio.gather(saying, return_exceptions=True)
+
+    async def _say(self, name: str, transport: Transport) -> None:
+        """Log once what the server says about a model, as soon as there is a server."""
+        async with AsyncNVEmbedClient(transport=transport, retry=_PATIENCE) as client:
+            try:
+                info = await client.model_info(_PATIENCE_SECONDS)
+            except NVEmbedError as error:
+                refusals.of_client_error(error, name, (), _PATIENCE_SECONDS)  # logs it
+            else:
+                logger.info(
+                    "model %s: dimension %d, texts of up to %d tokens, fingerprint %s",
+                    name, info.dimension, info.max_sequence_tokens, info.fingerprint,
+                )  # fmt: skip
 
     async def embed(
-        self, request: Request, texts: Sequence[str], meaning: Meaning, truncate: Truncate, dimensions: int | None
+        self, request: Request, texts: Sequence[str], named: Named, truncate: Truncate, dimensions: int | None
     ) -> tuple[EmbedResult, int]:
         """The vectors, and how many tokens all texts had.
 
         Args:
             request: if its client hangs up, the work is cancelled.
+            named: the model, and how texts are to be embedded.
             dimensions: what the request wants of each vector.
         """
         if len(texts) > self._settings.max_inputs:
@@ -67,11 +97,11 @@ class Embedder:
                 code=refusals.TOO_MANY,
             )
         seconds = self._settings.request_timeout_seconds
-        work = self._embedded(texts, meaning, truncate, dimensions)
+        work = self._embedded(texts, named, truncate, dimensions)
         try:
             result = await _unless_hung_up(request, work)
         except NVEmbedError as error:
-            raise refusals.of_client_error(error, texts, seconds) from error
+            raise refusals.of_client_error(error, named.model, texts, seconds) from error
         if result is None:
             self._metrics.hung_up.inc()
             raise Refusal(_HUNG_UP, "expected a client that waits for its answer; got one that hung up; wait longer")
@@ -82,54 +112,50 @@ class Embedder:
         return result, num_tokens
 
     async def _embedded(
-        self, texts: Sequence[str], meaning: Meaning, truncate: Truncate, dimensions: int | None
+        self, texts: Sequence[str], named: Named, truncate: Truncate, dimensions: int | None
     ) -> EmbedResult:
-        seconds = self._settings.request_timeout_seconds
-        if dimensions is not None and dimensions != (own := await self._client.dimension(seconds)):
+        client, seconds = self._clients[named.model], self._settings.request_timeout_seconds
+        if dimensions is not None and dimensions != (own := await client.dimension(seconds)):
             raise Refusal(
                 400,
-                f"expected dimensions of {own}, because {self._settings.model_name} does not support matryoshka "
+                f"expected dimensions of {own}, because {named.model} does not support matryoshka "
                 f"representation; got {dimensions}; leave it out, or send {own}",
                 param="dimensions",
                 code="dimensions",
             )
-        return await self._client.embed(
+        return await client.embed(
             texts,
-            input_type=meaning.input_type or "passage",
-            instruction=meaning.instruction,
+            input_type=named.meaning.input_type or "passage",
+            instruction=named.meaning.instruction,
             truncate=truncate,
             token_counts=True,
             timeout=seconds,
         )
 
     async def is_ready(self) -> bool:
-        """Whether Triton answers and its model is loaded."""
+        """Whether Triton answers and all models are loaded."""
         try:
-            return await self._client.is_ready()
+            return all(await asyncio.gather(*(client.is_ready() for client in self._clients.values())))
         except NVEmbedError:
             return False  # not ready is all that a probe asks
 
-    async def dimension(self) -> int | None:
-        """Of the vectors; None while the server cannot say."""
+    async def model_info(self, model: str) -> ModelInfo:
+        """What the server says about a model."""
         try:
-            return await self._client.dimension(_PAGE_SECONDS)
+            return await self._clients[model].model_info(_PAGE_SECONDS)
+        except NVEmbedError as error:
+            raise refusals.of_client_error(error, model, (), _PAGE_SECONDS) from error
+
+    async def known_info(self, model: str) -> ModelInfo | None:
+        """The same; None while the server does not say."""
+        try:
+            return await self._clients[model].model_info(_PAGE_SECONDS)
         except NVEmbedError:
             return None
 
-    async def max_text_tokens(self) -> int:
-        """The longest text that the server takes without cutting it, learnt from how it refuses one too long."""
-        if self._max_text_tokens is None:
-            too_long = ["word " * _TOO_MANY_WORDS]  # refused before anything is computed
-            try:
-                result = await self._client.embed(too_long, truncate="NONE", token_counts=True, timeout=_PAGE_SECONDS)
-                assert result.token_counts is not None
-                self._max_text_tokens = int(result.token_counts[0])
-            except NVEmbedError as error:
-                found = re.search(r"at most (\d+) tokens", str(error)) if isinstance(error, InvalidInput) else None
-                if found is None:
-                    raise refusals.of_client_error(error, too_long, _PAGE_SECONDS) from error
-                self._max_text_tokens = int(found[1])
-        return self._max_text_tokens
+    async def known_infos(self) -> dict[str, ModelInfo | None]:
+        """The same of all models."""
+        return dict(zip(self._clients, await asyncio.gather(*map(self.known_info, self._clients)), strict=True))
 
 
 async def _unless_hung_up(request: Request, work: Coroutine[Any, Any, EmbedResult]) -> EmbedResult | None:

@@ -72,7 +72,10 @@ def operations(settings: GatewaySettings, embedder: Embedder, metrics: GatewayMe
 
     async def check_ready() -> None:
         if not await embedder.is_ready():
-            raise refusals.unavailable("expected a server with a loaded model; got none that answers; try again later")
+            raise refusals.unavailable(
+                f"expected a server that has loaded {', '.join(settings.model_names)}; got none that answers so; try "
+                "again later"
+            )
 
     @router.get("/health/live", summary="Is the gateway alive?", response_model=Health)
     async def live() -> dict[str, str]:
@@ -87,7 +90,7 @@ def operations(settings: GatewaySettings, embedder: Embedder, metrics: GatewayMe
     @router.get("/health", summary="As /health/ready", response_model=Health, responses=responses(503))
     @router.get("/health/ready", summary="Can it embed?", response_model=Health, responses=responses(503))
     async def ready() -> dict[str, str]:
-        """200 when Triton answers and its model is loaded, else 503."""
+        """200 when Triton answers and its models are loaded, else 503."""
         await check_ready()
         return {"status": "ready"}
 
@@ -95,7 +98,7 @@ def operations(settings: GatewaySettings, embedder: Embedder, metrics: GatewayMe
         "/v1/health/ready", summary="Can it embed? In NIM's shape", response_model=NIMReady, responses=responses(503)
     )
     async def nim_ready() -> dict[str, Any]:
-        """200 when Triton answers and its model is loaded, else 503."""
+        """200 when Triton answers and its models are loaded, else 503."""
         await check_ready()
         return {"object": "health.response", "message": "ready", "ready": True}
 
@@ -124,7 +127,7 @@ def operations(settings: GatewaySettings, embedder: Embedder, metrics: GatewayMe
                 "type": "Apache-2.0",
                 "content": "",
             },
-            "modelInfo": [{"modelUrl": "", "shortName": settings.model_name}],
+            "modelInfo": [{"modelUrl": "", "shortName": settings.default_model}],
             "repository_override": "",
             "selectedModelProfileId": "",
         }

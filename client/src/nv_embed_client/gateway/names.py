@@ -32,23 +32,39 @@ PROMPTS = {
 }
 
 
-def names_of(model_name: str, aliases: Sequence[str]) -> dict[str, Meaning]:
+@dataclass(frozen=True, slots=True)
+class Named:
+    """What a name stands for."""
+
+    model: str  # as Triton knows it
+    meaning: Meaning = Meaning()
+
+
+def names_of(model_names: Sequence[str], aliases: Sequence[str]) -> dict[str, Named]:
     """All names, in the order in which they are listed.
 
     Args:
-        model_name: as Triton knows the model.
-        aliases: `NAME`, `NAME=KNOWN` or `NAME=Instruct: ...`, in which a backslash and an n stand for a newline.
+        model_names: as Triton knows the models.
+        aliases: `NAME`, `NAME=KNOWN`, `NAME=Instruct: ...` or `NAME=MODEL=Instruct: ...`, where a backslash and an n
+            stand for a newline. The first and the third are for a single model.
 
     Raises:
-        InvalidInput: an alias makes no sense.
+        InvalidInput: there is no model, two names are the same, or an alias makes no sense.
     """
-    names = {
-        model_name: Meaning(),
-        f"{model_name}-query": Meaning("query"),
-        f"{model_name}-passage": Meaning("passage"),
-    }
-    if model_name == DEFAULT_MODEL_NAME:
-        names[_PUBLISHED_NAME] = Meaning()
+    if not model_names:
+        raise InvalidInput.of(expected="at least one model name", got="none", remedy="give --model-name")
+    names: dict[str, Named] = {}
+    for model in model_names:
+        own = {model: Meaning(), f"{model}-query": Meaning("query"), f"{model}-passage": Meaning("passage")}
+        if model == DEFAULT_MODEL_NAME:
+            own[_PUBLISHED_NAME] = Meaning()
+        if taken := names.keys() & own.keys():
+            raise InvalidInput.of(
+                expected="models whose names, also with -query or -passage behind them, differ",
+                got=f"{', '.join(map(ascii, sorted(taken)))} twice",
+                remedy="give each --model-name once, or name the model's folder on the server otherwise",
+            )
+        names |= {name: Named(model, meaning) for name, meaning in own.items()}
     for alias in aliases:
         name, separator, value = alias.partition("=")
         if not name.strip("/") or not name.isprintable() or name != name.strip("/ "):
@@ -61,14 +77,27 @@ def names_of(model_name: str, aliases: Sequence[str]) -> dict[str, Meaning]:
             raise InvalidInput.of(
                 expected="an alias that no model has yet", got=ascii(name)[:80], remedy="choose another name"
             )
-        names[name] = _meaning_of(value, names) if separator else Meaning()
+        names[name] = _named(value if separator else None, names, model_names)
     return names
 
 
-def _meaning_of(value: str, names: dict[str, Meaning]) -> Meaning:
+def _named(value: str | None, names: dict[str, Named], model_names: Sequence[str]) -> Named:
+    """What an alias stands for; `value`: all behind its name and the first "=", None without that."""
     if value in names:
         return names[value]
-    instruction = value.replace("\\n", "\n")
+    model, separator, instruction = (value or "").partition("=")
+    if not separator or model not in model_names:
+        if len(model_names) > 1 and (value is None or value.startswith(_INSTRUCTION_START)):
+            raise InvalidInput.of(
+                expected="an alias that says which of several models it means",
+                got="none" if value is None else ascii(value)[:80],
+                remedy=f"write NAME=MODEL or 'NAME=MODEL={_INSTRUCTION_START} ...', MODEL being one of "
+                f"{', '.join(model_names)}",
+            )
+        if value is None:
+            return Named(model_names[0])
+        model, instruction = model_names[0], value
+    instruction = instruction.replace("\\n", "\n")
     try:
         checked_instruction(instruction)
         is_sendable = instruction.startswith(_INSTRUCTION_START)
@@ -81,7 +110,7 @@ def _meaning_of(value: str, names: dict[str, Meaning]) -> Meaning:
             got=ascii(value)[:80],
             remedy=f"take one of {', '.join(names)}, or write 'Instruct: ...\\nQuery: '",
         )
-    return Meaning("query", instruction)
+    return Named(model, Meaning("query", instruction))
 
 
 def decided(

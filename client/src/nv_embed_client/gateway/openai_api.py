@@ -8,20 +8,24 @@ import orjson
 from fastapi import APIRouter, Request, Response
 
 from nv_embed_client.gateway.embedder import Embedder
-from nv_embed_client.gateway.names import Meaning, decided
+from nv_embed_client.gateway.names import Named, decided
 from nv_embed_client.gateway.openapi import responses
 from nv_embed_client.gateway.refusals import Refusal, check_fields
 from nv_embed_client.gateway.reply import Replies, as_base64
 from nv_embed_client.gateway.schema import EmbeddingsRequest, EmbeddingsResponse, Model, ModelList
 from nv_embed_client.gateway.settings import GatewaySettings
+from nv_embed_client.model_info import ModelInfo
 
 
-def operations(settings: GatewaySettings, names: dict[str, Meaning], embedder: Embedder, replies: Replies) -> APIRouter:
+def operations(settings: GatewaySettings, names: dict[str, Named], embedder: Embedder, replies: Replies) -> APIRouter:
     """The routes of one gateway."""
     router = APIRouter()
 
-    def described(name: str) -> dict[str, Any]:
-        return {"id": name, "object": "model", "created": 0, "owned_by": "nvidia"}
+    def described(name: str, info: ModelInfo | None) -> dict[str, Any]:
+        told = {"id": name, "object": "model", "created": 0, "owned_by": "nvidia"}
+        if info is not None:
+            told |= {"dimension": info.dimension, "max_model_len": info.max_sequence_tokens}
+        return told
 
     def known(name: str) -> str:
         if name not in names:
@@ -43,10 +47,11 @@ def operations(settings: GatewaySettings, names: dict[str, Meaning], embedder: E
     async def embeddings(body: EmbeddingsRequest, request: Request) -> Response:
         """Embeds one text or many; vectors have length 1 and come in input order."""
         check_fields(body, ignore_unknown=settings.ignore_unknown_fields)
-        name = known(settings.model_name if body.model is None else body.model)
-        meaning = decided((name, names[name]), body.input_type, body.instruction, body.prompt_name)
+        name = known(settings.default_model if body.model is None else body.model)
+        meaning = decided((name, names[name].meaning), body.input_type, body.instruction, body.prompt_name)
+        named = Named(names[name].model, meaning)
         texts = [body.input] if isinstance(body.input, str) else body.input
-        result, num_tokens = await embedder.embed(request, texts, meaning, body.truncate or "END", body.dimensions)
+        result, num_tokens = await embedder.embed(request, texts, named, body.truncate or "END", body.dimensions)
         in_base64 = body.encoding_format == "base64"
 
         def item(index: int, vector: Any) -> dict[str, Any]:
@@ -56,16 +61,27 @@ def operations(settings: GatewaySettings, names: dict[str, Meaning], embedder: E
         tail = b"]," + orjson.dumps({"model": name, "usage": usage})[1:]
         return replies.response(result.embeddings, item, b'{"object":"list","data":[', tail)
 
-    @router.get("/v1/models", summary="List the models", response_model=ModelList, responses=responses(401))
+    @router.get(
+        "/v1/models",
+        summary="List the models",
+        response_model=ModelList,
+        response_model_exclude_unset=True,
+        responses=responses(401),
+    )
     async def list_models() -> dict[str, Any]:
         """The names that `model` may have."""
-        return {"object": "list", "data": [described(name) for name in names]}
+        infos = await embedder.known_infos()
+        return {"object": "list", "data": [described(name, infos[named.model]) for name, named in names.items()]}
 
     @router.get(
-        "/v1/models/{model:path}", summary="Look up a model", response_model=Model, responses=responses(401, 404)
+        "/v1/models/{model:path}",
+        summary="Look up a model",
+        response_model=Model,
+        response_model_exclude_unset=True,
+        responses=responses(401, 404),
     )
     async def retrieve_model(model: str) -> Any:
         """One of the names that `model` may have."""
-        return described(known(model))
+        return described(known(model), await embedder.known_info(names[model].model))
 
     return router

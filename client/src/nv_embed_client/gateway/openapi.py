@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import permutations
 from typing import Any
 
@@ -12,10 +12,11 @@ from pydantic import BaseModel
 
 from nv_embed_client import __version__
 from nv_embed_client.gateway import paths
-from nv_embed_client.gateway.names import PROMPTS, Meaning
+from nv_embed_client.gateway.names import PROMPTS, Meaning, Named
 from nv_embed_client.gateway.refusals import RETRY_AFTER_SECONDS
 from nv_embed_client.gateway.schema import ErrorResponse
 from nv_embed_client.gateway.settings import GatewaySettings
+from nv_embed_client.model_info import ModelInfo
 
 VERSION = __version__
 _MEANINGS = {
@@ -61,13 +62,14 @@ def tei_responses() -> dict[int | str, dict[str, Any]]:
 
 
 def page(
-    app: FastAPI, settings: GatewaySettings, names: Mapping[str, Meaning], dimension: int | None
+    app: FastAPI, settings: GatewaySettings, names: Mapping[str, Named], infos: Mapping[str, ModelInfo | None]
 ) -> dict[str, Any]:
-    """The page, with what depends on the settings and the model, and without what never happens.
+    """The page, with what depends on the settings and the models, and without what never happens.
 
     Args:
-        dimension: of the vectors; None if the server cannot say.
+        infos: what the server says of each model; None if it does not say.
     """
+    dimensions = {model: info.dimension for model, info in infos.items() if info is not None}
     page = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
     for path, operations in page["paths"].items():
         for operation in operations.values():
@@ -85,25 +87,49 @@ def page(
     schemas.pop("ValidationError", None)
     [looked_up] = page["paths"]["/v1/models/{model}"]["get"]["parameters"]
     looked_up["schema"]["enum"] = list(names)
-    for request, input_field in (("EmbeddingsRequest", "input"), ("EmbedRequest", "inputs")):
+    own_dimension = dimensions.get(settings.default_model)
+    for request, input_field, accepted in (
+        ("EmbeddingsRequest", "input", sorted({*dimensions.values()}) if len(dimensions) == len(infos) else []),
+        ("EmbedRequest", "inputs", [] if own_dimension is None else [own_dimension]),
+    ):
         schemas[request]["additionalProperties"] = settings.ignore_unknown_fields
         fields = schemas[request]["properties"]
         for alternative in fields[input_field]["anyOf"]:
             if alternative["type"] == "array":
                 alternative["maxItems"] = settings.max_inputs
         _string_of(fields["prompt_name"])["enum"] = list(PROMPTS)
-        if dimension is not None:
-            fields["dimensions"]["anyOf"] = [{"type": "integer", "const": dimension}, {"type": "null"}]
+        if accepted:
+            fields["dimensions"]["anyOf"] = [{"type": "integer", "enum": accepted}, {"type": "null"}]
     fields = schemas["EmbeddingsRequest"]["properties"]
     _string_of(fields["model"])["enum"] = list(names)
     # FastAPI leaves a pattern beside the alternatives, where it would hold null to it, too.
     _string_of(fields["instruction"])["pattern"] = fields["instruction"].pop("pattern")
     schemas["EmbeddingsRequest"]["not"] = {
         "description": "Two fields that contradict each other: an instruction makes texts queries, a name of `model` "
-        "may, and there is one instruction.",
-        "anyOf": _contradictions(names),
+        "may, and there is one instruction. A model has one number of dimensions.",
+        "anyOf": [
+            *_contradictions({name: named.meaning for name, named in names.items()}),
+            *_other_dimensions(settings.default_model, names, dimensions),
+        ],
     }
     return page
+
+
+def _other_dimensions(
+    default: str, names: Mapping[str, Named], dimensions: Mapping[str, int]
+) -> Iterator[dict[str, Any]]:
+    """Names of each model beside the dimensions of others."""
+    for model, own in dimensions.items():
+        others = sorted({*dimensions.values()} - {own})
+        if not others:
+            continue
+        wrong = {"dimensions": {"enum": others}}
+        yield {
+            "properties": {"model": {"enum": [name for name, named in names.items() if named.model == model]}, **wrong},
+            "required": ["model", "dimensions"],
+        }
+        if model == default:
+            yield {"properties": {"model": {"type": "null"}, **wrong}, "required": ["dimensions"]}
 
 
 def _string_of(field: dict[str, Any]) -> dict[str, Any]:

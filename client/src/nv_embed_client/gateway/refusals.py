@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from nv_embed_client.errors import (
     DeadlineExceeded,
     InvalidInput,
+    ModelNotFound,
     NVEmbedError,
     PartialFailure,
     Unavailable,
@@ -27,6 +28,7 @@ _NO_RETRY = {"x-should-retry": "false"}  # else OpenAI's clients ask for the sam
 # TEI's status and kind of error by ours. All others are the caller's, whose status is kept.
 _TEI_ERRORS = {
     400: (422, "Validation"),
+    404: (424, "Backend"),
     503: (429, "Overloaded"),
     500: (424, "Backend"),
     502: (424, "Backend"),
@@ -91,8 +93,11 @@ def check_fields(body: BaseModel, *, ignore_unknown: bool) -> None:
         )
 
 
-def of_client_error(error: NVEmbedError, texts: Sequence[str], timeout_seconds: float) -> Refusal:
-    """What the client of Triton raised for `texts`. Details of this deployment stay out of the answer."""
+def of_client_error(error: NVEmbedError, model: str, texts: Sequence[str], timeout_seconds: float) -> Refusal:
+    """What the client of Triton raised for `texts`, none if it asked about the model.
+
+    Details of this deployment stay out of the answer. The log has them.
+    """
     missing: Sequence[int] = range(len(texts))
     if isinstance(error, PartialFailure):
         missing = [*error.failed, *range(len(error.embeddings), len(texts))]
@@ -108,6 +113,23 @@ def of_client_error(error: NVEmbedError, texts: Sequence[str], timeout_seconds: 
         case Unavailable():
             logger.warning("the server behind this gateway is unavailable: %s", error)
             return unavailable("expected a server with room; got none that answers; try again later")
+        case ModelNotFound():
+            logger.error(
+                "the server behind this gateway does not have model %s; load it there, or correct --model-name: %s",
+                model, error,
+            )  # fmt: skip
+            return Refusal(
+                404,
+                f"expected a model that the server behind this gateway has; got {ascii(model)[:80]}, which it does "
+                "not have; choose another of /v1/models, or have the server's operator load it",
+                param="model",
+                code="model_not_found",
+            )
+        case DeadlineExceeded() if not texts:
+            return unavailable(
+                f"expected to learn what model {ascii(model)[:80]} is within {timeout_seconds:g} "
+                "seconds; got no answer; try again later"
+            )
         case DeadlineExceeded():
             longest = max(missing, key=lambda index: len(texts[index]))
             return Refusal(
@@ -120,7 +142,7 @@ def of_client_error(error: NVEmbedError, texts: Sequence[str], timeout_seconds: 
                 headers=_NO_RETRY,
             )
         case _:
-            logger.error("the server behind this gateway failed: %s: %s", type(error).__name__, error)
+            logger.error("the server behind this gateway failed: model %s: %s: %s", model, type(error).__name__, error)
             return Refusal(
                 502,
                 "expected vectors; the server behind this gateway failed; its operator's log says why",

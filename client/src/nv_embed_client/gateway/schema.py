@@ -93,7 +93,7 @@ class EmbeddingsRequest(BaseModel):
     model: Annotated[
         str | None,
         Field(
-            description="A name of `/v1/models`; null or none is the model itself. With `-query` or `-passage` after "
+            description="A name of `/v1/models`; null or none is the first of them. With `-query` or `-passage` after "
             "it, it stands for `input_type` in clients that cannot send that."
         ),
     ] = None
@@ -195,6 +195,13 @@ class Model(BaseModel):
     object: Literal["model"]
     created: int
     owned_by: str
+    dimension: Annotated[
+        int | None, Field(description="Numbers of a vector; absent while the server does not say.")
+    ] = None
+    max_model_len: Annotated[
+        int | None,
+        Field(description="Tokens of the longest text that is not cut, as vLLM names it; absent like the other."),
+    ] = None
 
 
 class ModelList(BaseModel):

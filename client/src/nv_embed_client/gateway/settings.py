@@ -19,7 +19,7 @@ class GatewaySettings:
     triton_url: str = DEFAULT_URL
     triton_tls: TLS | None = None
     triton_headers: dict[str, str] = field(default_factory=dict, repr=False)
-    model_name: str = DEFAULT_MODEL_NAME
+    model_names: tuple[str, ...] = (DEFAULT_MODEL_NAME,)  # as Triton knows them; the first is the default
     api_key: str | None = field(default=None, repr=False)  # None: anybody may ask
     request_timeout_seconds: float = 60.0  # from the parsed request to the last vector
     max_body_bytes: int = 16 * 2**20
@@ -29,8 +29,9 @@ class GatewaySettings:
     ignore_unknown_fields: bool = False  # of requests, instead of refusing them
 
     def __post_init__(self) -> None:
-        Connection(self.triton_url, self.model_name, self.triton_tls, self.triton_headers)  # raises what is wrong
-        names_of(self.model_name, self.aliases)  # so does this
+        names_of(self.model_names, self.aliases)  # raises what is wrong
+        for name in self.model_names:
+            self.connection(name)  # so does this
         for origin in self.cors_origins:
             if not _ORIGIN.fullmatch(origin):
                 raise InvalidInput.of(
@@ -47,3 +48,12 @@ class GatewaySettings:
             raise InvalidInput.of(
                 expected="an API key of printable ASCII characters", got="another", remedy="make a new key"
             )
+
+    @property
+    def default_model(self) -> str:
+        """The one that is meant by requests without a name, and by paths that know no names."""
+        return self.model_names[0]
+
+    def connection(self, model_name: str) -> Connection:
+        """To a model."""
+        return Connection(self.triton_url, model_name, self.triton_tls, self.triton_headers)

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from nv_embed_client.gateway.embedder import Embedder
-from nv_embed_client.gateway.names import PROMPTS, Meaning
+from nv_embed_client.gateway.names import PROMPTS, Meaning, Named
 from nv_embed_client.gateway.openapi import VERSION, tei_responses
 from nv_embed_client.gateway.refusals import check_fields
 from nv_embed_client.gateway.reply import Replies
@@ -91,8 +91,8 @@ class Info(BaseModel):
     """The model and its limits."""
 
     model_id: str
-    model_sha: str | None
-    model_dtype: Annotated[str, Field(description="Of the vectors.")]
+    model_sha: Annotated[str | None, Field(description="The fingerprint of the checkpoint's files.")]
+    model_dtype: Annotated[str, Field(description="In which the model computes; vectors are float32.")]
     model_type: ModelType
     max_concurrent_requests: Annotated[int, Field(description="A recommendation; nothing is refused beyond it.")]
     max_input_length: Annotated[int, Field(description="Tokens of the longest text that is not cut.")]
@@ -118,23 +118,23 @@ def operations(settings: GatewaySettings, embedder: Embedder, replies: Replies) 
         """Embeds one text or many; vectors have length 1 and come in input order."""
         check_fields(body, ignore_unknown=settings.ignore_unknown_fields)
         texts = [body.inputs] if isinstance(body.inputs, str) else body.inputs
-        meaning = Meaning() if body.prompt_name is None else PROMPTS[body.prompt_name]
+        named = Named(settings.default_model, Meaning() if body.prompt_name is None else PROMPTS[body.prompt_name])
         truncate: Literal["END", "NONE"] = "NONE" if body.truncate is False else "END"
-        result, _ = await embedder.embed(request, texts, meaning, truncate, body.dimensions)
+        result, _ = await embedder.embed(request, texts, named, truncate, body.dimensions)
         return replies.response(result.embeddings, lambda _, vector: vector, b"[", b"]")
 
     @router.get("/info", summary="The model in TEI's shape", response_model=Info, responses=tei_responses())
     async def info() -> dict[str, Any]:
         """The model's name and limits."""
-        max_tokens = await embedder.max_text_tokens()
+        told = await embedder.model_info(settings.default_model)
         return {
-            "model_id": settings.model_name,
-            "model_sha": None,
-            "model_dtype": "float32",
+            "model_id": told.name,
+            "model_sha": told.fingerprint,
+            "model_dtype": told.dtype,
             "model_type": {"embedding": {"pooling": "mean"}},
             "max_concurrent_requests": _MAX_CONCURRENT_REQUESTS,
-            "max_input_length": max_tokens,
-            "max_batch_tokens": max_tokens * settings.max_inputs,
+            "max_input_length": told.max_sequence_tokens,
+            "max_batch_tokens": told.max_sequence_tokens * settings.max_inputs,
             "max_batch_requests": None,
             "max_client_batch_size": settings.max_inputs,
             "auto_truncate": True,

@@ -70,7 +70,7 @@ def test_base64_is_little_endian_float32():
 
 def test_a_proxy_in_the_way_is_said_to_the_caller_without_its_password():
     error = Unavailable("expected a server; got none through the proxy http://me:secret@proxy:3128/; set no_proxy")
-    refusal = of_client_error(error, ["a"], 60.0)
+    refusal = of_client_error(error, "model", ["a"], 60.0)
     assert refusal.status_code == 503
     assert refusal.detail == "expected a server; got none through the proxy http://proxy:3128/; set no_proxy"
 
@@ -78,7 +78,7 @@ def test_a_proxy_in_the_way_is_said_to_the_caller_without_its_password():
 def test_of_texts_that_were_partly_done_in_time_the_longest_of_the_others_is_named():
     texts = ["x" * 50, "x" * 40, "x" * 10, "x" * 30]
     error = PartialFailure(np.zeros((3, 2), np.float32), [Failure((1, 2), DeadlineExceeded("late"))], complete=False)
-    refusal = of_client_error(error, texts, 1.5)
+    refusal = of_client_error(error, "model", texts, 1.5)
     assert refusal.status_code == 504
     assert "vectors of 4 texts within 1.5 seconds; got none of 3" in refusal.detail
     assert "text 1 is the longest with 40 characters" in refusal.detail

@@ -89,8 +89,9 @@ def test_the_commands_that_start_the_gateway_are_ones_it_understands():
     pages = (CLIENT_README, REPO / "docs" / "gateway.md")
     blocks = [block for page in pages for block in BLOCK.findall(page.read_text(encoding="utf-8"))]
     commands = [source for _, source, _ in blocks if source.startswith("nv-embed-gateway")]
-    first, second = (_parser().parse_args(shlex.split(command.replace("\\\n", ""))[1:]) for command in commands)
+    first, second, third = (_parser().parse_args(shlex.split(command.replace("\\\n", ""))[1:]) for command in commands)
     assert (first.triton_url, first.host, first.port) == ("localhost:8001", "127.0.0.1", 9000)
     names = names_of(["nv-embed-v2"], second.alias)
     assert names["text-embedding-3-large"] == names["nv-embed-v2-query"]
     assert names["claims"].meaning.instruction.endswith("it\nQuery: ")
+    assert names_of(third.model_name, third.alias)["riddles"].model == "other"

@@ -32,8 +32,17 @@ def metric(page: str, name: str) -> float:
 
 def cancelled_requests(address: Address) -> float:
     """Requests of documents that the server has answered as cancelled."""
+    return metric(server_metrics(address), 'nv_embed_requests_total{kind="documents",outcome="Cancelled"}')
+
+
+def is_computing(address: Address) -> bool:
+    """Whether tokens wait on the server while it computes others."""
+    return metric(server_metrics(address), "nv_embed_queue_tokens") > 0
+
+
+def server_metrics(address: Address) -> str:
     with urllib.request.urlopen(f"http://localhost:{address.metrics}/metrics", timeout=30) as response:
-        return metric(response.read().decode(), 'nv_embed_requests_total{kind="documents",outcome="Cancelled"}')
+        return response.read().decode()
 
 
 def without_settings() -> dict[str, str]:

@@ -3,13 +3,12 @@
 import base64
 import json
 import socket
-import time
 
 import httpx
 import numpy as np
 import openai
 import pytest
-from conftest import MAX_SEQUENCE_TOKENS, cancelled_requests, eventually, gateway_running, metric
+from conftest import MAX_SEQUENCE_TOKENS, cancelled_requests, eventually, gateway_running, is_computing, metric
 from nv_embed_client.gateway.__main__ import main
 
 TEXTS = ["How do magnets work?", "Magnets attract iron.", "日本", ""]
@@ -214,7 +213,7 @@ def test_a_client_that_hangs_up_cancels_its_work_down_to_the_model(http, gateway
         )
         connection.sendall(f"{head}\r\n\r\n".encode() + busy)
         eventually(lambda: here("requests_in_flight") == 2)  # beside the one that asks
-        time.sleep(0.3)
+        eventually(lambda: is_computing(server))
     eventually(lambda: here("hung_up_total") == hung_up_before + 1)
     eventually(lambda: cancelled_requests(server) > cancelled_before)
     assert here("requests_in_flight") == 1

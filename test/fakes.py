@@ -18,7 +18,7 @@ from nv_embed.scheduling.policy import BatchLimits
 from nv_embed.tokenizer import TokenSequence
 from serving import eventually
 
-WAIT_SECONDS = 30
+WAIT_SECONDS = 60
 
 
 class FakeEncoder:
@@ -150,7 +150,8 @@ class FakedBatcher(Batcher):
 
     def __exit__(self, *_):
         for engine in self.engines:
-            engine.gate.set()
+            if isinstance(engine, FakeEngine):
+                engine.gate.set()
         self.stop()
 
     def ask(self, *texts, is_query=False, timeout_seconds=None, way=lambda outcome: outcome) -> FakeReply:

@@ -264,13 +264,6 @@ def test_the_cache_keeps_to_its_limit_and_forgets_the_least_recently_used():
     assert 0 < batcher.published.gauges[Metric.CACHE_BYTES] <= 700
 
 
-def test_no_error_is_ever_cached_or_shared_beyond_its_batch():
-    with FakedBatcher(cache_bytes=10**6) as batcher:
-        for num_tokens in (13, 13, 666, 666):
-            assert isinstance(batcher.ask(num_tokens).outcome(), ComputeFailed)
-    assert len(batcher.engine.batches) == 4
-
-
 # --- passes ---------------------------------------------------------------------------------------------
 
 

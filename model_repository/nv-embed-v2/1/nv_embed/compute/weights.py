@@ -41,6 +41,8 @@ def load_network(folder: Path, network: Network, device: torch.device, rounding:
     """
     with ExitStack() as stack:
         tensors = _open(folder, stack)
+        if all(name.startswith(network.optional_prefix) for name in tensors):
+            tensors = {name.removeprefix(network.optional_prefix): source for name, source in tensors.items()}
         _check_complete(tensors, checkpoint_shapes(network))
         fill_network(network, tensors, device, rounding)
 

@@ -5,6 +5,7 @@ All that is this model's own is here. Shapes: T tokens of S sequences in one row
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from nv_embed.models.mistral import MistralNetwork, MistralSizes, read_sizes, rm
 from nv_embed.models.pipeline import mean_pooling
 from nv_embed.models.protocol import PackedBatch, Read, Work, mean_shares
 from nv_embed.tokenizer import Template, Tokenizer
+
+logger = logging.getLogger(__name__)
 
 _TEMPLATE = Template(first="<s>", last="", is_instruction_pooled=True, is_first_optional=True)
 _ROPE_KEYS = (
@@ -65,7 +68,8 @@ class NemotronCheckpoint(MistralSizes):
         for key in ("auto_map", "quantization_config", "sliding_window", "partial_rotary_factor"):
             if config.raw.get(key) is not None:
                 config.refuse(key, "null: nothing of the kind is supported")
-        if config.raw.get("layer_types") not in (None, ["full_attention"] * config.integer("num_hidden_layers")):
+        layer_types = config.raw.get("layer_types") or []
+        if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
             config.refuse("layer_types", "'full_attention' for each layer")
         pooling = mean_pooling(folder)
         assert pooling, "the folder is of another kind"
@@ -77,14 +81,20 @@ class NemotronCheckpoint(MistralSizes):
             rope_keys=_ROPE_KEYS,
         )
         prompts = Section.of_file(folder / "config_sentence_transformers.json").section("prompts", {})
+        query, document, passage = (_prompt(prompts, name) for name in ("query", "document", "passage"))
+        # sentence-transformers begins with an empty prompt named "document", and so never uses one named "passage".
+        if passage and not document:
+            logger.warning(
+                "the prompt named 'passage', %a, is not used, as in sentence-transformers, because documents have the "
+                "one named 'document'; to use it, set document_prompt",
+                passage,
+            )
         return cls(
             **asdict(sizes),
             yarn=_read_yarn(config, sizes.rope_theta),
             dtype=config.dtype(),
-            # By these names alone: sentence-transformers never uses a prompt named "passage", because it begins with
-            # an empty one named "document".
-            query_instruction=_prompt(prompts, "query"),
-            document_instruction=_prompt(prompts, "document"),
+            query_instruction=query,
+            document_instruction=document,
             longest_text=_longest_text(folder, config),
         )
 
@@ -192,15 +202,8 @@ class NemotronNetwork(MistralNetwork):
 
     def to_vectors(self, x: Tensor, batch: PackedBatch, work: Work) -> Tensor:
         """What the last layer returns, [T, C], to [S, C] float32 rows of length 1: the mean of normed tokens."""
-        shares = [
-            mean_shares(
-                rms_norm(x.index_select(0, batch.pooled_indices[rows]), self.norm, self.config.rms_norm_eps),
-                batch.pooled_seqlens,
-                rows,
-            )
-            for rows in work.pieces(len(batch.pooled_indices), self.config.hidden_size)
-        ]
-        return functional.normalize(torch.stack(shares).sum(dim=0), dim=-1)
+        pooled = rms_norm(x.index_select(0, batch.pooled_indices), self.norm, self.config.rms_norm_eps)
+        return functional.normalize(mean_shares(pooled, batch.pooled_seqlens, slice(0, len(pooled))), dim=-1)
 
 
 def yarn_frequencies(config: NemotronCheckpoint) -> Tensor:

@@ -74,7 +74,6 @@ class Target:
     threads: Executor  # for HTTP
     expected: Expected
     has_small_limits: bool
-    kinds: tuple[str, ...]
     seed: int
     answer_seconds: float  # until a request counts as unanswered
 
@@ -232,18 +231,16 @@ class Client:
         return self._infer(right, [_raw("query", [1], [b"q"])], {name: value})
 
     def hostile_size(self) -> Drawn:
-        size = self.rng.choice(("long text", "long text refused", "many documents", "many bytes", "long instruction"))
-        query, right = [_raw("query", [1], [b"word " * 20_000])], ANY_TEXT
-        if size == "long text":
-            return self._infer(right, query)
-        if size == "long text refused":
-            return self._infer(right, query, {"truncate": "NONE"})
-        if size == "long instruction":
-            return self._infer(right, [_raw("query", [1], [b"q"])], {"instruction": "word " * 5000})
-        if not self.target.has_small_limits:
-            return self.hostile_inputs()
-        elements = [b""] * 201 if size == "many documents" else [b"x" * 100_000] * 5
-        return self._infer(INVALID, [_raw("documents", [1, len(elements)], elements)])
+        long = [_raw("query", [1], [b"word " * 20_000])]
+        drawn: list[tuple[frozenset[str], list[Input], dict[str, Any]]] = [
+            (ANY_TEXT, long, {}),
+            (ANY_TEXT, long, {"truncate": "NONE"}),
+            (ANY_TEXT, [_raw("query", [1], [b"q"])], {"instruction": "word " * 5000}),
+        ]
+        if self.target.has_small_limits:
+            drawn += [(INVALID, [_raw("documents", [1, 201], [b""] * 201)], {}),
+                      (INVALID, [_raw("documents", [1, 5], [b"x" * 100_000] * 5)], {})]  # fmt: skip
+        return self._infer(*self.rng.choice(drawn))
 
     def hostile_model(self) -> Drawn:
         message = infer_request(["q"], True)
@@ -319,7 +316,7 @@ class Client:
 
     def draw(self) -> tuple[str, frozenset[str], Callable[[], Awaitable[Outcome]]]:
         """The next request: kind, codes that are right, and what to do."""
-        kinds = [kind for kind in self.target.kinds if "http" not in kind or self.target.http_port]
+        kinds = [kind for kind in self.KINDS if "http" not in kind or self.target.http_port]
         kind = self.rng.choices(kinds, [self.KINDS[kind] for kind in kinds])[0]
         right, run = getattr(self, kind)()
         return kind, right, run

@@ -62,14 +62,13 @@ from abuse import (
     texts_of,
 )
 from bare_engine import BareEngine
-from loads import METHOD, infer_request
+from loads import CHANNEL_OPTIONS, METHOD, infer_request
 from post_mortem import last_words, stack_of
 from processes import Usage, growth, memory_of, processes_of
-from started_server import ROOT, end_on_sigterm, is_ready, progress, started_server
+from started_server import ROOT, StartedServer, end_on_sigterm, progress
 from tritonclient.grpc import service_pb2 as pb
 
 STREAM_METHOD = "/inference.GRPCInferenceService/ModelStreamInfer"
-LOG_NAME = "server.log"
 MEMORY_GROWTH_LIMIT = 0.05
 GRACE_SECONDS = 2  # in which clients find a server that is ready again
 KILL_SHARE = 0.3  # of the requests; the rest judges memory, once its first quarter is over
@@ -82,11 +81,9 @@ LIMITS = {  # of a server started here: small, so that a request can be over the
     "NV_EMBED_CACHE_MEBIBYTES": "2",  # full at once, so that it evicts and its filling is no growth of memory
 }
 # What Triton itself says while the model's process is dead or the server goes down; only right around a kill.
-GOING_DOWN = frozenset({"UNAVAILABLE", "NOT_FOUND", "CANCELLED", "INTERNAL", STREAM_ERROR, "HTTP 503", "HTTP 404",
-                        "HTTP 400", "HTTP 500", "HTTP broken", REFUSED})  # fmt: skip
-CHANNEL_OPTIONS = (
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.max_send_message_length", -1),
+GOING_DOWN = frozenset({"NOT_FOUND", "CANCELLED", "INTERNAL", STREAM_ERROR, "HTTP 404", "HTTP 400", "HTTP 500",
+                        "HTTP broken", REFUSED})  # fmt: skip
+RECONNECT_OPTIONS = (
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 500),  # a restarted server is found again at once
     ("grpc.use_local_subchannel_pool", 1),
@@ -98,7 +95,6 @@ class Tally:
     """What became of all requests."""
 
     requests: int = 0
-    hostile: int = 0
     unanswered: int = 0
     answered_twice: int = 0
     wrong_rows: int = 0
@@ -115,24 +111,17 @@ class Soak:
     """Everything that one run shares."""
 
     def __init__(
-        self,
-        arguments: argparse.Namespace,
-        url: str,
-        http_port: int | None,
-        root_pid: int | None = None,  # this and what follows: of a server started here
-        engine: Any = None,
-        folder: Path | None = None,
+        self, arguments: argparse.Namespace, started: StartedServer | None = None, engine: BareEngine | None = None
     ) -> None:
-        self.arguments, self.url, self.http_port = arguments, url, http_port
-        self.root_pid, self.engine, self.folder = root_pid, engine, folder
-        self.log = folder / LOG_NAME if folder else None
+        """`started`: a server with a folder of its own for log and cores, and `engine`: what its rows should be."""
+        self.arguments, self.started, self.engine = arguments, started, engine
         self.tally = Tally()
         self.usages: list[Usage] = []
         self.kills: list[dict[str, Any]] = []
         self.threads = ThreadPoolExecutor(16)
         self.up = asyncio.Event()
         self.excused_until = 0.0
-        self.server: int | None = None  # its pid; none: it is being killed, or runs elsewhere
+        self.server: int | None = None  # pid of tritonserver; none: it is being killed, or runs elsewhere
         self.log_size = 0  # when the server was last seen well
         self.done = False
         self.judged_from = 0.0
@@ -140,15 +129,16 @@ class Soak:
 
     async def run(self) -> None:
         """All of it."""
-        arguments = self.arguments
-        async with grpc.aio.insecure_channel(self.url, options=CHANNEL_OPTIONS) as channel:
+        arguments, started = self.arguments, self.started
+        host, _, grpc_port = (f"127.0.0.1:{started.ports.grpc}" if started else arguments.url).rpartition(":")
+        options = (*CHANNEL_OPTIONS, *RECONNECT_OPTIONS)
+        async with grpc.aio.insecure_channel(f"{host}:{grpc_port}", options=options) as channel:
             write, parse = pb.ModelInferRequest.SerializeToString, pb.ModelInferResponse.FromString
             self.infer = channel.unary_unary(METHOD, request_serializer=write, response_deserializer=parse)
-            host, _, port = self.url.rpartition(":")
             target = Target(
                 host=host,
-                grpc_port=int(port),
-                http_port=self.http_port,
+                grpc_port=int(grpc_port),
+                http_port=started.ports.http if started else arguments.http_port,
                 infer=self.infer,
                 infer_bytes=channel.unary_unary(METHOD, response_deserializer=parse),
                 stream=channel.stream_stream(
@@ -158,20 +148,19 @@ class Soak:
                 ),
                 threads=self.threads,
                 expected=await self.expect(),
-                has_small_limits=self.root_pid is not None,
-                kinds=tuple(arguments.kinds),
+                has_small_limits=started is not None,
                 seed=arguments.seed,
                 answer_seconds=arguments.answer_seconds,
             )
             self.up.set()
-            self.server = None if self.root_pid is None else processes_of(self.root_pid).get("server")
-            started = time.monotonic()
+            self.server = self.pids().get("server")
+            begun = time.monotonic()
             helpers = [asyncio.ensure_future(self._watch())]
             if arguments.kills:
                 helpers.append(asyncio.ensure_future(self._kill()))
             deadline = time.monotonic() + 60 * arguments.minutes
             await asyncio.gather(*(self._client(Client(target, n), deadline) for n in range(arguments.clients)))
-            self.seconds = time.monotonic() - started
+            self.seconds = time.monotonic() - begun
             self.done = True
             for helper in helpers:
                 await helper
@@ -195,14 +184,14 @@ class Soak:
         if self.engine is not None:
             return Expected(texts, *(self.engine.embed(texts, i) for i in (QUERY_INSTRUCTION, "", OTHER_INSTRUCTION)))
 
-        async def ask(text: str, is_query: bool, instruction: str | None) -> Any:
-            message = infer_request([text], is_query)
-            if instruction is not None:
-                message.parameters["instruction"].string_param = instruction
-            return rows_of(await self.infer(message))[0]
-
         async def ask_all(is_query: bool, instruction: str | None = None) -> Any:
-            return np.stack([await ask(text, is_query, instruction) for text in texts])
+            rows = []
+            for text in texts:
+                message = infer_request([text], is_query)
+                if instruction is not None:
+                    message.parameters["instruction"].string_param = instruction
+                rows.append(rows_of(await self.infer(message)))
+            return np.concatenate(rows)
 
         return Expected(texts, await ask_all(True), await ask_all(False), await ask_all(False, OTHER_INSTRUCTION))
 
@@ -211,7 +200,6 @@ class Soak:
         while tally.requests < self.arguments.requests and time.monotonic() < deadline:
             kind, right, run = client.draw()
             tally.requests += 1
-            tally.hostile += kind.startswith("hostile")
             tally.kinds[kind] += 1
             started = time.monotonic()
             try:
@@ -250,14 +238,14 @@ class Soak:
     def notice(self, server: int) -> None:
         """A server that is another one than the last, though nobody ended that, replaces one that ended unasked."""
         if self.server not in (None, server):
-            words = last_words(self.log, self.log_size) if self.log else "nobody knows"
+            words = last_words(self.started.log, self.log_size) if self.started else "nobody knows"
             self.tally.unasked_ends.append(words)
             progress(f"the server ended unasked:\n{words}")
             self.server = server
 
     def _keep_cores(self) -> None:
         """Give core dumps names of their own, because the next may have the same; one that was asked for goes."""
-        for core in self.folder.glob("core*") if self.folder else []:
+        for core in self.cores("core*"):
             if self.server is None:
                 core.unlink()
             else:
@@ -272,21 +260,29 @@ class Soak:
 
     async def _look(self) -> None:
         """Whether the server is there, and is the same, and how much memory it has."""
-        if self.root_pid is None:
+        if self.started is None:
             return
         self._keep_cores()
-        log_size = self.log.stat().st_size if self.log else 0
+        log_size = self.started.log.stat().st_size
         is_ready = await self.is_ready()
         (self.up.set if is_ready else self.up.clear)()
-        if is_ready and (usage := memory_of(self.root_pid)) is not None:
+        if is_ready and (usage := memory_of(self.started.process.pid)) is not None:
             self.usages.append(usage)
             self.notice(usage.pid)
             self.log_size = log_size
 
     async def is_ready(self) -> bool:
         """Whether the server says so."""
-        assert self.http_port is not None
-        return await asyncio.get_running_loop().run_in_executor(self.threads, is_ready, self.http_port)
+        assert self.started is not None
+        return await asyncio.get_running_loop().run_in_executor(self.threads, self.started.answers)
+
+    def pids(self) -> dict[str, int]:
+        """Of the processes of the server started here."""
+        return processes_of(self.started.process.pid) if self.started else {}
+
+    def cores(self, pattern: str) -> list[Path]:
+        """Core dumps of the server started here."""
+        return sorted(self.started.log.parent.glob(pattern)) if self.started else []
 
     async def _kill(self) -> None:
         """The kills, spread over the first part of the requests."""
@@ -298,7 +294,7 @@ class Soak:
             while self.tally.requests < target and not self.done:
                 await asyncio.sleep(0.1)
             whom, with_signal = ways[number % len(ways)]
-            pids = processes_of(self.root_pid or 0)
+            pids = self.pids()
             if self.done or whom not in pids:
                 break
             await self.kill_once(pids, whom, with_signal)
@@ -311,7 +307,7 @@ class Soak:
         os.kill(pids[whom], with_signal)
         while not self.done:
             await asyncio.sleep(0.2)
-            server = processes_of(self.root_pid or 0).get("server")
+            server = self.pids().get("server")
             if server not in (None, pids["server"]) and await self.is_ready():
                 break
         else:
@@ -343,7 +339,7 @@ def report(soak: Soak) -> dict[str, Any]:
         and slowest <= soak.arguments.restart_seconds,
         "seed": soak.arguments.seed,
         "requests": tally.requests,
-        "hostile": tally.hostile,
+        "hostile": sum(count for kind, count in tally.kinds.items() if kind.startswith("hostile")),
         "seconds": round(soak.seconds, 1),
         "unasked_ends": len(tally.unasked_ends),
         "unanswered": tally.unanswered,
@@ -374,7 +370,7 @@ def report(soak: Soak) -> dict[str, Any]:
         print(f"wrong code, {count} times: {key!a}")
     for words in tally.unasked_ends:
         print(f"the server ended unasked; its last words:\n{words}")
-    for core in sorted(soak.folder.glob("crash-*")) if soak.folder else []:
+    for core in soak.cores("crash-*"):
         print(stack_of(core))
     return result
 
@@ -387,8 +383,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=60, help="at most (%(default)s)")
     parser.add_argument("--clients", type=int, default=32, help="(%(default)s)")
     parser.add_argument("--kills", type=int, default=0, help="of the server started here (%(default)s)")
-    parser.add_argument("--kinds", nargs="+", choices=list(Client.KINDS), default=list(Client.KINDS), metavar="KIND",
-                        help="of requests (all: %(default)s)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=1, help="(%(default)s)")
     parser.add_argument("--answer-seconds", type=float, default=90, help="until unanswered (%(default)s)")
     parser.add_argument("--restart-seconds", type=float, default=60,  # Triton's 30 to stop and as many to start
@@ -405,11 +399,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     arguments = parse()
     end_on_sigterm()
-    folder = None
     with ExitStack() as stack:
-        if arguments.url:
-            server: tuple[Any, ...] = (arguments.url, arguments.http_port)
-        else:
+        started = engine = None
+        if not arguments.url:
             os.environ |= LIMITS  # the engine reads the longest text from them too
             engine = BareEngine(arguments.checkpoint, arguments.device)
             stack.callback(engine.stop)
@@ -421,14 +413,13 @@ def main() -> int:
             progress(f"starting the server; its log is in {folder}")
             os.chdir(folder)  # where a process that crashes leaves its core
             resource.setrlimit(resource.RLIMIT_CORE, (resource.getrlimit(resource.RLIMIT_CORE)[1],) * 2)
-            process, ports = stack.enter_context(started_server(settings, folder / LOG_NAME))
-            server = (f"127.0.0.1:{ports.grpc}", ports.http, process.pid, engine, folder)
-        soak = Soak(arguments, *server)
+            started = stack.enter_context(StartedServer(folder / "server.log", settings))
+        soak = Soak(arguments, started, engine)
         asyncio.run(soak.run())
     result = report(soak)
-    if folder and result["passed"]:
+    if started and result["passed"]:
         shutil.rmtree(folder)
-    elif folder:
+    elif started:
         print(f"log and cores are kept in {folder}")
     print(json.dumps(result))
     return 0 if result["passed"] else 1

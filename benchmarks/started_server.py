@@ -14,8 +14,8 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -82,11 +82,6 @@ def answers(url: str) -> bool:
             return True
     except OSError:
         return False
-
-
-def is_ready(http_port: int) -> bool:
-    """Whether the server there says that it is ready."""
-    return answers(f"http://127.0.0.1:{http_port}/v2/health/ready")
 
 
 class Started:
@@ -216,13 +211,6 @@ class StartedGateway(Started):
         listen = ["--host", "127.0.0.1", "--port", str(self.port)]
         command = [Path(sys.executable).parent / "nv-embed-gateway", "--triton-url", triton_url, *listen, *arguments]
         super().__init__(command, f"{self.url}/health/live", log, os.environ if environ is None else environ)
-
-
-@contextmanager
-def started_server(settings: Mapping[str, str], log: Path) -> Iterator[tuple[subprocess.Popen[bytes], Ports]]:
-    """A ready server, in the environment of the caller; stopped at the end."""
-    with StartedServer(log, settings) as server:
-        yield server.process, server.ports
 
 
 def batch_tokens_of(log: Path) -> int | None:

@@ -71,21 +71,12 @@ class Server(StartedServer):
     def embed_documents(self, texts, **parameters):
         return self.infer(documents=texts, parameters=parameters)["embeddings"]
 
-    def metrics_by_name(self) -> dict[str, float]:
-        """Each series on the metrics port by its name and labels, half a second from now.
-
-        On an idle machine what was just counted is there by then. A test that must not fail on a busy one says what it
-        waits for: `metrics_once`.
-        """
-        time.sleep(0.5)
-        return self.metrics_now()
-
     def metrics_once(self, holds: Callable[[dict[str, float]], bool]) -> dict[str, float]:
-        """The same as soon as `holds` is true of it; AssertionError if that takes longer than DEADLINE_SECONDS."""
+        """`metrics_now` as soon as `holds` is true of it; AssertionError after DEADLINE_SECONDS."""
         return eventually(lambda: metrics if holds(metrics := self.metrics_now()) else None)
 
     def metrics_now(self) -> dict[str, float]:
-        """Those that are published by now."""
+        """Each series on the metrics port by its name and labels; what was just counted comes a moment later."""
         with urllib.request.urlopen(f"http://localhost:{self.metrics}/metrics", timeout=DEADLINE_SECONDS) as response:
             lines = response.read().decode().splitlines()
         return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
@@ -104,10 +95,11 @@ class Server(StartedServer):
 
 def eventually(condition: Callable[[], Any], seconds: float = DEADLINE_SECONDS) -> Any:
     """What `condition` returns, once that is true; AssertionError if it takes longer."""
-    deadline = time.monotonic() + seconds
+    deadline, pause_seconds = time.monotonic() + seconds, 0.001
     while not (found := condition()):
         assert time.monotonic() < deadline, f"it did not happen in {seconds} s"
-        time.sleep(0.05)
+        time.sleep(pause_seconds)
+        pause_seconds = min(2 * pause_seconds, 0.05)
     return found
 
 

@@ -183,32 +183,41 @@ def test_soak_excuses_what_a_kill_breaks_until_the_server_is_ready_again_and_no_
     script = """
 import asyncio, json, os, signal, time, soak
 
-soak.GRACE_SECONDS = 0.3
-pids, is_ready, killed = {"server": 1, "worker": 2}, True, []
-soak.processes_of = lambda root: pids
+pids, is_ready, killed, num_looks = {"server": 1, "worker": 2}, True, [], 0
 os.kill = lambda pid, with_signal: killed.append(pid)
+
+class Soak(soak.Soak):
+    def pids(self):
+        global num_looks
+        num_looks += 1
+        return pids
+    async def is_ready(self):
+        return is_ready
+
+async def some_looks():
+    enough = num_looks + 2
+    while num_looks < enough:
+        await asyncio.sleep(0.01)
 
 async def main():
     global pids, is_ready
-    run = soak.Soak(soak.parse(["--kills", "1"]), "localhost:8001", 8000, 7, None)
+    run = Soak(soak.parse(["--kills", "1"]))
     run.server = 1
-    async def ready(): return is_ready
-    run.is_ready = ready
-    excused = lambda: [run.is_excused(code, time.monotonic()) for code in ("HTTP broken", soak.REFUSED)]
+    def excused(later=0):
+        return [run.is_excused(code, time.monotonic() + later) for code in ("HTTP broken", soak.REFUSED)]
     said = {"before": excused()}
     kill = asyncio.ensure_future(run.kill_once(pids, "worker", signal.SIGKILL))
-    await asyncio.sleep(0.5)
+    await some_looks()
     said["still the old one"] = excused()
     pids, is_ready = {"server": 3, "worker": 4}, False
-    await asyncio.sleep(0.5)
+    await some_looks()
     said["not ready"] = excused()
     is_ready = True
     await kill
     said["moment after"] = excused()
-    await asyncio.sleep(0.4)
-    said["after"] = excused()
+    said["after"] = excused(soak.GRACE_SECONDS)
     passed = {"once killed": soak.report(run)["passed"]}
-    run.arguments.restart_seconds = 0.9
+    run.arguments.restart_seconds = 0.5
     passed["slow"] = soak.report(run)["passed"]
     run.arguments.restart_seconds = 60
     run.notice(3)
@@ -234,7 +243,7 @@ run = soak.Soak.run
 async def crash(self):
     while self.tally.requests < 100:
         await asyncio.sleep(0.1)
-    os.kill(soak.processes_of(self.root_pid)["server"], signal.SIGSEGV)
+    os.kill(self.pids()["server"], signal.SIGSEGV)
 async def run_and_crash(self):
     await asyncio.gather(run(self), crash(self))
 soak.Soak.run = run_and_crash

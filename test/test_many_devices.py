@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 from dataclasses import replace
 from random import Random
@@ -11,16 +10,14 @@ from random import Random
 import numpy as np
 import pytest
 import torch
+from fakes import WAIT_SECONDS, FakedBatcher
 from nv_embed.compute import loading
 from nv_embed.compute.loading import load_engine, load_engines
 from nv_embed.errors import DeviceLost, Unavailable
 from nv_embed.models import read_checkpoint
-from nv_embed.requests import EmbedRequest
 from nv_embed.scheduling.answers import Answer
-from nv_embed.scheduling.batcher import Batcher, BatchLimits
 from serving import Server
 
-WAIT_SECONDS = 60
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
 
 
@@ -44,19 +41,6 @@ class CountingEngine:
         return self.engine.compute(lambda: sequences, pause)
 
 
-class Reply:
-    def __init__(self):
-        self.outcomes, self.answered = [], threading.Event()
-
-    def is_cancelled(self):
-        return False
-
-    def send(self, outcome):
-        self.outcomes.append(outcome)
-        self.answered.set()
-        return outcome
-
-
 @pytest.fixture(scope="module")
 def checkpoint(toy):
     config = read_checkpoint(toy)
@@ -68,21 +52,9 @@ def requests(num_requests):
     return [[" ".join(random.choices(WORDS, k=random.randint(1, 60))) for _ in range(20)] for _ in range(num_requests)]
 
 
-def submit_all(batcher, texts):
-    replies = []
-    for documents in texts:
-        replies.append(Reply())
-        size = sum(map(len, documents))
-        batcher.submit(EmbedRequest(tuple(documents), "", True, False, size, None), replies[-1])
-    return replies
-
-
-def start(tokenizer, engines, on_fatal=lambda: None):
-    limits = BatchLimits(
-        max_batch_tokens=600, target_batch_seconds=None, max_queue_tokens=10**7, max_queue_bytes=10**8,
-        max_queue_texts=10**5, max_queue_seconds=60.0, query_weight=8, cache_bytes=0,
-    )  # fmt: skip
-    return Batcher(tokenizer, engines, limits, on_fatal=on_fatal, publish=lambda values: None)
+def batching(tokenizer, engines):
+    limits = {"max_batch_tokens": 600, "max_queue_tokens": 10**7, "max_queue_bytes": 10**8}
+    return FakedBatcher(*engines, encoder=tokenizer, **limits)
 
 
 @pytest.mark.slow
@@ -92,17 +64,11 @@ def test_two_engines_share_the_work_of_one_queue_and_give_the_rows_of_one(checkp
     # Devices of one speed, so slow that whatever else this machine does counts for little.
     engines = [CountingEngine(alone, seconds_per_token=1e-4) for _ in range(2)]  # threads of a CPU share one engine
     texts = requests(60)
-    batcher = start(tokenizer, engines)
-    try:
-        replies = submit_all(batcher, texts)
+    with batching(tokenizer, engines) as batcher:
+        replies = [batcher.ask(*documents) for documents in texts]
         for documents, reply in zip(texts, replies, strict=True):
-            assert reply.answered.wait(WAIT_SECONDS)
-            (outcome,) = reply.outcomes
-            assert isinstance(outcome, Answer)
             expected = alone.embed(tokenizer.encode(documents, "", truncate=True, first_index=0))
-            np.testing.assert_allclose(outcome.embeddings(), expected, atol=1e-5)
-    finally:
-        batcher.stop()
+            np.testing.assert_allclose(reply.outcome().embeddings(), expected, atol=1e-5)
     shares = [engine.num_tokens / sum(other.num_tokens for other in engines) for engine in engines]
     assert max(shares) <= 1.2 * min(shares), shares
 
@@ -141,18 +107,12 @@ def test_when_one_of_two_devices_fails_everyone_is_answered_once_and_the_server_
     folder, config, tokenizer = checkpoint
     engine = load_engine(folder, config, device="cpu", dtype="float32")
     engines = [CountingEngine(engine), CountingEngine(engine, batches_to_live=3)]
-    restart = threading.Event()
-    batcher = start(tokenizer, engines, on_fatal=restart.set)
-    try:
-        replies = submit_all(batcher, requests(60))
-        assert restart.wait(WAIT_SECONDS)
-        assert all(reply.answered.wait(WAIT_SECONDS) for reply in replies)
-        outcomes = [outcome for reply in replies for outcome in reply.outcomes]
-        assert len(outcomes) == len(replies)
-        assert {type(outcome) for outcome in outcomes} <= {Answer, Unavailable}
-        assert any(isinstance(outcome, Unavailable) for outcome in outcomes)
-    finally:
-        batcher.stop()
+    with batching(tokenizer, engines) as batcher:
+        replies = [batcher.ask(*documents) for documents in requests(60)]
+        assert batcher.fatal.wait(WAIT_SECONDS)
+        kinds = {type(reply.outcome()) for reply in replies}
+        assert kinds <= {Answer, Unavailable}
+        assert Unavailable in kinds
 
 
 def test_a_server_with_two_devices_gives_the_originals_rows(toy, tmp_path):

@@ -159,18 +159,22 @@ def test_what_only_this_project_s_networks_can_do_is_refused_for_a_library(tmp_p
 # --- the rest knows none of them -------------------------------------------------------------------------
 
 
-def test_what_is_nv_embeds_own_stands_in_one_file():
-    """Names of its tensors, its template and its instruction; the scheduler does without torch, too."""
+def test_what_is_one_models_own_stands_in_one_file():
+    """Names, templates, instructions, positions; the scheduler does without torch, too."""
     package = ROOT / "model_repository" / "nv-embed-v2" / "1" / "nv_embed"
     for path in package.rglob("*.py"):
         text = path.read_text("utf-8")
-        if path.name != "nv_embed.py":
-            for own in ("latent", "embedding_model", "</s>", "Instruct:"):
+        for file, words in {
+            "nv_embed.py": ("latent", "embedding_model", "</s>", "Instruct:"),
+            "nemotron.py": ("yarn", "llama_4", "mscale", "Ministral"),
+        }.items():
+            for own in words if path.name != file else ():
                 assert own not in text, f"{own} in {path}"
         if path.parent.name == "scheduling" or path.name == "sequence.py":
             assert "import torch" not in text
         if path.parent.name in ("compute", "scheduling"):
             assert "models.nv_embed" not in text
             assert "models.mistral" not in text
+            assert "models.nemotron" not in text
         if path.parent.name == "models":
             assert "nv_embed.compute" not in text

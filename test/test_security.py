@@ -7,7 +7,6 @@ import shlex
 import socket
 import subprocess
 import threading
-import time
 import urllib.error
 import urllib.request
 from contextlib import suppress
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton
 from pytriton.client import ModelClient
-from serving import MODEL_NAME, Server, bytes_input, free_ports
+from serving import MODEL_NAME, Server, bytes_input, eventually, free_ports
 
 pytestmark = pytest.mark.server
 ADMINISTRATION = {
@@ -97,7 +96,7 @@ def test_a_client_may_ping_often_and_keeps_its_connection(toy_server):
             assert client.is_server_live()
             sent = relay.num_bytes
             # A ping has 17 bytes; without a call nothing else is sent, but answers to the server's own pings.
-            wait_until(lambda: relay.num_bytes > sent + 20 * 17)
+            eventually(lambda: relay.num_bytes > sent + 20 * 17)
             assert client.infer(MODEL_NAME, [bytes_input("query", ["x"])]).as_numpy("embeddings").shape == (1, 64)
         assert relay.num_connections == 1
 
@@ -146,13 +145,6 @@ class Relay:
                     self.num_bytes += len(data)
                 target.sendall(data)
             target.shutdown(socket.SHUT_WR)
-
-
-def wait_until(condition) -> None:
-    deadline = time.monotonic() + 300
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 # --- TLS ------------------------------------------------------------------------------------------------
@@ -210,7 +202,7 @@ def test_with_tls_and_a_client_authority_only_clients_with_a_certificate_are_ser
             return len(json.load(response)["data"][0]["embedding"]) == 64
         return False
 
-    wait_until(embed_through_the_gateway)
+    eventually(embed_through_the_gateway)
     assert server.stop() == 0
 
 

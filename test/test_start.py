@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass, field
@@ -18,17 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from serving import ROOT, free_ports
+from serving import ROOT, eventually, free_ports
 
 SECONDS = 600  # for what takes some seconds on a quiet machine
 WITH_GATEWAY = ROOT / "tools" / "with_gateway.py"
-
-
-def wait_until(condition) -> None:
-    deadline = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 @dataclass(frozen=True)
@@ -81,7 +73,7 @@ def test_the_gateway_serves_beside_the_server_is_started_again_alone_and_stops_w
     proxy = {"http_proxy": "http://127.0.0.1:9", "no_proxy": "example.com"}
     settings = gateway.settings(gateway_venv) | proxy | {"RESTART": "always"}
     server = start(tmp_path / "log.txt", toy, settings)
-    wait_until(gateway.answers)
+    eventually(gateway.answers)
     assert f"http://127.0.0.1:{gateway.port}/v1" in server.log_text()
     np.testing.assert_allclose(gateway.embed(["a", "b"]), server.embed_documents(["a", "b"]), atol=1e-5)
     with pytest.raises(urllib.error.HTTPError, match="401") as refused:
@@ -94,8 +86,8 @@ def test_the_gateway_serves_beside_the_server_is_started_again_alone_and_stops_w
         if "nv_embed_client" in command and "supervise.sh" not in command
     )
     os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: "supervise.sh: ended with exit code 137" in server.log_text())
-    wait_until(gateway.answers)
+    eventually(lambda: "supervise.sh: ended with exit code 137" in server.log_text())
+    eventually(gateway.answers)
     assert server.answers()
 
     processes = descendants(server.process.pid)
@@ -149,7 +141,7 @@ def test_on_a_signal_the_gateway_ends_before_the_server_is_told_and_the_exit_cod
     says_when = "signal.signal(signal.SIGTERM, lambda *_: (print({!r}, flush=True), sys.exit({})))\n"
     ready = "pathlib.Path(sys.argv[1] + '-on').touch(); " + SLEEP
     process = both(says_when.format("gateway", 5) + ready, says_when.format("server", 3) + ready)
-    wait_until(lambda: (tmp_path / "gateway-on").exists() and (tmp_path / "server-on").exists())
+    eventually(lambda: (tmp_path / "gateway-on").exists() and (tmp_path / "server-on").exists())
     process.send_signal(number)
     said, _ = process.communicate(timeout=SECONDS)
     assert said.split() == ["gateway", "server"]
@@ -159,7 +151,7 @@ def test_on_a_signal_the_gateway_ends_before_the_server_is_told_and_the_exit_cod
 def test_a_gateway_that_does_not_end_is_killed_after_its_server(both, tmp_path):
     stubborn = "signal.signal(signal.SIGTERM, signal.SIG_IGN); pathlib.Path(sys.argv[1] + '-on').touch(); " + SLEEP
     process = both(stubborn, END_WITH.format(0))
-    wait_until(lambda: (tmp_path / "gateway-on").exists() and (tmp_path / "server-on").exists())
+    eventually(lambda: (tmp_path / "gateway-on").exists() and (tmp_path / "server-on").exists())
     process.terminate()
     assert process.communicate(timeout=SECONDS) == ("", "")
     assert process.returncode == 0
@@ -197,12 +189,12 @@ def test_repository_environment_and_checkpoint_may_be_in_a_folder_of_any_name(to
         "RESTART": "always",  # the second server has to find the folders, too
     }
     server = start(folder / "log.txt", checkpoint, settings, command=[repository / "serve.sh"])
-    wait_until(gateway.answers)
+    eventually(gateway.answers)
     rows = server.embed_documents(["of any name"])
     np.testing.assert_allclose(gateway.embed(["of any name"]), rows, atol=1e-5)
     (pid,) = (pid for pid, command in descendants(server.process.pid).items() if "/bin/tritonserver --" in command)
     os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: server.answers() and gateway.answers())
+    eventually(lambda: server.answers() and gateway.answers())
     np.testing.assert_array_equal(server.embed_documents(["of any name"]), rows)
     assert server.stop() == 0
 

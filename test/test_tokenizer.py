@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -96,6 +97,38 @@ def test_a_missing_damaged_or_foreign_file_is_said(toy, tmp_path):
     )
     with pytest.raises(CheckpointError, match="puts '<s>' before a text"):
         tokenizer(tmp_path)
+
+
+def saved_with(path, folder, **changes):
+    """Another tokenizer.json, with some of its parts changed."""
+    (folder / "tokenizer.json").write_text(json.dumps(json.loads(path.read_text("utf-8")) | changes), encoding="utf-8")
+    return folder
+
+
+def test_lengths_that_were_set_when_the_file_was_saved_do_not_count(toy, tmp_path):
+    truncation = {"direction": "Left", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    padding = {"strategy": {"Fixed": 9}, "direction": "Left", "pad_to_multiple_of": None, "pad_id": 0,
+               "pad_type_id": 0, "pad_token": "<unk>"}  # fmt: skip
+    saved = saved_with(toy / "tokenizer.json", tmp_path, truncation=truncation, padding=padding)
+    texts = ["x", "some words to count, more than a few of them"]
+    for ours, theirs in zip(tokenizer(saved).encode(texts, ""), tokenizer(toy).encode(texts, ""), strict=True):
+        assert ours.input_ids.tolist() == theirs.input_ids.tolist()
+
+
+def test_a_file_that_itself_ends_texts_is_refused_and_one_that_begins_none_only_where_that_is_foreign(toy, tmp_path):
+    raw = json.loads((toy / "tokenizer.json").read_text("utf-8"))["post_processor"]
+    raw["single"].append({"SpecialToken": {"id": "</s>", "type_id": 0}})
+    raw["special_tokens"]["</s>"] = {"id": "</s>", "ids": [2], "tokens": ["</s>"]}
+    with pytest.raises(CheckpointError, match=r"nothing else and knows '</s>'; got one that puts '<s></s>' around it"):
+        tokenizer(saved_with(toy / "tokenizer.json", tmp_path, post_processor=raw))
+    bare = saved_with(toy / "tokenizer.json", tmp_path, post_processor=None)
+    with pytest.raises(CheckpointError, match="got one that puts '' around it"):
+        tokenizer(bare)
+    template = Template(first="<s>", last="", is_instruction_pooled=True, is_first_optional=True)
+    optional = Tokenizer(bare / "tokenizer.json", template, vocab_size=1024, max_sequence_tokens=64)
+    assert [1, *optional.encode(["x"], "")[0].input_ids] == tokenizer(toy).encode(["x"], "")[0].input_ids.tolist()[:-1]
+    with pytest.raises(InvalidRequest, match=r"at least one token; got text 3, which has none.*leave it out"):
+        optional.encode(["x", ""], "", first_index=2)
 
 
 def test_a_template_may_put_nothing_behind_a_text_and_pool_its_instruction(toy):

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from contextlib import ExitStack, suppress
 
 import pytest
@@ -91,14 +90,13 @@ def test_a_closed_pipe_means_death_unless_a_goodbye_came(server, words, verdict)
     assert watchdog.watch(reader, os.pidfd_open(server.pid)) == verdict
 
 
-def test_silence_means_a_frozen_model_but_only_after_a_first_beat(server, monkeypatch):
-    monkeypatch.setattr(watchdog, "_STEP_SECONDS", 0.02)
+def test_silence_means_a_frozen_model_but_only_after_a_first_beat(server):
     reader, writer = os.pipe()
     os.write(writer, b"-")
-    assert "has been silent" in watchdog.watch(reader, os.pidfd_open(server.pid))
+    assert "has been silent" in watchdog.watch(reader, os.pidfd_open(server.pid), step_seconds=0.02)
     loading, _ = os.pipe()
     threading.Timer(1.0, server.terminate).start()  # after many steps of silence
-    assert watchdog.watch(loading, os.pidfd_open(server.pid)) == "the server is gone"
+    assert watchdog.watch(loading, os.pidfd_open(server.pid), step_seconds=0.02) == "the server is gone"
     os.close(writer)
 
 
@@ -112,8 +110,7 @@ def test_the_exit_code_of_a_dead_process_is_known_until_its_parent_asks_for_it()
             assert watchdog.how_it_ended(process.pid, pidfd) == ""
 
 
-def test_a_crash_handler_hangs_when_its_signal_stays_blocked_for_longer_than_printing_takes(monkeypatch):
-    monkeypatch.setattr(watchdog, "_CRASH_SECONDS", 0.2)
+def test_a_crash_handler_hangs_when_its_signal_stays_blocked_for_longer_than_printing_takes():
     with subprocess.Popen([sys.executable, "-c", BLOCKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
 
         def go_on() -> None:
@@ -122,16 +119,16 @@ def test_a_crash_handler_hangs_when_its_signal_stays_blocked_for_longer_than_pri
             server.stdout.readline()
 
         server.stdout.readline()  # SIGSEGV is blocked from the start
-        handler = watchdog.CrashHandler(server.pid)
-        assert not any(handler.hangs() or time.sleep(0.1) for _ in range(5))
+        handler, patient = watchdog.CrashHandler(server.pid, patience_seconds=0.0), watchdog.CrashHandler(server.pid)
+        looks = range(5)  # the second that sees a handler run would call it hanging
+        assert not any(handler.hangs() or patient.hangs() for _ in looks)
         go_on()  # a thread begins that blocks all signals for good, as some of a driver do
-        assert not any(handler.hangs() or time.sleep(0.1) for _ in range(5))
+        assert not any(handler.hangs() or patient.hangs() for _ in looks)
         go_on()  # one that did not block SIGABRT does so now
-        assert not handler.hangs()
-        time.sleep(0.3)
-        assert handler.hangs()
+        assert [handler.hangs() for _ in looks] == [False, True, True, True, True]
+        assert not any(patient.hangs() for _ in looks)
         go_on()  # unblocked: it had only been slow
-        assert not handler.hangs()
+        assert not any(handler.hangs() for _ in looks)
         server.kill()
 
 
@@ -157,26 +154,27 @@ time.sleep(60)
 """
 
 
-def test_end_kills_what_does_not_heed_its_signal(monkeypatch):
-    monkeypatch.setattr(watchdog, "_GRACE_SECONDS", 0.2)
+def test_end_kills_what_does_not_heed_its_signal():
     script = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as stubborn:
         stubborn.stdout.readline()
-        watchdog.end(os.pidfd_open(stubborn.pid), signal.SIGTERM)
+        watchdog.end(os.pidfd_open(stubborn.pid), signal.SIGTERM, grace_seconds=0.2)
         assert stubborn.wait(10) == -signal.SIGKILL
 
 
 def test_a_restart_can_be_asked_for_although_the_watchdog_is_gone():
     script = """
-import os, signal, sys
+import os, signal, subprocess
 from nv_embed.watchdog import Watchdog
 watchdog = Watchdog()
-watchdog._process.kill()
-watchdog._process.wait()
+pid = int(subprocess.check_output(["pgrep", "--parent", str(os.getpid()), "--full", "watchdog.py"]))
+os.kill(pid, signal.SIGKILL)
+os.waitpid(pid, 0)
 watchdog.ask_for_restart()
 """
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {script!r}]); print('unheard')"
-    environ = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    python = os.path.dirname(sys.executable)  # first, lest `python3` be a script with processes of its own
+    environ = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PATH": f"{python}:{os.environ['PATH']}"}
     result = subprocess.run([sys.executable, "-c", parent], env=environ, capture_output=True, text=True, check=False)
     assert result.returncode == -signal.SIGTERM, result.stderr
     assert "unheard" not in result.stdout

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import pytest
 from nv_embed_client import NVEmbedClient
 from serving import ROOT as REPO
@@ -32,8 +33,17 @@ def metric(page: str, name: str) -> float:
 
 def cancelled_requests(address: Address) -> float:
     """Requests of documents that the server has answered as cancelled."""
+    return metric(server_metrics(address), 'nv_embed_requests_total{kind="documents",outcome="Cancelled"}')
+
+
+def is_computing(address: Address) -> bool:
+    """Whether tokens wait on the server while it computes others."""
+    return metric(server_metrics(address), "nv_embed_queue_tokens") > 0
+
+
+def server_metrics(address: Address) -> str:
     with urllib.request.urlopen(f"http://localhost:{address.metrics}/metrics", timeout=30) as response:
-        return metric(response.read().decode(), 'nv_embed_requests_total{kind="documents",outcome="Cancelled"}')
+        return response.read().decode()
 
 
 def without_settings() -> dict[str, str]:
@@ -73,12 +83,22 @@ def gateway_running(log: Path, triton_url: str, *arguments: str, **settings: str
         yield gateway.url
 
 
+@contextmanager
+def gateway_client(log: Path, triton_url: str, *arguments: str, **settings: str) -> Iterator[httpx.Client]:
+    """HTTP to a gateway of its own."""
+    with (
+        gateway_running(log, triton_url, *arguments, **settings) as base,
+        httpx.Client(base_url=base, timeout=60, trust_env=False) as http,
+    ):
+        yield http
+
+
 def pytest_configure() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: fixtures stop what they started
 
 
 def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
-    mark_those_with_servers(items, "running", "serving", "gateway_running")
+    mark_those_with_servers(items, "running", "serving", "gateway_running", "gateway_client")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -123,3 +143,10 @@ def client(server: Address) -> Iterator[NVEmbedClient]:
 def gateway(server: Address, logs: Path) -> Iterator[str]:
     with gateway_running(logs / "gateway.log", server.url, "--max-body-bytes", str(2**21)) as base:
         yield base
+
+
+@pytest.fixture(scope="module")
+def http(gateway: str) -> Iterator[httpx.Client]:
+    """To the gateway, which a module may have of its own."""
+    with httpx.Client(base_url=gateway, timeout=30, trust_env=False) as http:
+        yield http

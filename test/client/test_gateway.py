@@ -3,22 +3,14 @@
 import base64
 import json
 import socket
-import time
 
-import httpx
 import numpy as np
 import openai
 import pytest
-from conftest import MAX_SEQUENCE_TOKENS, cancelled_requests, eventually, gateway_running, metric
+from conftest import MAX_SEQUENCE_TOKENS, cancelled_requests, eventually, gateway_client, is_computing, metric
 from nv_embed_client.gateway.__main__ import main
 
 TEXTS = ["How do magnets work?", "Magnets attract iron.", "日本", ""]
-
-
-@pytest.fixture(scope="module")
-def http(gateway):
-    with httpx.Client(base_url=gateway, timeout=30, trust_env=False) as http:
-        yield http
 
 
 @pytest.fixture(scope="module")
@@ -216,14 +208,14 @@ def test_a_client_that_hangs_up_cancels_its_work_down_to_the_model(http, gateway
         )
         connection.sendall(f"{head}\r\n\r\n".encode() + busy)
         eventually(lambda: here("requests_in_flight") == 2)  # beside the one that asks
-        time.sleep(0.3)
+        eventually(lambda: is_computing(server))
     eventually(lambda: here("hung_up_total") == hung_up_before + 1)
     eventually(lambda: cancelled_requests(server) > cancelled_before)
     assert here("requests_in_flight") == 1
 
 
 def test_without_a_server_it_is_503_with_retry_after_and_live_but_not_ready(logs):
-    with gateway_running(logs / "orphan.log", "localhost:9") as base, httpx.Client(base_url=base, timeout=30) as http:
+    with gateway_client(logs / "orphan.log", "localhost:9") as http:
         response = post(http)
         assert_refused(response, 503, "try again later")
         assert response.headers["retry-after"] == "1"
@@ -236,10 +228,7 @@ def test_without_a_server_it_is_503_with_retry_after_and_live_but_not_ready(logs
 
 def test_a_proxy_between_gateway_and_server_is_named_with_the_remedy(server, logs):
     log = logs / "proxy.log"
-    with (
-        gateway_running(log, server.url, http_proxy="http://me:secret@localhost:9", no_proxy="") as base,
-        httpx.Client(base_url=base, timeout=60, trust_env=False) as http,
-    ):
+    with gateway_client(log, server.url, http_proxy="http://me:secret@localhost:9", no_proxy="") as http:
         response = post(http)
     assert_refused(response, 503, "http_proxy", "localhost:9", "add localhost to no_proxy")
     assert "add localhost to no_proxy" in log.read_text()
@@ -250,7 +239,7 @@ def test_a_model_that_the_server_lacks_is_404_and_the_log_says_so_at_the_start(s
     log = logs / "absent.log"
     missing = "the server behind this gateway does not have model absent; load it there, or correct --model-name"
     names = ("--model-name", "nv-embed-v2", "--model-name", "absent")
-    with gateway_running(log, server.url, *names) as base, httpx.Client(base_url=base, timeout=30) as http:
+    with gateway_client(log, server.url, *names) as http:
         eventually(lambda: missing in log.read_text() and "model nv-embed-v2: dimension " in log.read_text())
         assert_refused(post(http, model="absent-query"), 404, "got 'absent', which it does not have", param="model")
         assert post(http).status_code == 200
@@ -258,16 +247,13 @@ def test_a_model_that_the_server_lacks_is_404_and_the_log_says_so_at_the_start(s
         listed = {model["id"]: set(model) for model in http.get("/v1/models").json()["data"]}
         assert listed["absent"] == {"id", "object", "created", "owned_by"}
         assert listed["nv-embed-v2"] == {*listed["absent"], "dimension", "max_model_len"}
-    with gateway_running(log, server.url, "--model-name", "absent") as base, httpx.Client(base_url=base) as http:
+    with gateway_client(log, server.url, "--model-name", "absent") as http:
         for answer in (http.post("/embed", json={"inputs": "a"}), http.get("/info")):
             assert (answer.status_code, answer.json()["error_type"]) == (424, "Backend")
 
 
 def test_no_answer_in_time_is_504(server, logs):
-    with (
-        gateway_running(logs / "slow.log", server.url, "--request-timeout", "0.4") as base,
-        httpx.Client(base_url=base, timeout=30) as http,
-    ):
+    with gateway_client(logs / "slow.log", server.url, "--request-timeout", "0.4") as http:
         texts = [f"{number} {'word ' * 400}" for number in range(1000)]
         texts[637] += " and one word more"
         response = post(http, input=texts)
@@ -277,10 +263,7 @@ def test_no_answer_in_time_is_504(server, logs):
 
 
 def test_an_api_key_guards_what_costs_something(server, logs):
-    with (
-        gateway_running(logs / "key.log", server.url, GATEWAY_API_KEY="correct horse") as base,
-        httpx.Client(base_url=base, timeout=30) as http,
-    ):
+    with gateway_client(logs / "key.log", server.url, GATEWAY_API_KEY="correct horse") as http:
         refused = post(http)
         assert_refused(refused, 401, "got none")
         assert refused.headers["www-authenticate"] == "Bearer"
@@ -298,9 +281,10 @@ def test_an_api_key_guards_what_costs_something(server, logs):
         health = ("/health", "/health/live", "/health/ready", "/v1/health/live", "/v1/health/ready")
         for path in (*health, "/metrics", "/docs", "/openapi.json"):
             assert http.get(path).status_code == 200, path
-        with openai.OpenAI(base_url=f"{base}/v1", api_key="correct horse") as client:
+        api = str(http.base_url.join("v1"))
+        with openai.OpenAI(base_url=api, api_key="correct horse") as client:
             assert client.embeddings.create(model="nv-embed-v2", input="a").data
-        with openai.OpenAI(base_url=f"{base}/v1", api_key="wrong") as client, pytest.raises(openai.AuthenticationError):
+        with openai.OpenAI(base_url=api, api_key="wrong") as client, pytest.raises(openai.AuthenticationError):
             client.embeddings.create(model="nv-embed-v2", input="a")
         schema = http.get("/openapi.json").json()
         assert schema["paths"]["/v1/embeddings"]["post"]["security"] == [{"key": []}]

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 
 import httpx
 import pytest
-from conftest import gateway_running
+from conftest import gateway_client, gateway_running
 from nv_embed_client.gateway import GatewaySettings, create_app
 
 ORIGIN = "https://app.example.org"
@@ -18,18 +18,9 @@ HEALTH = ["/health", "/health/live", "/health/ready", "/v1/health/live", "/v1/he
 
 
 @pytest.fixture(scope="module")
-def http(gateway):
-    with httpx.Client(base_url=gateway, timeout=30, trust_env=False) as http:
-        yield http
-
-
-@pytest.fixture(scope="module")
 def for_browsers(server, logs):
     arguments = ("--cors-origin", ORIGIN, "--cors-origin", "http://localhost:5173", "--max-body-bytes", "1000")
-    with (
-        gateway_running(logs / "cors.log", server.url, *arguments, GATEWAY_API_KEY="key") as base,
-        httpx.Client(base_url=base, timeout=30, trust_env=False) as http,
-    ):
+    with gateway_client(logs / "cors.log", server.url, *arguments, GATEWAY_API_KEY="key") as http:
         yield http
 
 

@@ -3,11 +3,10 @@
 import json
 from itertools import combinations
 
-import httpx
 import numpy as np
 import openai
 import pytest
-from conftest import gateway_running
+from conftest import gateway_client, gateway_running
 from nv_embed_client.gateway.__main__ import main
 from nv_embed_client.instructions import TASK_INSTRUCTIONS, instruction_of
 
@@ -23,16 +22,10 @@ ALIASES = [
 
 
 @pytest.fixture(scope="module")
-def base(server, logs):
+def gateway(server, logs):
     arguments = [part for alias in ALIASES for part in ("--alias", alias)]
     with gateway_running(logs / "names.log", server.url, *arguments, "--ignore-unknown-fields") as base:
         yield base
-
-
-@pytest.fixture(scope="module")
-def http(base):
-    with httpx.Client(base_url=base, timeout=30, trust_env=False) as http:
-        yield http
 
 
 @pytest.fixture(scope="module")
@@ -127,12 +120,12 @@ def test_an_unknown_prompt_is_400_and_the_known_ones_are_named(http):
     assert "SciFact, " in answer.json()["error"]["message"]
 
 
-def test_all_names_are_listed_and_found(base):
-    with openai.OpenAI(base_url=f"{base}/v1", api_key="unused") as gateway:
-        names = [model.id for model in gateway.models.list()]
+def test_all_names_are_listed_and_found(gateway):
+    with openai.OpenAI(base_url=f"{gateway}/v1", api_key="unused") as api:
+        names = [model.id for model in api.models.list()]
         own = ["nv-embed-v2", "nv-embed-v2-query", "nv-embed-v2-passage", "nvidia/NV-Embed-v2"]
         assert names == [*own, *(alias.partition("=")[0] for alias in ALIASES)]
-        assert [gateway.models.retrieve(name).id for name in names] == names
+        assert [api.models.retrieve(name).id for name in names] == names
 
 
 def test_unknown_fields_are_ignored_when_the_operator_wants_it(http):
@@ -142,10 +135,7 @@ def test_unknown_fields_are_ignored_when_the_operator_wants_it(http):
 
 
 def test_the_published_name_names_that_model_only(server, logs):
-    with (
-        gateway_running(logs / "other.log", server.url, "--model-name", "other") as base,
-        httpx.Client(base_url=base, timeout=30, trust_env=False) as http,
-    ):
+    with gateway_client(logs / "other.log", server.url, "--model-name", "other") as http:
         assert [each["id"] for each in http.get("/v1/models").json()["data"]] == [
             "other",
             "other-query",

@@ -13,12 +13,6 @@ TEXTS = ["How do magnets work?", "Magnets attract iron.", "日本"]
 LONG = "word " * (2 * MAX_SEQUENCE_TOKENS)
 
 
-@pytest.fixture(scope="module")
-def http(gateway):
-    with httpx.Client(base_url=gateway, timeout=30, trust_env=False) as http:
-        yield http
-
-
 @pytest.mark.parametrize("path", ["", "/", "/embed"])
 def test_hugging_faces_client_gets_the_clients_vectors(gateway, client, path):
     hub = InferenceClient(gateway + path)

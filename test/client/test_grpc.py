@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
-from conftest import MAX_SEQUENCE_TOKENS, cancelled_requests, eventually
+from conftest import MAX_SEQUENCE_TOKENS, cancelled_requests, eventually, is_computing
 from nv_embed_client import (
     TASK_INSTRUCTIONS,
     AsyncNVEmbedClient,
@@ -145,7 +145,7 @@ def test_a_cancelled_call_is_cancelled_on_the_server(server):
         async with AsyncNVEmbedClient(server.url) as client:
             # Different texts, because the same would be computed once and come from the cache.
             bulk = asyncio.create_task(client.embed_documents(f"{number} {TOO_LONG}" for number in range(4000)))
-            await asyncio.sleep(1)
+            await asyncio.to_thread(eventually, lambda: is_computing(server))
             assert not bulk.done()
             bulk.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -153,7 +153,7 @@ def test_a_cancelled_call_is_cancelled_on_the_server(server):
 
     before = cancelled_requests(server)
     asyncio.run(main())
-    eventually(lambda: cancelled_requests(server) > before, 60)
+    eventually(lambda: cancelled_requests(server) > before)
 
 
 class LoadBalancer:

@@ -16,6 +16,10 @@ url = sys.argv[1]
 texts = [f"text {number}" for number in range(600)]  # three requests
 fork = multiprocessing.get_context("fork")
 
+def telling(begun):
+    begun.set()  # a call takes its first text, and sends before it waits
+    yield from texts
+
 def in_child(work):
     def body():
         faulthandler.dump_traceback_later(120, exit=True)
@@ -103,8 +107,9 @@ def work():
     assert done[0][0] == 600
 async def main():
     await embed()
-    busy = asyncio.create_task(client.embed_documents([text * 3 for text in texts]))
-    await asyncio.sleep(0.05)
+    begun = asyncio.Event()
+    busy = asyncio.create_task(client.embed_documents(text * 3 for text in telling(begun)))
+    await begun.wait()
     for _ in range(3):
         in_child(work)
     await busy
@@ -221,8 +226,9 @@ LEFT_OPEN = {
     "an event loop with a call": """
 client = AsyncNVEmbedClient(url)
 async def main():
-    task = asyncio.create_task(client.embed_documents(texts))
-    await asyncio.sleep(0.01)
+    begun = asyncio.Event()
+    task = asyncio.create_task(client.embed_documents(telling(begun)))
+    await begun.wait()
 asyncio.run(main())
 """,
     "threads inside calls": """

@@ -9,7 +9,7 @@ import httpx
 import numpy as np
 import pytest
 import trustme
-from conftest import TOY, Address, free_ports, gateway_running, serving
+from conftest import TOY, Address, eventually, free_ports, gateway_running, is_computing, serving
 from nv_embed_client import TLS, AccessDenied, InvalidInput, NVEmbedClient, RetryPolicy, Unavailable
 from tritonclient.grpc import InferenceServerClient, InferInput
 from tritonclient.utils import InferenceServerException
@@ -110,10 +110,10 @@ def test_a_call_survives_the_restart_of_its_server(logs):
                 client.wait_until_ready(30)
                 texts = texts_for(3.0, client)
                 bulk = pool.submit(client.embed, texts, max_texts_per_request=len(texts))
-                time.sleep(1)
+                eventually(lambda: is_computing(address))
                 process.send_signal(signal.SIGTERM)
                 asking = pool.submit(ask_until, stop, address, seen)
-                time.sleep(0.3)
+                eventually(lambda: ("StatusCode.NOT_FOUND", True) in seen)  # Triton 24.10's answer while it drains
                 query = pool.submit(client.embed_query, "a query sent while the server stops", timeout=60)
                 assert bulk.result(30).embeddings.shape[0] == len(texts)  # what was on its way is answered
                 process.wait(30)
@@ -125,4 +125,3 @@ def test_a_call_survives_the_restart_of_its_server(logs):
         finally:
             stop.set()
             client.close()
-    assert ("StatusCode.NOT_FOUND", True) in seen, seen  # Triton 24.10's answer while it drains

@@ -1,4 +1,4 @@
-"""Two models in one repository: other dimensions, prompts and lengths, by both clients and through the gateway."""
+"""Two models in one repository: of other kinds, prompts and lengths, by both clients and through the gateway."""
 
 import asyncio
 import os
@@ -6,11 +6,10 @@ import re
 import shutil
 from pathlib import Path
 
-import httpx
 import numpy as np
 import openai
 import pytest
-from conftest import MINI, REPO, TOY, Address, eventually, gateway_running, running
+from conftest import MINI, REPO, TOY, Address, eventually, gateway_client, gateway_running, running
 from nv_embed_client import (
     AsyncNVEmbedClient,
     GrpcTransport,
@@ -27,7 +26,7 @@ from started_server import free_ports
 from test_openapi import run_schemathesis
 
 TEXTS = ["How do magnets work?", "Magnets attract iron.", "日本"]
-SECOND = {"query_prompt": "query: ", "document_prompt": "passage: ", "max_sequence_tokens": "64"}
+NEMOTRON = REPO / "test" / "data" / "nemotron-toy"  # with prompts of its own
 
 
 def add_model(repository: Path, name: str, **settings: str) -> None:
@@ -61,7 +60,7 @@ def triton(repository: Path, address: Address, log: Path):
 def two_model_server(tmp_path_factory, logs):
     repository, address = tmp_path_factory.mktemp("models"), Address(*free_ports(3))
     add_model(repository, "nv-embed-v2", model_path=str(MINI), device="cpu", max_sequence_tokens="512")
-    add_model(repository, "second", model_path=str(TOY), device="cpu", **SECOND)
+    add_model(repository, "second", model_path=str(NEMOTRON), device="cpu", max_sequence_tokens="64")
     with triton(repository, address, logs / "two-models.log"):
         yield address
 
@@ -82,11 +81,10 @@ def test_each_model_says_what_it_is(first, second):
     one, other = first.model_info(), second.model_info()
     assert (one.name, one.dimension, one.max_sequence_tokens, one.document_prompt) == ("nv-embed-v2", 384, 512, "")
     assert (other.name, other.dimension) == ("second", 64) == ("second", second.dimension())
-    assert {name: str(getattr(other, name)) for name in SECOND} == SECOND
+    assert (other.query_prompt, other.document_prompt, other.max_sequence_tokens) == ("query: ", "passage: ", 64)
+    assert (one.kind, other.kind) == ("nv_embed", "nemotron")
+    assert (one.dtype, one.device) == (other.dtype, other.device) == ("float32", "cpu")
     assert one.fingerprint != other.fingerprint
-    assert (
-        (one.kind, one.dtype, one.device) == (other.kind, other.dtype, other.device) == ("nv_embed", "float32", "cpu")
-    )
 
 
 def test_queries_have_the_model_s_own_prompt_however_many_are_in_a_request(second):
@@ -132,7 +130,7 @@ def test_a_server_from_before_model_info_is_asked_the_old_way(tmp_path, logs):
         np.testing.assert_allclose(client.embed_queries(TEXTS), alone, atol=1e-5)
         with pytest.raises(ServerFailure, match="got an older one; update the server"):
             client.model_info()
-        with gateway_running(logs / "before-old.log", address.url) as base, httpx.Client(base_url=base) as http:
+        with gateway_client(logs / "before-old.log", address.url) as http:
             assert "dimension" not in http.get("/v1/models/nv-embed-v2").json()
             assert http.post("/v1/embeddings", json={"input": TEXTS, "dimensions": 64}).status_code == 200
             assert http.get("/info").status_code == 424
@@ -148,26 +146,20 @@ ARGUMENTS = (
 
 
 @pytest.fixture(scope="module")
-def base(two_model_server, logs):
+def gateway(two_model_server, logs):
     with gateway_running(logs / "several.log", two_model_server.url, *ARGUMENTS) as base:
         yield base
 
 
-@pytest.fixture(scope="module")
-def http(base):
-    with httpx.Client(base_url=base, timeout=30, trust_env=False) as http:
-        yield http
-
-
-def test_the_gateway_lists_all_names_with_what_their_models_are(base):
-    with openai.OpenAI(base_url=f"{base}/v1", api_key="unused") as gateway:
-        listed = {model.id: (model.dimension, model.max_model_len) for model in gateway.models.list()}
+def test_the_gateway_lists_all_names_with_what_their_models_are(gateway):
+    with openai.OpenAI(base_url=f"{gateway}/v1", api_key="unused") as models:
+        listed = {model.id: (model.dimension, model.max_model_len) for model in models.models.list()}
         first, second = (384, 512), (64, 64)
         assert listed == {
             **dict.fromkeys(("nv-embed-v2", "nv-embed-v2-query", "nv-embed-v2-passage", "nvidia/NV-Embed-v2"), first),
             **dict.fromkeys(("second", "second-query", "second-passage", "small", "riddles"), second),
         }
-        assert gateway.models.retrieve("small").dimension == 64
+        assert models.models.retrieve("small").dimension == 64
 
 
 def test_the_gateway_asks_the_model_that_a_name_means(http, first, second):
@@ -201,12 +193,12 @@ def test_paths_without_names_speak_of_the_first_model(http):
     assert http.get("/health/ready").status_code == 200
 
 
-def test_the_gateway_does_what_its_page_says_of_several_models(base, http, tmp_path):
+def test_the_gateway_does_what_its_page_says_of_several_models(gateway, http, tmp_path):
     fields = http.get("/openapi.json").json()["components"]["schemas"]["EmbeddingsRequest"]["properties"]
     assert fields["dimensions"]["anyOf"][0]["enum"] == [64, 384]
     assert "small" in fields["model"]["anyOf"][0]["enum"]
     report = run_schemathesis(
-        base, tmp_path, "--include-path-regex", "^/v1/(embeddings|models)", "--max-examples", "20"
+        gateway, tmp_path, "--include-path-regex", "^/v1/(embeddings|models)", "--max-examples", "20"
     )
     assert "No issues found" in report
 

@@ -102,7 +102,7 @@ class TritonPythonModel:
             assert config.max_sequence_tokens
             tokenizer = checkpoint.tokenizer(folder, config.max_sequence_tokens)
             try:
-                tokenizer.encode([""], self._instructions.query)
+                tokenizer.encode([SAMPLE_TEXT], self._instructions.query)
             except InvalidRequest:
                 raise ConfigError(
                     f"max_sequence_tokens ({config.max_sequence_tokens}) leaves nothing of a query beside its "

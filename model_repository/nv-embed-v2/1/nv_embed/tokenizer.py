@@ -25,6 +25,7 @@ class Template:
     first: str  # the token before it, which tokenizer.json itself must add
     last: str  # written behind it; may be empty
     is_instruction_pooled: bool
+    is_first_optional: bool = False  # tokenizer.json may also add nothing
 
 
 class Tokenizer:
@@ -56,6 +57,8 @@ class Tokenizer:
                 f"{path}: expected a tokenizer in the format of the tokenizers library; got a file that it refuses "
                 f"({error}); download the file again"
             ) from None
+        self._tokenizer.no_truncation()  # a file may hold what was set when it was saved
+        self._tokenizer.no_padding()
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         if (largest := max(vocabulary.values())) >= vocab_size:
             raise CheckpointError(
@@ -63,10 +66,12 @@ class Tokenizer:
                 "take all files from the same checkpoint"
             )
         tokens = self._tokenizer.encode("", add_special_tokens=True).tokens
-        if tokens[:1] != [template.first] or template.last not in ("", *vocabulary):
+        is_expected = tokens == [template.first] or (template.is_first_optional and not tokens)
+        if not is_expected or template.last not in ("", *vocabulary):
+            knows = f" and knows {template.last!r}" if template.last else ""
             raise CheckpointError(
-                f"{path}: expected a tokenizer that puts {template.first!r} before a text and knows "
-                f"{template.last or template.first!r}; got another one; take all files from the same checkpoint"
+                f"{path}: expected a tokenizer that puts {template.first!r} before a text, nothing else{knows}; got "
+                f"one that puts {''.join(tokens)!r} around it; take all files from the same checkpoint"
             )
         self._template = template
         self.max_sequence_tokens = max_sequence_tokens
@@ -107,6 +112,12 @@ class Tokenizer:
                     remedy="shorten it, or set 'truncate' to 'END'",
                 )
             input_ids = input_ids[:limit]
+            if not input_ids:
+                raise InvalidRequest.of(
+                    expected="texts of at least one token",
+                    got=f"text {index}, which has none, as its instruction",
+                    remedy="leave it out",
+                )
             if len(input_ids) <= num_masked:
                 raise InvalidRequest.of(
                     expected="an instruction that leaves some of each text to pool",

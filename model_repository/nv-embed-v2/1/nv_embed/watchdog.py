@@ -127,8 +127,8 @@ class Doors:
 class CrashHandler:
     """What a server does last; the thread that runs it blocks its signal meanwhile."""
 
-    def __init__(self, pid: int) -> None:
-        self._pid = pid
+    def __init__(self, pid: int, patience_seconds: float = _CRASH_SECONDS) -> None:
+        self._pid, self._patience_seconds = pid, patience_seconds
         # Threads, each with a signal that it did not block in two looks in a row. Some threads of libraries block all
         # for good when they begin.
         self._were_open: set[tuple[int, int]] = set()
@@ -145,20 +145,23 @@ class CrashHandler:
         self._were_open |= now_open & self._last_open
         self._last_open = now_open
         self._running_since = min(self._running_since, now) if is_running else math.inf
-        return now - self._running_since > _CRASH_SECONDS
+        return now - self._running_since > self._patience_seconds
 
 
-def watch(pipe: int, server: int, on_step: Callable[[], str | None] = lambda: None) -> str | None:
+def watch(
+    pipe: int, server: int, on_step: Callable[[], str | None] = lambda: None, step_seconds: float = _STEP_SECONDS
+) -> str | None:
     """Wait for what ends the watch: a goodbye, None; or what went wrong with the model or its server.
 
     Args:
         pipe: file descriptor of what the model says.
         server: pidfd of the server.
         on_step: called with the model's beats, about once a second and at first more often; may find what went wrong.
+        step_seconds: length of a step; some silent ones in a row mean a frozen model.
     """
     has_beaten, silent_steps = False, 0
     while silent_steps < _SILENT_STEPS:
-        ready, _, _ = select.select([pipe, server], [], [], _STEP_SECONDS)
+        ready, _, _ = select.select([pipe, server], [], [], step_seconds)
         if pipe in ready:
             words = os.read(pipe, 4096)
             if _GOODBYE in words:
@@ -174,7 +177,7 @@ def watch(pipe: int, server: int, on_step: Callable[[], str | None] = lambda: No
             return "the server is gone"  # killed, or stopped on purpose while the model still loads
         elif has_beaten:
             silent_steps += 1
-    return f"the model's process has been silent for {_SILENT_STEPS * _STEP_SECONDS:.0f} s"
+    return f"the model's process has been silent for {_SILENT_STEPS * step_seconds:.0f} s"
 
 
 def shared_memory(pid: int) -> set[Path]:
@@ -234,14 +237,14 @@ def blocked_signals(pid: int) -> dict[int, frozenset[int]]:
     return blocked
 
 
-def end(process: int, with_signal: signal.Signals) -> None:
+def end(process: int, with_signal: signal.Signals, grace_seconds: float = _GRACE_SECONDS) -> None:
     """Send a signal to the process behind a pidfd, and after a time of grace the one that cannot be ignored."""
     for each in (with_signal, signal.SIGKILL):
         try:
             signal.pidfd_send_signal(process, each)
         except ProcessLookupError:
             return
-        if select.select([process], [], [], _GRACE_SECONDS)[0]:
+        if select.select([process], [], [], grace_seconds)[0]:
             return
 
 

@@ -180,7 +180,7 @@ class Rounding:
             ) from None
 
     def _after_layer(self, layer: nn.Module, x: Tensor) -> Tensor:
-        result: Tensor = layer(x, *self._rest, self._batch, self._network.attend, Whole())
+        result: Tensor = layer(x, self._batch, self._network.attend, Whole(), *self._rest)
         return result
 
     def check(self) -> None:

@@ -24,8 +24,6 @@ from nv_embed.models.protocol import Network
 
 logger = logging.getLogger(__name__)
 
-_PROGRESS_SECONDS = 5.0
-
 
 def checkpoint_shapes(network: Network) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of the network's checkpoint."""
@@ -43,25 +41,31 @@ def load_network(folder: Path, network: Network, device: torch.device, rounding:
     """
     with ExitStack() as stack:
         tensors = _open(folder, stack)
+        if all(name.startswith(network.optional_prefix) for name in tensors):
+            tensors = {name.removeprefix(network.optional_prefix): source for name, source in tensors.items()}
         _check_complete(tensors, checkpoint_shapes(network))
         fill_network(network, tensors, device, rounding)
 
 
 @torch.inference_mode()
 def fill_network(
-    network: Network, tensors: Mapping[str, Any], device: torch.device, rounding: Rounding | None = None
+    network: Network,
+    tensors: Mapping[str, Any],
+    device: torch.device,
+    rounding: Rounding | None = None,
+    log_seconds: float = 5.0,
 ) -> None:
     """Give a network on the meta device its memory on `device`, then copy and fold published tensors into it, by name.
 
     `tensors`: anything that a slice or a tuple of slices makes a tensor of. Layers come last and one by one; with
-    `rounding`, each is rounded before there is memory for the next.
+    `rounding`, each is rounded before there is memory for the next. The log says every `log_seconds` how far it is.
     """
 
     def read(name: str, *where: slice) -> Tensor:
         tensor: Tensor = tensors[name][where or slice(None)]
         return _on_device(tensor, device).float()
 
-    progress = _Progress(sum(parameter.nbytes for parameter in network.parameters()))
+    progress = _Progress(sum(parameter.nbytes for parameter in network.parameters()), log_seconds)
     network.to_empty(device=device, recurse=False)
     for child in network.children():
         if child is not network.layers:
@@ -91,14 +95,14 @@ def _on_device(mapped: Tensor, device: torch.device) -> Tensor:
 class _Progress:
     """Copies tensors, and says now and then how many."""
 
-    def __init__(self, total_bytes: int) -> None:
-        self.total_bytes, self.num_bytes = total_bytes, 0
+    def __init__(self, total_bytes: int, log_seconds: float) -> None:
+        self.total_bytes, self.num_bytes, self.log_seconds = total_bytes, 0, log_seconds
         self.started = self._reported = time.monotonic()
 
     def copy(self, source: Any, place: Tensor) -> None:
         place.copy_(_on_device(source[:], place.device))
         self.num_bytes += place.nbytes
-        if time.monotonic() - self._reported > _PROGRESS_SECONDS:
+        if time.monotonic() - self._reported > self.log_seconds:
             self._reported = time.monotonic()
             logger.info("loading weights: %.1f of %.1f GB", self.num_bytes / 1e9, self.total_bytes / 1e9)
 

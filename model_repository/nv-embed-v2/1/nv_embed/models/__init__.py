@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nv_embed.models.config_file import Section, check_folder
+from nv_embed.models.pipeline import mean_pooling
 
 if TYPE_CHECKING:  # it imports torch
     from nv_embed.models.protocol import AnyCheckpoint
 
 # Name of the file here, and of the class in it that reads such a folder.
-_CLASSES = {"nv_embed": "NVEmbedCheckpoint"}
+_CLASSES = {"nv_embed": "NVEmbedCheckpoint", "nemotron": "NemotronCheckpoint"}
 
 
 def kind_of(folder: Path) -> str:
@@ -25,7 +26,12 @@ def kind_of(folder: Path) -> str:
     config = Section.of_folder(folder)
     if config.raw.get("model_type") == "nvembed":
         return "nv_embed"
-    config.refuse("model_type", "'nvembed'")
+    if config.raw.get("model_type") == "ministral3" and config.raw.get("is_causal") is False and mean_pooling(folder):
+        return "nemotron"
+    config.refuse(
+        "model_type",
+        "'nvembed', or 'ministral3' with is_causal false and, in modules.json, a Transformer and a mean Pooling",
+    )
 
 
 def read_checkpoint(folder: Path) -> AnyCheckpoint:

@@ -8,7 +8,6 @@ from typing import Any, NoReturn
 
 from nv_embed.errors import CheckpointError
 
-_REMEDY = "take config.json as it was published with the weights, or another checkpoint"
 _MOST = 2**31 - 1  # of a size: beyond it nothing is a network
 _LARGEST = 1e30
 DTYPES = ("float16", "bfloat16", "float32")
@@ -27,7 +26,7 @@ class Section:
         """
         self.name, self._file = name, file
         if not isinstance(raw, dict):
-            raise CheckpointError(f"{self._place(name)}: expected a JSON object; got {_shown(raw)}; {_REMEDY}")
+            raise CheckpointError(f"{self._place(name)}: expected a JSON object; got {_shown(raw)}; {self._remedy()}")
         self.raw: dict[str, Any] = raw
 
     @classmethod
@@ -55,10 +54,12 @@ class Section:
             self.refuse(key, f"a whole number from 1 to {_MOST}")
         return value
 
-    def number(self, key: str) -> float:
-        """A positive number."""
+    def number(self, key: str, default: float | None = None) -> float:
+        """A positive number; `default` where it is absent or null."""
         value = self.raw.get(key)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < _LARGEST:
+        if value is None and default is not None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 / _LARGEST < value < _LARGEST:
             self.refuse(key, "a positive number")
         return float(value)
 
@@ -86,8 +87,12 @@ class Section:
     def refuse(self, key: str, expected: str) -> NoReturn:
         """Raise CheckpointError: what was expected of a key, what it holds, what to do."""
         raise CheckpointError(
-            f"{self._place(self._name_of(key))}: expected {expected}; got {_shown(self.raw.get(key))}; {_REMEDY}"
+            f"{self._place(self._name_of(key))}: expected {expected}; got {_shown(self.raw.get(key))}; {self._remedy()}"
         )
+
+    def _remedy(self) -> str:
+        name = Path(self._file or "config.json").name
+        return f"take {name} as it was published with the weights, or another checkpoint"
 
     def _place(self, name: str) -> str:
         return ": ".join(filter(None, (self._file, name))) or "config.json"

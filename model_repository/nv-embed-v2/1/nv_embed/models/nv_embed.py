@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nv_embed.models.config_file import Section
-from nv_embed.models.mistral import Layer, MistralSizes, read_sizes, rms_norm, rotary
-from nv_embed.models.protocol import Network, PackedBatch, Read, Work, mean_shares, parameter
+from nv_embed.models.mistral import MistralNetwork, MistralSizes, read_sizes, rms_norm, rotary
+from nv_embed.models.protocol import PackedBatch, Read, Work, mean_shares, parameter
 from nv_embed.tokenizer import Template, Tokenizer
 
 # The published model's own query template. The trailing space is part of it.
@@ -98,20 +98,21 @@ class NVEmbedCheckpoint(MistralSizes):
 # --- network --------------------------------------------------------------------------------------------
 
 
-class NVEmbedNetwork(Network):
+class NVEmbedNetwork(MistralNetwork):
     """Packed tokens to one unit vector for each sequence."""
 
+    prefix = "embedding_model."
+
     def __init__(self, config: NVEmbedCheckpoint) -> None:
-        super().__init__(config.vocab_size, (Layer(config) for _ in range(config.num_layers)), config.heads)
+        super().__init__(config)
         self.config = config
-        self.embed_tokens = parameter(config.vocab_size, config.hidden_size)
-        self.norm = parameter(config.hidden_size)
         self.pooling = LatentPooling(config)
 
-    def begin(self, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Token vectors [T, C], cosines and sines of positions [T, 1, D / 2] float32."""
-        cos, sin = rotary(batch.position_ids, self.config.head_dim, self.config.rope_theta)
-        return functional.embedding(batch.input_ids, self.embed_tokens), cos, sin
+    def rotation(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """[T] to cosines and sines [T, 1, D / 2] float32."""
+        head_dim = self.config.head_dim
+        exponents = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim
+        return rotary(position_ids, self.config.rope_theta**-exponents)
 
     def to_vectors(self, x: Tensor, batch: PackedBatch, work: Work) -> Tensor:
         """What the last layer returns, [T, C], to [S, C] float32 rows of length 1."""
@@ -127,8 +128,7 @@ class NVEmbedNetwork(Network):
     def places(self) -> Iterator[tuple[str, Tensor]]:
         """Where each published tensor goes that is copied as it is and is no layer's."""
         pooling = self.pooling
-        yield "embedding_model.embed_tokens.weight", self.embed_tokens
-        yield "embedding_model.norm.weight", self.norm
+        yield from super().places()
         yield _CROSS_ATTENTION + "norm.weight", pooling.norm_weight
         yield _CROSS_ATTENTION + "norm.bias", pooling.norm_bias
         yield _MLP + "norm.weight", pooling.mlp_norm_weight
@@ -137,12 +137,6 @@ class NVEmbedNetwork(Network):
         yield _MLP + "fn.net.0.bias", pooling.mlp_in_bias
         yield _MLP + "fn.net.2.weight", pooling.mlp_out_weight
         yield _MLP + "fn.net.2.bias", pooling.mlp_out_bias
-
-    def layer_places(self, number: int) -> Iterator[tuple[str, Tensor]]:
-        """The same of one layer."""
-        layer = self.layers[number]
-        assert isinstance(layer, Layer)
-        return ((f"embedding_model.layers.{number}.{name}", place) for name, place in layer.places())
 
     def folded_shapes(self) -> dict[str, tuple[int, ...]]:
         """The latents, and the four projections of the cross-attention to them."""
@@ -180,13 +174,7 @@ class NVEmbedNetwork(Network):
 
     def parts_on_tokens(self) -> list[tuple[nn.Module, str]]:
         """The halves of every layer, and the pooling head."""
-        halves = ("before_attention", "after_attention")
-        return [(layer, name) for layer in self.layers for name in halves] + [(self.pooling, "forward")]
-
-    @property
-    def numbers_per_token(self) -> int:
-        """As many as in a layer."""
-        return max((layer.numbers_per_token for layer in self.layers if isinstance(layer, Layer)), default=0)
+        return [*super().parts_on_tokens(), (self.pooling, "forward")]
 
 
 class LatentPooling(nn.Module):

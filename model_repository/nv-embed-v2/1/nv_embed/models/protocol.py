@@ -131,13 +131,14 @@ class Network(nn.Module):
     """Packed tokens to one unit vector for each sequence. Built without values; `compute/weights.py` fills it."""
 
     attend: Attend  # set before the first pass, where there are heads
+    optional_prefix = ""  # which may stand before the names of all the checkpoint's tensors
 
     def __init__(self, vocab_size: int, layers: Iterable[nn.Module] = (), heads: Heads | None = None) -> None:
         """
         Args:
             vocab_size: no token id reaches it.
-            layers: one after the other, each called with what `begin` returns, the batch, `attend` and the work;
-                returns what the next one reads first.
+            layers: one after the other, each called with its input, the batch, `attend`, the work, and what else
+                `begin` returns; returns what the next one reads first.
             heads: of the layers' attention.
         """
         super().__init__()
@@ -150,7 +151,7 @@ class Network(nn.Module):
         for number, layer in enumerate(self.layers):
             if number == len(self.layers) * 7 // 8:
                 work.little_left()
-            x = layer(x, *rest, batch, self.attend, work)
+            x = layer(x, batch, self.attend, work, *rest)
         return self.to_vectors(x, batch, work)
 
     def begin(self, batch: PackedBatch) -> tuple[Tensor, ...]:
@@ -174,7 +175,7 @@ class Network(nn.Module):
         return {}
 
     def fold(self, read: Read) -> None:
-        """Fold them; what `places` names is filled."""
+        """Fold them, and make what else is constant; what `places` names is filled."""
 
     def parts_on_tokens(self) -> list[tuple[nn.Module, str]]:
         """Methods that act on each token alone, and so may be compiled once for any number of tokens."""

@@ -23,8 +23,7 @@ from nv_embed.scheduling.vector_cache import Vector
 
 logger = logging.getLogger(__name__)
 
-LARGE_ANSWER_BYTES = 2**20  # a larger one takes long to copy ...
-_LARGE_WAITS_SECONDS = 1.0  # ... so those that come within this time pass it
+LARGE_ANSWER_BYTES = 2**20  # a larger one takes long to copy
 _PUBLISH_SECONDS = 0.2  # from an event to its metrics
 
 
@@ -68,6 +67,7 @@ class Outbox:
         collect: Callable[[], list[Update]],
         publish: Callable[[Update], None],
         on_lost: Callable[[], None],
+        large_waits_seconds: float = 1.0,
     ) -> None:
         """
         Args:
@@ -75,11 +75,13 @@ class Outbox:
             collect: called a few times a second while something happens; what it returns is published.
             publish: takes one update of a metric.
             on_lost: called when an answer could not be sent, because nothing can reach its client any more.
+            large_waits_seconds: answers that come within this time pass one of more than LARGE_ANSWER_BYTES.
         """
         self._metrics = metrics
         self._collect = collect
         self._publish = publish
         self._on_lost = on_lost
+        self._large_waits_seconds = large_waits_seconds
         self._lock = Lock()
         self._num_unsent = self._num_unsent_texts = 0
         self._events: PriorityQueue[tuple[float, int, Callable[[], None] | None]] = PriorityQueue()
@@ -103,7 +105,7 @@ class Outbox:
             self._metrics.add(Metric.REQUEST_SECONDS, time.monotonic() - arrived, kind=kind)
         self._count_unsent(1, outcome)
         is_large = isinstance(outcome, Answer) and outcome.num_bytes > LARGE_ANSWER_BYTES
-        self._add(time.monotonic() + is_large * _LARGE_WAITS_SECONDS, partial(self._send, reply, outcome, kind))
+        self._add(time.monotonic() + is_large * self._large_waits_seconds, partial(self._send, reply, outcome, kind))
 
     def announce(self) -> None:
         """Say that something was counted: metrics go out also while no request is complete."""

@@ -1,0 +1,230 @@
+"""Nemotron-3-Embed: bidirectional Ministral 3 layers, and the mean of all tokens.
+
+All that is this model's own is here. Shapes: T tokens of S sequences in one row, C hidden_size, D head_dim.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from nv_embed.models.config_file import Section
+from nv_embed.models.mistral import MistralNetwork, MistralSizes, read_sizes, rms_norm, rotary
+from nv_embed.models.pipeline import mean_pooling
+from nv_embed.models.protocol import PackedBatch, Read, Work, mean_shares
+from nv_embed.tokenizer import Template, Tokenizer
+
+logger = logging.getLogger(__name__)
+
+_TEMPLATE = Template(first="<s>", last="", is_instruction_pooled=True, is_first_optional=True)
+_ROPE_KEYS = (
+    "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "truncate", "attention_factor", "mscale",
+    "mscale_all_dim", "llama_4_scaling_beta",
+    "apply_yarn_scaling", "max_position_embeddings",  # which change nothing
+)  # fmt: skip
+# Absent keys mean these to transformers.
+_HEAD_DIM, _LONGEST_TEXT = 128, 262144
+
+
+# --- the folder's files ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Yarn:
+    """How positions rotate queries and keys (YaRN), and how they scale queries."""
+
+    factor: float  # by which slow rotations are slowed down
+    trained_tokens: int  # length of the texts before that
+    beta_fast: float  # what turns as often or more within such a text is left as it is
+    beta_slow: float  # what turns as often or less is slowed down in full
+    is_rounded: bool  # whether what lies between begins and ends at a whole index
+    amplitude: float  # of cosines and sines
+    query_beta: float
+
+
+@dataclass(frozen=True, slots=True)
+class NemotronCheckpoint(MistralSizes):
+    """What the folder's files say of the network and its texts."""
+
+    yarn: Yarn
+    dtype: str  # of the weights on disk, a torch dtype's name
+    query_instruction: str
+    document_instruction: str
+    longest_text: int
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> NemotronCheckpoint:
+        """Raises CheckpointError naming the file, the key, the value and what is supported."""
+        config = Section.of_folder(folder)
+        config.require("model_type", "ministral3")
+        config.require("is_causal", False)
+        config.require("pooling", "avg", is_optional=True)
+        for key in ("auto_map", "quantization_config", "sliding_window", "partial_rotary_factor"):
+            if config.raw.get(key) is not None:
+                config.refuse(key, "null: nothing of the kind is supported")
+        layer_types = config.raw.get("layer_types") or []
+        if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
+            config.refuse("layer_types", "'full_attention' for each layer")
+        pooling = mean_pooling(folder)
+        assert pooling, "the folder is of another kind"
+        pooling.require("include_prompt", True, is_optional=True)
+        sizes = read_sizes(
+            config,
+            head_dim=None if "head_dim" in config.raw else _HEAD_DIM,
+            rope_type="yarn",
+            rope_keys=_ROPE_KEYS,
+        )
+        prompts = Section.of_file(folder / "config_sentence_transformers.json").section("prompts", {})
+        query, document, passage = (_prompt(prompts, name) for name in ("query", "document", "passage"))
+        # sentence-transformers begins with an empty prompt named "document", and so never uses one named "passage".
+        if passage and not document:
+            logger.warning(
+                "the prompt named 'passage', %a, is not used, as in sentence-transformers, because documents have the "
+                "one named 'document'; to use it, set document_prompt",
+                passage,
+            )
+        return cls(
+            **asdict(sizes),
+            yarn=_read_yarn(config, sizes.rope_theta),
+            dtype=config.dtype(),
+            query_instruction=query,
+            document_instruction=document,
+            longest_text=_longest_text(folder, config),
+        )
+
+    @property
+    def dimension(self) -> int:
+        return self.hidden_size
+
+    def tokenizer(self, folder: Path, max_sequence_tokens: int) -> Tokenizer:
+        """Read the folder's tokenizer; raises CheckpointError."""
+        return Tokenizer(
+            folder / "tokenizer.json", _TEMPLATE, vocab_size=self.vocab_size, max_sequence_tokens=max_sequence_tokens
+        )
+
+    def network(self) -> NemotronNetwork:
+        """Without values, on whatever device is current."""
+        return NemotronNetwork(self)
+
+
+def _read_yarn(config: Section, rope_theta: float) -> Yarn:
+    """`rope_parameters`, which was `rope_scaling` before transformers 5. `read_sizes` has read what is not here."""
+    places = [config.section(key) for key in ("rope_parameters", "rope_scaling") if config.raw.get(key) is not None]
+    if not places:
+        config.refuse("rope_parameters", "a JSON object with rope_type 'yarn'")
+    rope = places[0]
+    if rope.raw != places[-1].raw:
+        config.refuse("rope_scaling", "null, or the same as rope_parameters")
+    if rope_theta <= 1:
+        (rope if rope.raw.get("rope_theta") is not None else config).refuse("rope_theta", "a number above 1")
+    if rope.raw.get("rope_type") is None:
+        rope.require("type", "yarn")
+    if config.raw.get("original_max_position_embeddings") is not None:
+        config.refuse("original_max_position_embeddings", f"null, because it stands in {rope.name}")
+    if rope.raw.get("truncate") not in (None, True, False):
+        rope.refuse("truncate", "true or false")
+    factor = rope.number("factor")
+
+    def magnitude(mscale: float) -> float:
+        return 0.1 * mscale * math.log(factor) + 1 if factor > 1 else 1.0
+
+    # Zero stands for none, as in transformers.
+    mscale, all_dim = (rope.number(key) if rope.raw.get(key) else 0.0 for key in ("mscale", "mscale_all_dim"))
+    usual = magnitude(mscale) / magnitude(all_dim) if mscale and all_dim else magnitude(1.0)
+    return Yarn(
+        factor=factor,
+        trained_tokens=rope.integer("original_max_position_embeddings"),
+        beta_fast=rope.number("beta_fast", 32.0),
+        beta_slow=rope.number("beta_slow", 1.0),
+        is_rounded=rope.raw.get("truncate") is not False,
+        amplitude=rope.number("attention_factor", usual),
+        query_beta=rope.number("llama_4_scaling_beta"),
+    )
+
+
+def _prompt(prompts: Section, name: str) -> str:
+    prompt = prompts.raw.get(name)
+    if prompt is not None and not isinstance(prompt, str):
+        prompts.refuse(name, "a string")
+    return prompt or ""
+
+
+def _longest_text(folder: Path, config: Section) -> int:
+    """In tokens, prompt and special tokens included."""
+    longest = config.integer("max_position_embeddings", _LONGEST_TEXT)
+    if (path := folder / "sentence_bert_config.json").exists():
+        transformer = Section.of_file(path)
+        transformer.require("do_lower_case", False, is_optional=True)
+        if transformer.raw.get("max_seq_length") is not None:
+            return transformer.integer("max_seq_length")
+    if not (path := folder / "tokenizer_config.json").exists():
+        return longest
+    tokenizer = Section.of_file(path)
+    limit = tokenizer.raw.get("model_max_length", longest)
+    if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit >= 1:
+        tokenizer.refuse("model_max_length", "a number of tokens")
+    return int(min(longest, limit))  # it is 1e30 where there is no limit
+
+
+# --- network --------------------------------------------------------------------------------------------
+
+
+class NemotronNetwork(MistralNetwork):
+    """Packed tokens to one unit vector for each sequence."""
+
+    optional_prefix = "model."
+    frequencies: Tensor  # [D / 2] float32
+
+    def __init__(self, config: NemotronCheckpoint) -> None:
+        super().__init__(config)
+        self.config = config
+
+    def fold(self, read: Read) -> None:
+        """Nothing is folded; the frequencies of rotation go where the weights are, in float32 whatever those are."""
+        self.frequencies = yarn_frequencies(self.config).to(self.norm.device)
+
+    def rotation(self, position_ids: Tensor) -> tuple[Tensor, ...]:
+        """[T] to cosines and sines for keys, and those for queries: [T, 1, D / 2] float32 each.
+
+        A query is multiplied by a number that grows with its position, which its cosines and sines do on the way.
+        """
+        yarn = self.config.yarn
+        cos, sin = (wave * yarn.amplitude for wave in rotary(position_ids, self.frequencies))
+        scale = 1 + yarn.query_beta * torch.log(1 + torch.floor(position_ids / yarn.trained_tokens))
+        scale = scale.to(self.norm.dtype).float()[:, None, None]  # rounded as the original rounds it
+        return cos, sin, cos * scale, sin * scale
+
+    def to_vectors(self, x: Tensor, batch: PackedBatch, work: Work) -> Tensor:
+        """What the last layer returns, [T, C], to [S, C] float32 rows of length 1: the mean of normed tokens."""
+        pooled = rms_norm(x.index_select(0, batch.pooled_indices), self.norm, self.config.rms_norm_eps)
+        return functional.normalize(mean_shares(pooled, batch.pooled_seqlens, slice(0, len(pooled))), dim=-1)
+
+
+def yarn_frequencies(config: NemotronCheckpoint) -> Tensor:
+    """By how much each pair of elements turns from one position to the next: [D / 2] float32, on the CPU.
+
+    Computed in the order in which transformers computes, because a rounding of a frequency is multiplied by the
+    position, and long texts have large ones.
+    """
+    yarn, head_dim = config.yarn, config.head_dim
+
+    def index(num_turns: float) -> float:
+        """Of the pair that turns so many times within a text of the length of `trained_tokens`."""
+        turn = num_turns * 2 * math.pi
+        return head_dim * math.log(yarn.trained_tokens / turn) / (2 * math.log(config.rope_theta))
+
+    low, high = index(yarn.beta_fast), index(yarn.beta_slow)
+    if yarn.is_rounded:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    high += 0.001 if low == high else 0
+    pairs = torch.arange(head_dim // 2, dtype=torch.float32, device="cpu")
+    kept = 1 - ((pairs - low) / (high - low)).clamp(0, 1)  # of the usual frequency; the rest is divided by the factor
+    periods: Tensor = config.rope_theta ** (2 * pairs / head_dim)
+    return 1 / (yarn.factor * periods) * (1 - kept) + 1 / periods * kept

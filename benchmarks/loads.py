@@ -72,9 +72,11 @@ def requests_of(stream: Stream, seed: str) -> Iterator[list[str]]:
         yield texts
 
 
-def infer_request(texts: Sequence[str], is_query: bool, outputs: Sequence[str] = ("embeddings",)) -> Any:
+def infer_request(
+    texts: Sequence[str], is_query: bool, outputs: Sequence[str] = ("embeddings",), model_name: str = MODEL_NAME
+) -> Any:
     """The gRPC message of a request."""
-    request = pb.ModelInferRequest(model_name=MODEL_NAME)
+    request = pb.ModelInferRequest(model_name=model_name)
     name, shape = ("query", [1]) if is_query else ("documents", [1, len(texts)])
     request.inputs.add(name=name, datatype="BYTES", shape=shape)
     elements = [text.encode() for text in texts]
@@ -138,8 +140,8 @@ Embed: TypeAlias = "Callable[[Sequence[str], bool], Awaitable[int]]"  # texts, a
 class Server:
     """A server under load, any number of requests at once."""
 
-    def __init__(self, name: str, url: str) -> None:
-        self.name, self.url = name, url
+    def __init__(self, name: str, url: str, model_name: str = MODEL_NAME) -> None:
+        self.name, self.url, self.model_name = name, url, model_name
 
     async def run(self, load: Load, seconds: float, seed: str) -> dict[str, Sample]:
         """Put every stream of a load on the server at once; returns when all is answered."""
@@ -169,7 +171,7 @@ class Server:
 
             async def embed(texts: Sequence[str], is_query: bool) -> int:
                 try:
-                    response = await call(infer_request(texts, is_query))
+                    response = await call(infer_request(texts, is_query, model_name=self.model_name))
                 except grpc.aio.AioRpcError as error:
                     raise Refused(error.code().name, error.details() or "") from error
                 return int(response.outputs[0].shape[0])
@@ -187,7 +189,7 @@ class Gateway(Server):
         def ask(texts: Sequence[str], is_query: bool) -> int:
             connection = idle.pop() if idle else HTTPConnection(self.url.removeprefix("http://"), timeout=600)
             kind = "query" if is_query else "passage"
-            body = {"model": MODEL_NAME, "input": list(texts), "input_type": kind, "encoding_format": "base64"}
+            body = {"model": self.model_name, "input": list(texts), "input_type": kind, "encoding_format": "base64"}
             connection.request("POST", "/v1/embeddings", json.dumps(body), {"Content-Type": "application/json"})
             response = connection.getresponse()
             answer = response.read()

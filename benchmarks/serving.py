@@ -42,7 +42,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from bare_engine import BareEngine
-from loads import LENGTHS, Gateway, Load, Refused, Sample, Server, Stream, rounded
+from loads import LENGTHS, MODEL_NAME, Gateway, Load, Refused, Sample, Server, Stream, rounded
 from machine import machine
 from started_server import ROOT, StartedGateway, StartedServer, batch_tokens_of, end_on_sigterm, progress
 
@@ -128,6 +128,9 @@ def token_counter(checkpoint: Path | None) -> Callable[[Sequence[str], bool], in
     """Counts tokens as the network is fed them; None where the checkpoint's tokenizer is not at hand."""
     if checkpoint is None:
         progress("no tokens/s: --checkpoint says by whose tokenizer")
+        return None
+    if (checkpoint / "modules.json").is_file():
+        progress("no tokens/s: they are counted as NV-Embed-v2 is fed")
         return None
     try:
         from tokenizers import Tokenizer
@@ -268,6 +271,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     who = parser.add_argument_group("who is measured")
     who.add_argument("--url", default="localhost:8001", help="gRPC address of a running server (%(default)s)")
+    who.add_argument("--model-name", default=MODEL_NAME, help="as the server knows what is measured (%(default)s)")
     who.add_argument("--baseline-url", help="of a second one, to compare with")
     who.add_argument("--compare", action="store_true", help="start this server and the baseline, measure both")
     who.add_argument("--engine", action="store_true", help="measure the bare engine too")
@@ -326,16 +330,19 @@ def main() -> int:
                 progress(f"starting {name}")
                 log = folder / f"{name}.log"
                 started = stack.enter_context(StartedServer(log, settings))
-                servers.append(Server(name, started.ports.url))
+                model_name = arguments.model_name if name == "nv-embed" else MODEL_NAME
+                servers.append(Server(name, started.ports.url, model_name))
             max_batch_tokens = max_batch_tokens or batch_tokens_of(folder / "nv-embed.log")
         else:
-            servers = [Server("nv-embed" if arguments.baseline_url else "server", arguments.url)]
+            name = "nv-embed" if arguments.baseline_url else "server"
+            servers = [Server(name, arguments.url, arguments.model_name)]
             if arguments.baseline_url:
-                servers.append(Server("baseline", arguments.baseline_url))
+                servers.append(Server("baseline", arguments.baseline_url, arguments.model_name))
         if arguments.gateway:
             progress("starting the gateway")
-            gateway = stack.enter_context(StartedGateway(folder / "gateway.log", servers[0].url))
-            servers.append(Gateway("gateway", gateway.url))
+            known = ("--model-name", arguments.model_name)
+            gateway = stack.enter_context(StartedGateway(folder / "gateway.log", servers[0].url, known))
+            servers.append(Gateway("gateway", gateway.url, arguments.model_name))
         engine = None
         if arguments.engine:
             progress("starting the bare engine")

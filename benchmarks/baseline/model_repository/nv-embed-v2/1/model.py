@@ -1,4 +1,6 @@
-"""The usual way to serve the model: one padded forward pass of `transformers`' Mistral for each request.
+"""The usual way to serve a model: one padded forward pass for each request.
+
+NV-Embed-v2's own format is computed by `transformers`' Mistral, any other folder by sentence-transformers' `encode`.
 
 The folder of the checkpoint and the device come from NV_EMBED_MODEL_PATH and NV_EMBED_DEVICE, which serve.sh sets.
 """
@@ -24,13 +26,15 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load and warm up."""
+        folder = Path(os.environ["NV_EMBED_MODEL_PATH"])
+        kind = Library if (folder / "modules.json").is_file() else Embedder
         try:
-            embedder = Embedder(Path(os.environ["NV_EMBED_MODEL_PATH"]), os.environ.get("NV_EMBED_DEVICE", "cpu"))
+            embedder = kind(folder, os.environ.get("NV_EMBED_DEVICE", "cpu"))
         except ImportError as error:
             raise pb_utils.TritonModelException(
                 f"the baseline does not start: {error}; pip install -r benchmarks/baseline/requirements.txt"
             ) from None
-        embedder.embed(["warm-up"], QUERY_INSTRUCTION)
+        embedder.embed(["warm-up"], is_query=True)
         self._embed = embedder.embed
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
@@ -49,7 +53,7 @@ class TritonPythonModel:
                 raise ValueError("expected at least 1 document")
         except ValueError as error:
             return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG))
-        embeddings = self._embed(texts, QUERY_INSTRUCTION if documents is None else "")
+        embeddings = self._embed(texts, is_query=documents is None)
         return pb_utils.InferenceResponse([pb_utils.Tensor("embeddings", embeddings)])
 
 
@@ -72,9 +76,25 @@ class Embedder:
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._tokenizer.enable_truncation(MAX_LENGTH)
 
-    def embed(self, texts: Sequence[str], instruction: str) -> npt.NDArray[np.float32]:
+    def embed(self, texts: Sequence[str], *, is_query: bool) -> npt.NDArray[np.float32]:
         """[texts, hidden_size], rows of length 1."""
+        instruction = QUERY_INSTRUCTION if is_query else ""
         encodings = self._tokenizer.encode_batch_fast([instruction + text + "</s>" for text in texts])
         num_masked = len(self._tokenizer.encode(instruction, add_special_tokens=False).ids) if instruction else 0
         embeddings = self._network.embed([encoding.ids for encoding in encodings], num_masked)
         return embeddings.cpu().numpy()  # type: ignore[no-any-return]
+
+
+class Library:
+    """A folder of sentence-transformers, as its users call it."""
+
+    def __init__(self, folder: Path, device: str) -> None:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        from sentence_transformers import SentenceTransformer
+
+        self._model = SentenceTransformer(str(folder), device=device.partition(",")[0], local_files_only=True)
+
+    def embed(self, texts: Sequence[str], *, is_query: bool) -> npt.NDArray[np.float32]:
+        """[texts, dimension], rows of length 1."""
+        encode = self._model.encode_query if is_query else self._model.encode_document
+        return encode(list(texts), normalize_embeddings=True, show_progress_bar=False)  # type: ignore[no-any-return]

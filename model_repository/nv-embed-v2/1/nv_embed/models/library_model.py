@@ -1,0 +1,194 @@
+"""Texts through a library's tokenizer and modules: tokens, groups of padded rows, vectors. Knows no files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Encoding
+from tokenizers import Tokenizer as RustTokenizer
+from torch import Tensor
+
+from nv_embed.errors import InvalidRequest
+from nv_embed.models.protocol import Work
+from nv_embed.sequence import TokenSequence
+
+MOST_PADDING = 0.25  # of a group's tokens
+# How a text is tokenized near a cut can depend on what was cut off, but not from this many characters away.
+_CUT_MARGIN_CHARACTERS = 4096
+
+
+class LibraryTokenizer:
+    """A library's tokenizer, whose truncation is set once, because threads share it. See `TextEncoder`."""
+
+    def __init__(
+        self,
+        tokenizer: RustTokenizer,
+        max_sequence_tokens: int,
+        *,
+        adds_special_tokens: bool = True,
+        cut_side: str = "right",
+        special_ids: frozenset[int] | None = None,
+    ) -> None:
+        """
+        Args:
+            tokenizer: nobody else may use it.
+            max_sequence_tokens: a text is cut to, or refused beyond, this many tokens.
+            adds_special_tokens: whether its special tokens are put around a text.
+            cut_side: where a text is cut: 'left' or 'right'.
+            special_ids: its special tokens, if the pooling leaves the instruction out; None: all is pooled.
+        """
+        self._tokenizer, self._adds_special_tokens = tokenizer, adds_special_tokens
+        self._special_ids = special_ids
+        tokenizer.no_padding()
+        tokenizer.enable_truncation(max_sequence_tokens, direction=cut_side)
+        self.max_sequence_tokens = max_sequence_tokens
+        # Most huge texts are cut before they are tokenized, which bounds time and memory.
+        longest_token = max(map(len, tokenizer.get_vocab()), default=1)
+        self._max_characters = max_sequence_tokens * longest_token + _CUT_MARGIN_CHARACTERS
+        self._may_cut_characters = cut_side == "right"
+
+    def encode(
+        self, texts: Sequence[str], instruction: str, *, truncate: bool = True, first_index: int = 0
+    ) -> list[TokenSequence]:
+        """Tokenize instruction + text, cut as the library cuts: its special tokens stay.
+
+        Args:
+            texts: any number of texts.
+            instruction: stands before every text; may be empty.
+            truncate: False refuses a text that would be cut.
+            first_index: of the first text within its request, for messages.
+
+        Raises:
+            InvalidRequest: a text is too long and may not be cut, has no token, or nothing of it would be pooled.
+        """
+        num_masked = self._num_instruction_tokens(instruction)
+        sequences = []
+        for index, encoding in enumerate(self._encode([instruction + text for text in texts]), start=first_index):
+            if encoding.overflowing and not truncate:
+                raise InvalidRequest.of(
+                    expected=f"texts of at most {self.max_sequence_tokens} tokens, as 'truncate' is 'NONE'",
+                    got=f"text {index} with more than that, its instruction included",
+                    remedy="shorten it, or set 'truncate' to 'END'",
+                )
+            if not encoding.ids:
+                raise InvalidRequest.of(
+                    expected="texts with at least one token that the model knows",
+                    got=f"text {index} without any, which has no vector",
+                    remedy="leave it out",
+                )
+            if len(encoding.ids) <= num_masked:
+                raise InvalidRequest.of(
+                    expected="an instruction that leaves some of each text to pool",
+                    got=f"text {index} cut to {len(encoding.ids)} tokens, with an instruction of {num_masked}",
+                    remedy="shorten the instruction",
+                )
+            sequences.append(TokenSequence(np.array(encoding.ids, dtype=np.int32), num_masked))
+        return sequences
+
+    def _encode(self, texts: list[str]) -> list[Encoding]:
+        short = [text[: self._max_characters] for text in texts] if self._may_cut_characters else texts
+        encodings = self._encode_whole(short)
+        for i, (text, part) in enumerate(zip(texts, short, strict=True)):
+            # A token can stand for more characters than it has: for a run of spaces, or for a long unknown word.
+            if len(part) < len(text) and not encodings[i].overflowing:
+                (encodings[i],) = self._encode_whole([text])
+        return encodings
+
+    def _encode_whole(self, texts: list[str]) -> list[Encoding]:
+        return self._tokenizer.encode_batch_fast(texts, add_special_tokens=self._adds_special_tokens)
+
+    def _num_instruction_tokens(self, instruction: str) -> int:
+        """Leading tokens that are not pooled. Tokenized alone, because the library does so, too."""
+        if self._special_ids is None or not instruction:
+            return 0
+        (encoding,) = self._encode([instruction])
+        return len(encoding.ids) - (encoding.ids[-1] in self._special_ids)
+
+
+def groups_of(sequences: Sequence[TokenSequence]) -> list[list[int]]:
+    """Which sequences are padded together: those of about the same length, the longest first.
+
+    A group padded to its longest sequence has at most a quarter more tokens than without padding, so that a long text
+    does not make short ones costly. All of a group have as many masked tokens, because the library masks as many.
+
+    Returns:
+        Indices into `sequences`, each once; the first of a group is its longest.
+    """
+    groups: list[list[int]] = []
+    key, longest, padding, num_tokens = None, 0, 0, 0
+    for i in sorted(
+        range(len(sequences)), key=lambda i: (sequences[i].num_masked, sequences[i].num_tokens), reverse=True
+    ):
+        own = sequences[i]
+        fits = padding + longest - own.num_tokens <= MOST_PADDING * (num_tokens + own.num_tokens)
+        if own.num_masked != key or not fits:
+            groups.append([])
+            key, longest, padding, num_tokens = own.num_masked, own.num_tokens, 0, 0
+        groups[-1].append(i)
+        padding += longest - own.num_tokens
+        num_tokens += own.num_tokens
+    return groups
+
+
+class LibraryModel:
+    """A library's modules on a device, for any number of threads. See `Model`."""
+
+    def __init__(self, modules: Any, device: torch.device, dimension: int, *, pad_id: int | None) -> None:
+        """
+        Args:
+            modules: a `SentenceTransformer`, in evaluation mode.
+            device: where they are.
+            dimension: of a vector; what the modules return is cut to it.
+            pad_id: the padding token; None for a table of token vectors, whose texts need no padding.
+        """
+        self._modules, self._device, self._dimension, self._pad_id = modules, device, dimension, pad_id
+        tables = {id(each.weight) for each in modules.modules() if isinstance(each, torch.nn.Embedding)}
+        self._multiply_adds = sum(each.numel() for each in modules.parameters() if id(each) not in tables)
+
+    def embed(self, sequences: Sequence[TokenSequence], work: Work) -> Tensor:
+        """[S, dimension] float32 rows of length 1, in the order of the sequences.
+
+        A single text is never divided, however long. A vector of zeros has no direction; its row is NaN.
+        """
+        groups = [list(range(len(sequences)))] if self._pad_id is None else groups_of(sequences)
+        parts: list[Tensor] = []
+        for group in groups:
+            if group is groups[-1]:
+                work.little_left()
+            multiply_adds = sequences[group[0]].num_tokens * self._multiply_adds
+            for rows in work.pieces(len(group), multiply_adds, fewest_rows=1):
+                parts.append(self._forward([sequences[i] for i in group[rows]]))
+        vectors = torch.cat(parts)
+        order = np.argsort(np.concatenate(groups))
+        vectors = vectors[torch.from_numpy(order).to(self._device)]
+        return vectors / vectors.norm(dim=-1, keepdim=True)
+
+    def _forward(self, sequences: list[TokenSequence]) -> Tensor:
+        """[R, dimension] float32, of any length."""
+        features = self._flat(sequences) if self._pad_id is None else self._padded(sequences, self._pad_id)
+        vectors: Tensor = self._modules(features)["sentence_embedding"]
+        return vectors[:, : self._dimension].float()
+
+    def _flat(self, sequences: list[TokenSequence]) -> dict[str, Any]:
+        offsets = np.cumsum([0] + [own.num_tokens for own in sequences[:-1]])
+        input_ids = np.concatenate([own.input_ids for own in sequences])
+        return {"input_ids": self._long(input_ids), "offsets": self._long(offsets)}
+
+    def _padded(self, sequences: list[TokenSequence], pad_id: int) -> dict[str, Any]:
+        """Padded on the right, whatever the tokenizer says, so that positions are those of the text alone."""
+        input_ids = np.full((len(sequences), max(own.num_tokens for own in sequences)), pad_id)
+        attention_mask = np.zeros_like(input_ids)
+        for row, own in enumerate(sequences):
+            input_ids[row, : own.num_tokens] = own.input_ids
+            attention_mask[row, : own.num_tokens] = 1
+        return {
+            "input_ids": self._long(input_ids),
+            "attention_mask": self._long(attention_mask),
+            "prompt_length": sequences[0].num_masked,
+        }
+
+    def _long(self, numbers: Any) -> Tensor:
+        return torch.from_numpy(numbers.astype(np.int64)).to(self._device)

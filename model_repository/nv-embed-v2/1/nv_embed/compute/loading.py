@@ -139,9 +139,15 @@ def _loading(device: Device, precision: Precision) -> Iterator[None]:
 
 
 def _check_memory(
-    device: Device, precision: Precision, weights: int, numbers_per_token: int, num_texts: int, max_sequence_tokens: int,
-    *, smallest: str,
-) -> None:  # fmt: skip
+    device: Device,
+    precision: Precision,
+    weights: int,
+    numbers_per_token: int,
+    num_texts: int,
+    max_sequence_tokens: int,
+    *,
+    smallest: str,
+) -> None:
     """Raise DeviceError if there is no room for the weights and the activations of `num_texts` longest texts.
 
     Args:

@@ -1,8 +1,11 @@
-"""Texts through a library's tokenizer and modules: tokens, groups of padded rows, vectors. Knows no files."""
+"""sentence-transformers as this server uses it: texts to tokens, groups of padded rows to vectors. Knows no files."""
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -11,13 +14,53 @@ from tokenizers import Encoding
 from tokenizers import Tokenizer as RustTokenizer
 from torch import Tensor
 
-from nv_embed.errors import InvalidRequest
+from nv_embed.errors import CheckpointError, InvalidRequest, in_short
 from nv_embed.models.protocol import Work
 from nv_embed.sequence import TokenSequence
 
 MOST_PADDING = 0.25  # of a group's tokens
 # How a text is tokenized near a cut can depend on what was cut off, but not from this many characters away.
 _CUT_MARGIN_CHARACTERS = 4096
+_REQUIREMENTS = "requirements-sentence-transformers.txt"
+# Older ones compute EmbeddingGemma, and decoders with `is_causal` false, as if no token saw a later one.
+_OLDEST = {"sentence-transformers": (6, 0), "transformers": (5, 2)}
+
+
+def import_library() -> None:
+    """Import it, silent and offline; raises CheckpointError if it is missing, broken or too old."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read at import
+    remedy = f"install {_REQUIREMENTS}, which lies beside requirements.txt in the model's folder"
+    try:
+        import sentence_transformers  # noqa: F401
+        import transformers
+    except Exception as error:  # a package within it may raise anything
+        raise CheckpointError(
+            f"expected the packages that compute folders with modules.json; got {type(error).__name__}: "
+            f"{in_short(error)}; {remedy}, and with numpy 1 no pyarrow of version 26 or later"
+        ) from None
+    for name, oldest in _OLDEST.items():
+        found = version(name)
+        if tuple(int(part) for part in found.split(".")[:2]) < oldest:
+            raise CheckpointError(f"expected {name} {'.'.join(map(str, oldest))} or later; got {found}; {remedy}")
+    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
+
+
+@torch.no_grad()
+def spoil_missing(network: Any) -> list[str]:
+    """Put NaN in the place of the random numbers that stand for missing tensors, and name these.
+
+    A tensor that no vector depends on may be missing: many folders lack BERT's pooler.
+    """
+    missing = [
+        (name, tensor)
+        for name, tensor in network.state_dict(keep_vars=True).items()
+        if tensor.is_floating_point() and not getattr(tensor, "_is_hf_initialized", False)
+    ]
+    for _, tensor in missing:
+        tensor.fill_(torch.nan)
+    return [name for name, _ in missing]
 
 
 class LibraryTokenizer:
@@ -160,24 +203,23 @@ class LibraryModel:
                 work.little_left()
             multiply_adds = sequences[group[0]].num_tokens * self._multiply_adds
             for rows in work.pieces(len(group), multiply_adds, fewest_rows=1):
-                parts.append(self._forward([sequences[i] for i in group[rows]]))
-        vectors = torch.cat(parts)
-        order = np.argsort(np.concatenate(groups))
-        vectors = vectors[torch.from_numpy(order).to(self._device)]
-        return vectors / vectors.norm(dim=-1, keepdim=True)
+                parts.append(self.embed_group([sequences[i] for i in group[rows]]))
+        order = torch.from_numpy(np.argsort(np.concatenate(groups)))
+        return torch.cat(parts)[order.to(self._device)]
 
-    def _forward(self, sequences: list[TokenSequence]) -> Tensor:
-        """[R, dimension] float32, of any length."""
+    def embed_group(self, sequences: Sequence[TokenSequence]) -> Tensor:
+        """The same of sequences with as many masked tokens, in one pass."""
         features = self._flat(sequences) if self._pad_id is None else self._padded(sequences, self._pad_id)
-        vectors: Tensor = self._modules(features)["sentence_embedding"]
-        return vectors[:, : self._dimension].float()
+        vectors = self._modules(features)["sentence_embedding"][:, : self._dimension].float()
+        rows: Tensor = vectors / vectors.norm(dim=-1, keepdim=True)
+        return rows
 
-    def _flat(self, sequences: list[TokenSequence]) -> dict[str, Any]:
+    def _flat(self, sequences: Sequence[TokenSequence]) -> dict[str, Any]:
         offsets = np.cumsum([0] + [own.num_tokens for own in sequences[:-1]])
         input_ids = np.concatenate([own.input_ids for own in sequences])
         return {"input_ids": self._long(input_ids), "offsets": self._long(offsets)}
 
-    def _padded(self, sequences: list[TokenSequence], pad_id: int) -> dict[str, Any]:
+    def _padded(self, sequences: Sequence[TokenSequence], pad_id: int) -> dict[str, Any]:
         """Padded on the right, whatever the tokenizer says, so that positions are those of the text alone."""
         input_ids = np.full((len(sequences), max(own.num_tokens for own in sequences)), pad_id)
         attention_mask = np.zeros_like(input_ids)

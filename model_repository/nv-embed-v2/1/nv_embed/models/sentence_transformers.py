@@ -9,7 +9,6 @@ batches with those that the library gives to one text at a time.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -24,22 +23,20 @@ from tokenizers import normalizers
 
 from nv_embed.errors import CheckpointError, DeviceError, in_short
 from nv_embed.models.config_file import Section, read_json
-from nv_embed.models.library_model import LibraryModel, LibraryTokenizer
+from nv_embed.models.library_model import LibraryModel, LibraryTokenizer, import_library, spoil_missing
 
 logger = logging.getLogger(__name__)
 
-_REQUIREMENTS = "requirements-sentence-transformers.txt"
-# Older ones compute EmbeddingGemma, and decoders with `is_causal` false, as if no token saw a later one.
-_OLDEST = {"sentence-transformers": (6, 0), "transformers": (5, 2)}
 _FIRST = ("Transformer", "StaticEmbedding")
 _WITH_WEIGHTS = (*_FIRST, "Dense", "LayerNorm")
 _KNOWN = (*_WITH_WEIGHTS, "Pooling", "Dropout", "Normalize")
 # Of a folder that was saved without `dtype`, and of a table.
 _USUAL_DTYPE = "float32"
 _SAMPLES = (
-    "Water boils.",
-    "Das Wasser kocht; вода кипит; 水沸腾了. On a mountain the air presses LESS, so it boils at a lower temperature.",
+    "Water: вода, 水.",
+    "Das Wasser kocht; вода кипит; 水沸腾了. On a mountain the air presses LESS, so it boils at a lower temperature. ",
 )
+_MOST_SAMPLE_TOKENS = 1024
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.05}  # of each number in a vector
 
 
@@ -86,8 +83,8 @@ class SentenceTransformersCheckpoint:
             if config.raw.get("auto_map") is not None:
                 config.refuse(
                     "auto_map",
-                    "nothing, because it names code that comes with the checkpoint, which this server does not run, and "
-                    "a class of the library could stand in for it and compute another model",
+                    "nothing, because it names code of the checkpoint's own, which is not run here, and a class of the "
+                    "library could stand in for it and compute another model",
                 )
             longest_text = _longest_text(first, config)
         hidden_size, intermediate_size = _widths(first, config)
@@ -119,7 +116,7 @@ class SentenceTransformersCheckpoint:
         first = self.modules[0]
         if first.kind == "StaticEmbedding":
             return LibraryTokenizer(_rust_tokenizer(first), max_sequence_tokens, adds_special_tokens=False)
-        _import_library()
+        import_library()
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
         settings = _optional(first.folder / "sentence_bert_config.json").raw
@@ -158,75 +155,71 @@ class SentenceTransformersCheckpoint:
                 "dtype: expected bfloat16 or float32, because Gemma3's numbers exceed the range of float16; got "
                 "float16; set dtype to 'bfloat16'"
             )
-        _import_library()
+        import_library()
         from sentence_transformers import SentenceTransformer
 
         first = self.modules[0]
         is_network = first.kind == "Transformer"
         try:
             library = SentenceTransformer(
-                str(folder),
-                device="cpu",
-                local_files_only=True,
+                str(folder), device="cpu", local_files_only=True,
                 model_kwargs={"dtype": dtype, "use_safetensors": True} if is_network else {},
                 processor_kwargs=_special_token_arguments(first) if is_network else {},
-            ).eval()
+            )  # fmt: skip
+            missing = spoil_missing(library.transformers_model) if is_network else []
+            library.eval().to(device=device, dtype=dtype)
+            pad_id = (library.tokenizer.pad_token_id or 0) if is_network else None
+            model = LibraryModel(library, device, self.dimension, pad_id=pad_id)
+            with torch.inference_mode():
+                self._compare(folder, library, model, missing)
+        except (CheckpointError, torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
         except Exception as error:  # of any kind, from whatever class the folder names
             raise _does_not_load(folder, error) from None
-        missing = _spoil_missing(library.transformers_model) if is_network else []
-        library.to(device=device, dtype=dtype)
-        pad_id = (library.tokenizer.pad_token_id or 0) if is_network else None
-        model = LibraryModel(library, device, self.dimension, pad_id=pad_id)
-        with torch.inference_mode():
-            self._compare(folder, library, model, missing)
-        logger.info("sentence-transformers %s computes %s", version("sentence-transformers"), library)
+        kinds = ", ".join(module.kind for module in self.modules)
+        logger.info("sentence-transformers %s computes %s", version("sentence-transformers"), kinds)
         return model
 
     def _compare(self, folder: Path, library: Any, model: LibraryModel, missing: list[str]) -> None:
-        """Raise CheckpointError if tokens or vectors of the samples are not those that the library gives them alone."""
-        longest = library.max_seq_length or 2**31
+        """Raise CheckpointError if tokens or vectors of samples are not those that the library gives each alone.
+
+        One sample is cut to the longest text. It is also computed where that takes a moment.
+        """
+        longest, samples = library.max_seq_length or 2**31, list(_SAMPLES)
         if longest < (self.longest_text or 2**31):
             raise CheckpointError(
                 f"{folder}: expected sentence_bert_config.json to say how long a text may be, as max_seq_length; got a "
                 f"model of {longest} tokens that does not say so; add it"
             )
-        tokenizer = self.tokenizer(folder, min(longest, 2**31))
-        for instruction, encode, task in (
+        if self.longest_text:
+            samples.append(_SAMPLES[-1] * (self.longest_text // 20 + 1))
+        tokenizer = self.tokenizer(folder, self.longest_text or 2**31)
+        for prompt, encode, task in (
             (self.query_instruction, library.encode_query, "query"),
             (self.document_instruction, library.encode_document, "document"),
         ):
-            sequences = tokenizer.encode(_SAMPLES, instruction)
-            for text, sequence in zip(_SAMPLES, sequences, strict=True):
-                features = library.preprocess([text], prompt=instruction, task=task)
+            sequences = tokenizer.encode(samples, prompt)
+            for sample, sequence in zip(samples, sequences, strict=True):
+                features = library.preprocess([sample], prompt=prompt, task=task)
                 if features["input_ids"].flatten().tolist() != sequence.input_ids.tolist():
                     raise CheckpointError(
                         f"{folder}: expected the tokens of a text to be those of its prompt and the text; got a model "
                         "that sentence-transformers feeds in another way; it cannot be served here"
                     )
-            vectors = model.embed(sequences, _Whole())
+            vectors = model.embed_group([each for each in sequences if each.num_tokens <= _MOST_SAMPLE_TOKENS])
             if not vectors.isfinite().all():
+                got = f"none for {', '.join(missing)}" if missing else "vectors with NaN or infinite numbers"
                 raise CheckpointError(
-                    f"{folder}: expected every tensor in the files, and finite vectors; got "
-                    + (f"none for {', '.join(missing)}" if missing else "vectors with NaN or infinite numbers")
-                    + "; take all files from the same checkpoint, or dtype 'float32'"
+                    f"{folder}: expected every tensor that a vector needs in the files, and finite vectors; got {got}; "
+                    "take all files from the same checkpoint, and dtype 'float32' if that does not help"
                 )
-            alone = [encode([text], normalize_embeddings=True, convert_to_tensor=True) for text in _SAMPLES]
-            difference = (vectors - torch.cat(alone).float()).abs().max().item()
+            alone = [encode([sample], normalize_embeddings=True, convert_to_tensor=True) for sample in _SAMPLES]
+            difference = (vectors[: len(alone)] - torch.cat(alone).float()).abs().max().item()
             if not difference <= _TOLERANCE[library.dtype]:
                 raise CheckpointError(
                     f"{folder}: expected padded texts to have the vectors that sentence-transformers gives each alone; "
                     f"got numbers that differ by {difference:.1g}; it cannot be served here"
                 )
-
-
-class _Whole:
-    """All rows at once; see `Work`."""
-
-    def pieces(self, num_rows: int, multiply_adds: int, fewest_rows: int = 1) -> tuple[slice]:
-        return (slice(0, num_rows),)
-
-    def little_left(self) -> None:
-        pass
 
 
 # --- its files -------------------------------------------------------------------------------------------
@@ -293,7 +286,9 @@ def _dimension_after(module: Module, dimension: int) -> int:
         return config.integer("out_features")
     if module.kind == "Pooling":
         config = module.config()
-        modes = config.raw.get("pooling_mode", [key for key in config.raw if config.raw[key] is True and "_mode_" in key])
+        modes = config.raw.get(
+            "pooling_mode", [key for key in config.raw if config.raw[key] is True and "_mode_" in key]
+        )
         return dimension * (max(len(modes), 1) if isinstance(modes, list) else 1)
     return dimension
 
@@ -346,48 +341,8 @@ def _special_token_arguments(first: Module) -> dict[str, bool]:
     return {"add_bos_token": whole[:1] != bare[:1], "add_eos_token": True}
 
 
-# --- the library -----------------------------------------------------------------------------------------
-
-
-def _import_library() -> None:
-    """Import it, silent and offline; raises CheckpointError if it is missing, broken or too old."""
-    os.environ["HF_HUB_OFFLINE"] = "1"  # read at import
-    remedy = f"install {_REQUIREMENTS}, which lies beside requirements.txt in the model's folder"
-    try:
-        import sentence_transformers  # noqa: F401
-        import transformers
-    except Exception as error:  # a package within it may raise anything
-        raise CheckpointError(
-            f"expected the packages that compute folders with modules.json; got {type(error).__name__}: "
-            f"{in_short(error)}; {remedy}, and with numpy 1 no pyarrow of version 26 or later"
-        ) from None
-    for name, oldest in _OLDEST.items():
-        found = version(name)
-        if tuple(int(part) for part in found.split(".")[:2]) < oldest:
-            raise CheckpointError(f"expected {name} {'.'.join(map(str, oldest))} or later; got {found}; {remedy}")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
-
-
 def _does_not_load(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(
-        f"{path}: expected a checkpoint that sentence-transformers loads without downloads and without code of its own; "
+        f"{path}: expected a checkpoint that sentence-transformers loads from these files alone; "
         f"got {type(error).__name__}: {in_short(error)}; take all files from the same checkpoint"
     )
-
-
-@torch.no_grad()
-def _spoil_missing(network: Any) -> list[str]:
-    """Put NaN in the place of the random numbers that stand for missing tensors, and name these.
-
-    A tensor that no vector depends on may be missing: many folders lack BERT's pooler.
-    """
-    missing = [
-        (name, tensor)
-        for name, tensor in network.state_dict(keep_vars=True).items()
-        if tensor.is_floating_point() and not getattr(tensor, "_is_hf_initialized", False)
-    ]
-    for _, tensor in missing:
-        tensor.fill_(torch.nan)
-    return [name for name, _ in missing]

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, StaticEmbedding, Transformer
+from serving import ROOT
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import (
     BertConfig,
@@ -45,7 +46,10 @@ WORDS = [
     "document",
     "passage",
 ]
-ENCODER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+ENCODER = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
+    "initializer_range": 0.3,  # else all texts have nearly the same vector
+}  # fmt: skip
 DECODER = ENCODER | {"num_key_value_heads": 2, "head_dim": 8}
 
 
@@ -170,8 +174,8 @@ def qwen3(folder: Path) -> Path:
 def mistral(folder: Path) -> Path:
     """As e5-mistral: causal, a last token that only tokenizer_config.json asks for, prompts with names of their own."""
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bytes_of("<unk>", "<s>", "</s>", first="<s>"), bos_token="<s>", eos_token="</s>",
-        pad_token="</s>", unk_token="<unk>", model_max_length=200,
+        tokenizer_file=str(ROOT / "test/data/toy/tokenizer.json"), bos_token="<s>", eos_token="</s>", pad_token="</s>",
+        unk_token="<unk>", model_max_length=200,
     )  # fmt: skip
     config = MistralConfig(**DECODER, vocab_size=len(tokenizer), max_position_embeddings=256, sliding_window=None)
     prompts = {"web_search_query": "Instruct: find it\nQuery: "}

@@ -21,13 +21,24 @@ from nv_embed.sequence import TokenSequence
 MOST_PADDING = 0.25  # of a group's tokens
 # How a text is tokenized near a cut can depend on what was cut off, but not from this many characters away.
 _CUT_MARGIN_CHARACTERS = 4096
+SAMPLES = (
+    "Water: вода, 水.",
+    "Das Wasser kocht; вода кипит; 水沸腾了. On a mountain the air presses LESS, so it boils at a lower temperature. ",
+)
+_MOST_SAMPLE_REPEATS = 2000  # more than 50,000 tokens: longer than what published models take
+_MOST_SAMPLE_TOKENS = 1024
+_MOST_DISTANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}  # of two vectors of length 1
 _REQUIREMENTS = "requirements-sentence-transformers.txt"
 # Older ones compute EmbeddingGemma, and decoders with `is_causal` false, as if no token saw a later one.
 _OLDEST = {"sentence-transformers": (6, 0), "transformers": (5, 2)}
 
 
 def import_library() -> None:
-    """Import it, silent and offline; raises CheckpointError if it is missing, broken or too old."""
+    """Import it, offline, with its warnings in this server's log.
+
+    Raises:
+        CheckpointError: it is missing, broken or too old.
+    """
     os.environ["HF_HUB_OFFLINE"] = "1"  # read at import
     remedy = f"install {_REQUIREMENTS}, which lies beside requirements.txt in the model's folder"
     try:
@@ -42,9 +53,11 @@ def import_library() -> None:
         found = version(name)
         if tuple(int(part) for part in found.split(".")[:2]) < oldest:
             raise CheckpointError(f"expected {name} {'.'.join(map(str, oldest))} or later; got {found}; {remedy}")
-    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
+    for name in ("transformers", "sentence_transformers"):
+        theirs = logging.getLogger(name)
+        theirs.handlers, theirs.propagate = logging.getLogger("nv_embed").handlers, False
+        theirs.setLevel(logging.WARNING)
 
 
 @torch.no_grad()
@@ -177,19 +190,61 @@ def groups_of(sequences: Sequence[TokenSequence]) -> list[list[int]]:
 
 
 class LibraryModel:
-    """A library's modules on a device, for any number of threads. See `Model`."""
+    """A `SentenceTransformer` on a device, for any number of threads. See `Model`."""
 
-    def __init__(self, modules: Any, device: torch.device, dimension: int, *, pad_id: int | None) -> None:
+    def __init__(self, library: Any, device: torch.device, dimension: int, *, pad_id: int | None) -> None:
         """
         Args:
-            modules: a `SentenceTransformer`, in evaluation mode.
-            device: where they are.
-            dimension: of a vector; what the modules return is cut to it.
+            library: a `SentenceTransformer`, in evaluation mode.
+            device: where it is.
+            dimension: of a vector; what the library returns is cut to it.
             pad_id: the padding token; None for a table of token vectors, whose texts need no padding.
         """
-        self._modules, self._device, self._dimension, self._pad_id = modules, device, dimension, pad_id
-        tables = {id(each.weight) for each in modules.modules() if isinstance(each, torch.nn.Embedding)}
-        self._multiply_adds = sum(each.numel() for each in modules.parameters() if id(each) not in tables)
+        self._library, self._device, self._dimension, self._pad_id = library, device, dimension, pad_id
+        tables = {id(each.weight) for each in library.modules() if isinstance(each, torch.nn.Embedding)}
+        self._multiply_adds = sum(each.numel() for each in library.parameters() if id(each) not in tables)
+
+    @torch.inference_mode()
+    def compare(self, tokenizer: LibraryTokenizer, prompts: dict[str, str], missing: list[str]) -> None:
+        """Compare tokens and vectors of samples, computed together, with those that the library gives each alone.
+
+        One sample is cut to the longest text. It is computed, too, where that takes a moment.
+
+        Args:
+            tokenizer: what the server tokenizes with, which cuts where the library does.
+            prompts: of 'query' and 'document'.
+            missing: what `spoil_missing` found.
+
+        Raises:
+            CheckpointError: they differ, or are no numbers.
+        """
+        samples = list(SAMPLES)
+        if self._pad_id is not None:  # a table takes texts of any length
+            samples.append(SAMPLES[-1] * min(tokenizer.max_sequence_tokens, _MOST_SAMPLE_REPEATS))
+        for task, prompt in prompts.items():
+            encode = self._library.encode_query if task == "query" else self._library.encode_document
+            sequences = tokenizer.encode(samples, prompt)
+            for sample, sequence in zip(samples, sequences, strict=True):
+                features = self._library.preprocess([sample], prompt=prompt, task=task)
+                if features["input_ids"].flatten().tolist() != sequence.input_ids.tolist():
+                    raise CheckpointError(
+                        "expected the tokens of a text to be those of its prompt and the text; got a model that "
+                        "sentence-transformers feeds in another way; it cannot be served here"
+                    )
+            vectors = self.embed_group([each for each in sequences if each.num_tokens <= _MOST_SAMPLE_TOKENS])
+            if not vectors.isfinite().all():
+                got = f"none for {', '.join(missing)}" if missing else "vectors with NaN or infinite numbers"
+                raise CheckpointError(
+                    f"expected every tensor that a vector needs in the files, and finite vectors; got {got}; take all "
+                    "files from the same checkpoint, and dtype 'float32' if that does not help"
+                )
+            alone = [encode([sample], normalize_embeddings=True, convert_to_tensor=True) for sample in SAMPLES]
+            distance = (vectors[: len(alone)] - torch.cat(alone).float()).norm(dim=1).max().item()
+            if not distance <= _MOST_DISTANCE[self._library.dtype]:
+                raise CheckpointError(
+                    "expected texts that are computed together to have the vectors that sentence-transformers gives "
+                    f"each alone; got a distance of {distance:.1g}; it cannot be served here"
+                )
 
     def embed(self, sequences: Sequence[TokenSequence], work: Work) -> Tensor:
         """[S, dimension] float32 rows of length 1, in the order of the sequences.
@@ -210,7 +265,7 @@ class LibraryModel:
     def embed_group(self, sequences: Sequence[TokenSequence]) -> Tensor:
         """The same of sequences with as many masked tokens, in one pass."""
         features = self._flat(sequences) if self._pad_id is None else self._padded(sequences, self._pad_id)
-        vectors = self._modules(features)["sentence_embedding"][:, : self._dimension].float()
+        vectors = self._library(features)["sentence_embedding"][:, : self._dimension].float()
         rows: Tensor = vectors / vectors.norm(dim=-1, keepdim=True)
         return rows
 

@@ -8,12 +8,13 @@ batches with those that the library gives to one text at a time.
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,14 +31,6 @@ logger = logging.getLogger(__name__)
 _FIRST = ("Transformer", "StaticEmbedding")
 _WITH_WEIGHTS = (*_FIRST, "Dense", "LayerNorm")
 _KNOWN = (*_WITH_WEIGHTS, "Pooling", "Dropout", "Normalize")
-# Of a folder that was saved without `dtype`, and of a table.
-_USUAL_DTYPE = "float32"
-_SAMPLES = (
-    "Water: вода, 水.",
-    "Das Wasser kocht; вода кипит; 水沸腾了. On a mountain the air presses LESS, so it boils at a lower temperature. ",
-)
-_MOST_SAMPLE_TOKENS = 1024
-_TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.05}  # of each number in a vector
 
 
 # --- what the files say ----------------------------------------------------------------------------------
@@ -80,12 +73,7 @@ class SentenceTransformersCheckpoint:
         first, longest_text, config = modules[0], None, Section({})
         if first.kind == "Transformer":
             config = first.config()
-            if config.raw.get("auto_map") is not None:
-                config.refuse(
-                    "auto_map",
-                    "nothing, because it names code of the checkpoint's own, which is not run here, and a class of the "
-                    "library could stand in for it and compute another model",
-                )
+            _check_network(config)
             longest_text = _longest_text(first, config)
         hidden_size, intermediate_size = _widths(first, config)
         dimension = hidden_size
@@ -99,7 +87,7 @@ class SentenceTransformersCheckpoint:
             longest_text=longest_text,
             hidden_size=hidden_size,
             numbers_per_token=6 * hidden_size + 3 * intermediate_size if intermediate_size else 2,
-            dtype=config.dtype() if {"dtype", "torch_dtype"} & config.raw.keys() else _USUAL_DTYPE,
+            dtype=config.dtype() if {"dtype", "torch_dtype"} & config.raw.keys() else "float32",
             is_prompt_pooled=all(
                 module.config().raw.get("include_prompt") is not False for module in modules if module.kind == "Pooling"
             ),
@@ -115,11 +103,13 @@ class SentenceTransformersCheckpoint:
         """Read the folder's tokenizer; raises CheckpointError."""
         first = self.modules[0]
         if first.kind == "StaticEmbedding":
-            return LibraryTokenizer(_rust_tokenizer(first), max_sequence_tokens, adds_special_tokens=False)
+            table = _rust_tokenizer(first)
+            limit = min((table.truncation or {}).get("max_length", max_sequence_tokens), max_sequence_tokens)
+            return LibraryTokenizer(table, limit, adds_special_tokens=False)
         import_library()
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-        settings = _optional(first.folder / "sentence_bert_config.json").raw
+        settings = _settings(first).raw
         arguments = settings.get("processor_kwargs") or settings.get("tokenizer_args") or {}
         try:
             tokenizer = AutoTokenizer.from_pretrained(
@@ -170,8 +160,17 @@ class SentenceTransformersCheckpoint:
             library.eval().to(device=device, dtype=dtype)
             pad_id = (library.tokenizer.pad_token_id or 0) if is_network else None
             model = LibraryModel(library, device, self.dimension, pad_id=pad_id)
-            with torch.inference_mode():
-                self._compare(folder, library, model, missing)
+            longest = library.max_seq_length or 2**31
+            if longest < (self.longest_text or 2**31):
+                raise CheckpointError(
+                    f"{folder}: expected sentence_bert_config.json to say how long a text may be, as max_seq_length; "
+                    f"got a model of {longest} tokens that does not say so; add it"
+                )
+            model.compare(
+                self.tokenizer(folder, self.longest_text or 2**31),
+                {"query": self.query_instruction, "document": self.document_instruction},
+                missing,
+            )
         except (CheckpointError, torch.OutOfMemoryError, torch.AcceleratorError):
             raise
         except Exception as error:  # of any kind, from whatever class the folder names
@@ -179,47 +178,6 @@ class SentenceTransformersCheckpoint:
         kinds = ", ".join(module.kind for module in self.modules)
         logger.info("sentence-transformers %s computes %s", version("sentence-transformers"), kinds)
         return model
-
-    def _compare(self, folder: Path, library: Any, model: LibraryModel, missing: list[str]) -> None:
-        """Raise CheckpointError if tokens or vectors of samples are not those that the library gives each alone.
-
-        One sample is cut to the longest text. It is also computed where that takes a moment.
-        """
-        longest, samples = library.max_seq_length or 2**31, list(_SAMPLES)
-        if longest < (self.longest_text or 2**31):
-            raise CheckpointError(
-                f"{folder}: expected sentence_bert_config.json to say how long a text may be, as max_seq_length; got a "
-                f"model of {longest} tokens that does not say so; add it"
-            )
-        if self.longest_text:
-            samples.append(_SAMPLES[-1] * (self.longest_text // 20 + 1))
-        tokenizer = self.tokenizer(folder, self.longest_text or 2**31)
-        for prompt, encode, task in (
-            (self.query_instruction, library.encode_query, "query"),
-            (self.document_instruction, library.encode_document, "document"),
-        ):
-            sequences = tokenizer.encode(samples, prompt)
-            for sample, sequence in zip(samples, sequences, strict=True):
-                features = library.preprocess([sample], prompt=prompt, task=task)
-                if features["input_ids"].flatten().tolist() != sequence.input_ids.tolist():
-                    raise CheckpointError(
-                        f"{folder}: expected the tokens of a text to be those of its prompt and the text; got a model "
-                        "that sentence-transformers feeds in another way; it cannot be served here"
-                    )
-            vectors = model.embed_group([each for each in sequences if each.num_tokens <= _MOST_SAMPLE_TOKENS])
-            if not vectors.isfinite().all():
-                got = f"none for {', '.join(missing)}" if missing else "vectors with NaN or infinite numbers"
-                raise CheckpointError(
-                    f"{folder}: expected every tensor that a vector needs in the files, and finite vectors; got {got}; "
-                    "take all files from the same checkpoint, and dtype 'float32' if that does not help"
-                )
-            alone = [encode([sample], normalize_embeddings=True, convert_to_tensor=True) for sample in _SAMPLES]
-            difference = (vectors[: len(alone)] - torch.cat(alone).float()).abs().max().item()
-            if not difference <= _TOLERANCE[library.dtype]:
-                raise CheckpointError(
-                    f"{folder}: expected padded texts to have the vectors that sentence-transformers gives each alone; "
-                    f"got numbers that differ by {difference:.1g}; it cannot be served here"
-                )
 
 
 # --- its files -------------------------------------------------------------------------------------------
@@ -248,9 +206,28 @@ def _optional(path: Path) -> Section:
     return Section.of_file(path) if path.is_file() else Section({}, file=str(path))
 
 
+def _settings(first: Module) -> Section:
+    """sentence_bert_config.json, or the same with another network's name."""
+    found = sorted(first.folder.glob("sentence_*_config.json"))
+    return Section.of_file(found[0]) if found else Section({})
+
+
+def _check_network(config: Section) -> None:
+    """Raise CheckpointError for what the library would compute in another way than the checkpoint's authors did."""
+    for key, reason in (
+        ("auto_map", "it names code of the checkpoint's own, for which the library may put another model's"),
+        ("quantization_config", "only plain weights are known here"),
+    ):
+        if config.raw.get(key) is not None:
+            config.refuse(key, f"nothing, because {reason}")
+    for key in ("rope_parameters", "rope_scaling"):
+        if re.search(r'"(dynamic|longrope)"', json.dumps(config.raw.get(key))):
+            config.refuse(key, "other types than dynamic and longrope, whose vectors depend on the texts beside them")
+
+
 def _longest_text(first: Module, config: Section) -> int | None:
     """As the library finds it: what the folder says, else the least of what tokenizer and network say."""
-    settings = _optional(first.folder / "sentence_bert_config.json")
+    settings = _settings(first)
     if settings.raw.get("max_seq_length") is not None:
         return settings.integer("max_seq_length")
     tokenizer = _optional(first.folder / "tokenizer_config.json").raw
@@ -285,10 +262,8 @@ def _dimension_after(module: Module, dimension: int) -> int:
             config.refuse("activation_function", "one of torch's, because the library puts Tanh in another's place")
         return config.integer("out_features")
     if module.kind == "Pooling":
-        config = module.config()
-        modes = config.raw.get(
-            "pooling_mode", [key for key in config.raw if config.raw[key] is True and "_mode_" in key]
-        )
+        raw = module.config().raw
+        modes = raw.get("pooling_mode", [key for key in raw if raw[key] is True and "_mode_" in key])
         return dimension * (max(len(modes), 1) if isinstance(modes, list) else 1)
     return dimension
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -382,14 +383,16 @@ def test_weights_that_memory_does_not_hold_are_refused_before_they_are_read(fold
 
 def test_a_missing_package_is_named_with_what_installs_it(folders, monkeypatch):
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-    with pytest.raises(CheckpointError, match=r"got ModuleNotFoundError: .*; install requirements-sentence-transf"):
+    with pytest.raises(
+        CheckpointError, match=r"got ModuleNotFoundError: .*; pip install -r .*/requirements-sentence-tr"
+    ):
         load(folders["bert_cls"])
 
 
 def test_an_older_library_is_refused(folders, monkeypatch):
     """It would compute EmbeddingGemma as if no token saw a later one."""
     monkeypatch.setattr(library_model, "version", {"sentence-transformers": "6.2.0", "transformers": "4.56.1"}.get)
-    with pytest.raises(CheckpointError, match=r"expected transformers 5\.2 or later; got 4\.56\.1; install"):
+    with pytest.raises(CheckpointError, match=r"expected transformers 5\.2 or later; got 4\.56\.1; pip install"):
         load(folders["gemma3"])
 
 
@@ -417,14 +420,30 @@ load_engine(folder, checkpoint, device="cpu", dtype="auto")
     assert done.stdout + done.stderr == ""
 
 
+def test_the_image_installs_these_packages_only_if_it_is_asked_to(tmp_path):
+    dockerfile = (ROOT / "Dockerfile").read_text("utf-8").replace("\\\n", " ")
+    (install,) = re.findall(r"^RUN (cd .* pip install .*)$", dockerfile, re.M)
+    name = "requirements-sentence-transformers.txt"
+    assert f"!model_repository/nv-embed-v2/{name}" in (ROOT / ".dockerignore").read_text("utf-8").splitlines()
+    (tmp_path / "python3").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "python3").chmod(0o755)
+    for extra, files in (("", ["requirements.txt"]), (name, ["requirements.txt", name])):
+        environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "EXTRA_REQUIREMENTS": extra}
+        command = install.replace("/opt/nv-embed-v2", str(ROOT / "model_repository/nv-embed-v2"))
+        done = subprocess.run(["sh", "-c", command], env=environ, capture_output=True, text=True, check=True)
+        assert re.findall(r"--requirement (\S+)", done.stdout) == files
+
+
 # --- served ----------------------------------------------------------------------------------------------
+
+SERVED = ("bert_cls", "mpnet", "qwen3", "mistral", "gemma3", "static")  # MiniLM is the BERT with a mean
 
 
 @pytest.fixture(scope="module")
 def server_of_all(folders, minilm, tmp_path_factory):
     """One Triton with a model of each family, and MiniLM with prompts of the operator's."""
     repository = tmp_path_factory.mktemp("repository")
-    settings = {name: {"model_path": str(folder)} for name, folder in folders.items()}
+    settings = {family: {"model_path": str(folders[family])} for family in SERVED}
     settings["minilm"] = {"model_path": str(minilm), "query_prompt": "query: ", "document_prompt": "passage: "}
     pbtxt = (ROOT / "model_repository/nv-embed-v2/config.pbtxt").read_text("utf-8")
     head, _, _ = pbtxt.partition("# Settings.")
@@ -455,6 +474,7 @@ def ask(server, model, parameters=None, **texts):
     return result.as_numpy("embeddings"), result.as_numpy("token_counts")
 
 
+@pytest.mark.parametrize("family", SERVED)
 def test_each_family_is_served_with_its_prompts(server_of_all, folders, references, family):
     library, checkpoint = references[family], read_checkpoint(folders[family])
     rows, counts = ask(server_of_all, family, documents=TEXTS)

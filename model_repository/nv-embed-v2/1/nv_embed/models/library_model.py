@@ -28,7 +28,7 @@ SAMPLES = (
 _MOST_SAMPLE_REPEATS = 2000  # more than 50,000 tokens: longer than what published models take
 _MOST_SAMPLE_TOKENS = 1024
 _MOST_DISTANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}  # of two vectors of length 1
-_REQUIREMENTS = "requirements-sentence-transformers.txt"
+_REQUIREMENTS = "model_repository/nv-embed-v2/requirements-sentence-transformers.txt"
 # Older ones compute EmbeddingGemma, and decoders with `is_causal` false, as if no token saw a later one.
 _OLDEST = {"sentence-transformers": (6, 0), "transformers": (5, 2)}
 
@@ -40,14 +40,14 @@ def import_library() -> None:
         CheckpointError: it is missing, broken or too old.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"  # read at import
-    remedy = f"install {_REQUIREMENTS}, which lies beside requirements.txt in the model's folder"
+    remedy = f"pip install -r {_REQUIREMENTS}"
     try:
         import sentence_transformers  # noqa: F401
         import transformers
     except Exception as error:  # a package within it may raise anything
         raise CheckpointError(
             f"expected the packages that compute folders with modules.json; got {type(error).__name__}: "
-            f"{in_short(error)}; {remedy}, and with numpy 1 no pyarrow of version 26 or later"
+            f"{in_short(error)}; {remedy}, and have no pyarrow of version 26 or later beside numpy 1"
         ) from None
     for name, oldest in _OLDEST.items():
         found = version(name)

@@ -488,6 +488,16 @@ def test_each_family_is_served_with_its_prompts(server_of_all, folders, referenc
     np.testing.assert_allclose(rows, expected, atol=1e-5)
 
 
+def test_a_server_that_would_make_numbers_up_does_not_start_and_says_why(copy, start):
+    folder = copy("bert_cls")
+    without_tensor(folder)
+    log = folder.parent / "log.txt"
+    with pytest.raises(RuntimeError, match="got exit code 1"):
+        start(log, folder)
+    assert "the server does not start: expected every tensor that a vector needs in the files" in log.read_text("utf-8")
+    assert "got none for encoder.layer.1.output.dense.weight; take all files" in log.read_text("utf-8")
+
+
 def test_a_text_without_a_known_token_is_an_invalid_argument(server_of_all):
     with pytest.raises(triton.InferenceServerException, match="got text 1 without any, which has no vector") as raised:
         ask(server_of_all, "static", documents=["water", "水"])

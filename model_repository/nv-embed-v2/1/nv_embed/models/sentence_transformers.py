@@ -25,12 +25,13 @@ from tokenizers import normalizers
 from nv_embed.errors import CheckpointError, DeviceError, in_short
 from nv_embed.models.config_file import Section, read_json
 from nv_embed.models.library_model import LibraryModel, LibraryTokenizer, import_library, spoil_missing
+from nv_embed.models.pipeline import read_modules, read_prompts
 
 logger = logging.getLogger(__name__)
 
 _FIRST = ("Transformer", "StaticEmbedding")
+_NEXT = ("Pooling", "Dense", "LayerNorm", "Dropout", "Normalize")
 _WITH_WEIGHTS = (*_FIRST, "Dense", "LayerNorm")
-_KNOWN = (*_WITH_WEIGHTS, "Pooling", "Dropout", "Normalize")
 
 
 # --- what the files say ----------------------------------------------------------------------------------
@@ -66,10 +67,10 @@ class SentenceTransformersCheckpoint:
     @classmethod
     def of_folder(cls, folder: Path) -> SentenceTransformersCheckpoint:
         """Raises CheckpointError for what is missing or damaged, or would be computed wrongly in silence."""
-        modules = _read_modules(folder)
+        modules = _known_modules(folder)
         whole = _optional(folder / "config_sentence_transformers.json")
         whole.require("model_type", "SentenceTransformer", is_optional=True)
-        prompts = whole.section("prompts", {}).raw
+        query, document = read_prompts(whole)
         first, longest_text, config = modules[0], None, Section({})
         if first.kind == "Transformer":
             config = first.config()
@@ -82,8 +83,8 @@ class SentenceTransformersCheckpoint:
         return cls(
             modules=modules,
             dimension=min(dimension, whole.integer("truncate_dim", dimension)),
-            query_instruction=str(prompts.get("query") or ""),
-            document_instruction=str(prompts.get("document") or ""),
+            query_instruction=query,
+            document_instruction=document,
             longest_text=longest_text,
             hidden_size=hidden_size,
             numbers_per_token=6 * hidden_size + 3 * intermediate_size if intermediate_size else 2,
@@ -183,22 +184,24 @@ class SentenceTransformersCheckpoint:
 # --- its files -------------------------------------------------------------------------------------------
 
 
-def _read_modules(folder: Path) -> tuple[Module, ...]:
-    path = folder / "modules.json"
-    entries = read_json(path)
-    modules = []
-    for number, entry in enumerate(entries if isinstance(entries, list) else []):
-        one = Section(entry, f"[{number}]", str(path))
-        kind, inner = (str(one.raw.get(key) or "") for key in ("type", "path"))
-        kinds = _FIRST if number == 0 else _KNOWN[len(_FIRST) :]
-        name = kind.rpartition(".")[2]
-        if not kind.startswith("sentence_transformers.") or name not in kinds:
-            one.refuse("type", f"sentence_transformers' {' or '.join(kinds)}, because other modules are not known here")
+def _known_modules(folder: Path) -> tuple[Module, ...]:
+    """Raises CheckpointError for a kind that is not known here: its vectors might depend on neighbours or on tasks."""
+    modules: list[Module] = []
+    for name, inner in read_modules(folder):
+        kinds = _NEXT if modules else _FIRST
+        library, _, kind = name.rpartition(".")
+        if not library.startswith("sentence_transformers.") or kind not in kinds:
+            raise CheckpointError(
+                f"{folder / 'modules.json'}: expected as {'a further' if modules else 'the first'} module "
+                f"sentence_transformers' {' or '.join(kinds)}; got {name!a}, which is not known here; take another"
+            )
         if not (folder / inner).resolve().is_relative_to(folder.resolve()):
-            one.refuse("path", "a folder within the checkpoint")
-        modules.append(Module(name, folder / inner))
+            raise CheckpointError(
+                f"{folder / 'modules.json'}: expected paths within the checkpoint; got {inner!a}; download it again"
+            )
+        modules.append(Module(kind, folder / inner))
     if not modules:
-        raise CheckpointError(f"{path}: expected a list of modules; got none; download the file again")
+        raise CheckpointError(f"{folder / 'modules.json'}: expected modules; got none; download the file again")
     return tuple(modules)
 
 

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -39,6 +40,7 @@ TEXTS = [
     "water boils",
     "x" * 150,
 ]
+CPU = {"device": "cpu", "dtype": "float32"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -90,7 +92,7 @@ def load(folder: Path, **settings):
     """Engine and tokenizer."""
     checkpoint = read_checkpoint(folder)
     longest = checkpoint.longest_text or 10**6
-    settings = {"device": "cpu", "dtype": "float32", "max_sequence_tokens": longest} | settings
+    settings = CPU | {"max_sequence_tokens": longest} | settings
     return load_engine(folder, checkpoint, **settings), checkpoint.tokenizer(folder, longest)
 
 
@@ -326,6 +328,16 @@ def with_keys(name, **values):
     ("family", "spoil", "message"),
     [
         ("bert_cls", with_keys("config.json", auto_map={"AutoModel": "x.Y"}), "auto_map: expected nothing, .*; got {"),
+        (
+            "bert_cls",
+            with_keys("tokenizer_config.json", auto_map={"AutoTokenizer": ["x.Y", None]}),
+            "auto_map: expected",
+        ),
+        (
+            "xlm_roberta",
+            with_keys("sentence_bert_config.json", max_seq_length=40),
+            "got RuntimeError: index 40 is out of bounds",
+        ),
         ("qwen3", with_keys("config.json", quantization_config={}), "quantization_config: expected nothing, .*plain"),
         (
             "qwen3",
@@ -380,6 +392,46 @@ def test_what_would_be_computed_wrongly_is_refused_with_what_was_found(copy, fam
     spoil(folder)
     with pytest.raises(CheckpointError, match=message):
         load(folder)
+
+
+def test_no_folder_can_have_its_code_run(copy, tmp_path):
+    folder, ran = copy("bert_cls"), tmp_path / "ran"
+    (folder / "own.py").write_text(f"open({str(ran)!r}, 'w')\nclass Own: pass\n")
+    change(folder / "sentence_bert_config.json", tokenizer_args={"trust_remote_code": True, "use_fast": True})
+    change(folder / "sentence_bert_config.json", model_args={"trust_remote_code": True})
+    change(folder / "tokenizer_config.json", tokenizer_class="Own")
+    checkpoint = read_checkpoint(folder)
+    change(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "own.Own"]})
+    change(folder / "config.json", auto_map={"AutoConfig": "own.Own", "AutoModel": "own.Own"})
+    for load_part in (lambda: checkpoint.tokenizer(folder, 24), lambda: load_engine(folder, checkpoint, **CPU)):
+        with suppress(CheckpointError):
+            load_part()
+    assert not ran.exists()
+
+
+def test_a_long_batch_pauses_so_that_a_short_one_may_go_first(minilm):
+    engine, tokenizer = load(minilm)
+    (short, long), inner = tokenizer.encode(["water boils", "water boils on a mountain. " * 20], ""), []
+
+    def pause():
+        computed = engine.compute(lambda: [short])
+        inner.append(computed.vectors)
+
+    computed = engine.compute(lambda: [long] * 40, pause)
+    assert len(inner) >= 5
+    np.testing.assert_allclose(computed.vectors, np.repeat(engine.embed([long]), 40, axis=0), atol=1e-5)
+    np.testing.assert_allclose(np.concatenate(inner), np.repeat(engine.embed([short]), len(inner), axis=0), atol=1e-5)
+
+
+def test_a_vector_of_zeros_is_no_vector(copy):
+    folder = copy("static")
+    tensors = load_file(folder / "model.safetensors")
+    ids = json.loads((folder / "tokenizer.json").read_text("utf-8"))["model"]["vocab"]
+    tensors["embedding.weight"][ids["z"]] = 0
+    save_file(tensors, folder / "model.safetensors")
+    engine, tokenizer = load(folder)
+    is_nan = np.isnan(engine.embed(tokenizer.encode(["water z", "z z"], ""))).all(axis=1)
+    assert is_nan.tolist() == [False, True]  # which the scheduler answers with an error
 
 
 def test_gemma3_is_refused_in_float16(folders):

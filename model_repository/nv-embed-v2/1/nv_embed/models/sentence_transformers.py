@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 _FIRST = ("Transformer", "StaticEmbedding")
 _NEXT = ("Pooling", "Dense", "LayerNorm", "Dropout", "Normalize")
 _WITH_WEIGHTS = (*_FIRST, "Dense", "LayerNorm")
+_NO_CODE = "nothing, because it names code of the checkpoint's own, for which the library may put another model's"
 
 
 # --- what the files say ----------------------------------------------------------------------------------
@@ -75,6 +76,9 @@ class SentenceTransformersCheckpoint:
         if first.kind == "Transformer":
             config = first.config()
             _check_network(config)
+            tokenizer = _optional(first.folder / "tokenizer_config.json")
+            if tokenizer.raw.get("auto_map") is not None:
+                tokenizer.refuse("auto_map", _NO_CODE)
             longest_text = _longest_text(first, config)
         hidden_size, intermediate_size = _widths(first, config)
         dimension = hidden_size
@@ -112,10 +116,10 @@ class SentenceTransformersCheckpoint:
 
         settings = _settings(first).raw
         arguments = settings.get("processor_kwargs") or settings.get("tokenizer_args") or {}
+        # Last what no folder may set.
+        arguments |= _special_token_arguments(first) | {"local_files_only": True, "trust_remote_code": False}
         try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                str(first.folder), **(arguments | _special_token_arguments(first)), local_files_only=True
-            )
+            tokenizer = AutoTokenizer.from_pretrained(str(first.folder), **arguments)
         except Exception as error:  # of any kind, from whatever class the folder names
             raise _does_not_load(folder, error) from None
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -153,7 +157,7 @@ class SentenceTransformersCheckpoint:
         is_network = first.kind == "Transformer"
         try:
             library = SentenceTransformer(
-                str(folder), device="cpu", local_files_only=True,
+                str(folder), device="cpu", local_files_only=True, trust_remote_code=False,
                 model_kwargs={"dtype": dtype, "use_safetensors": True} if is_network else {},
                 processor_kwargs=_special_token_arguments(first) if is_network else {},
             )  # fmt: skip
@@ -217,12 +221,12 @@ def _settings(first: Module) -> Section:
 
 def _check_network(config: Section) -> None:
     """Raise CheckpointError for what the library would compute in another way than the checkpoint's authors did."""
-    for key, reason in (
-        ("auto_map", "it names code of the checkpoint's own, for which the library may put another model's"),
-        ("quantization_config", "only plain weights are known here"),
+    for key, expected in (
+        ("auto_map", _NO_CODE),
+        ("quantization_config", "nothing, because only plain weights are known here"),
     ):
         if config.raw.get(key) is not None:
-            config.refuse(key, f"nothing, because {reason}")
+            config.refuse(key, expected)
     for key in ("rope_parameters", "rope_scaling"):
         if re.search(r'"(dynamic|longrope)"', json.dumps(config.raw.get(key))):
             config.refuse(key, "other types than dynamic and longrope, whose vectors depend on the texts beside them")

@@ -409,6 +409,7 @@ def test_no_folder_can_have_its_code_run(copy, tmp_path):
     assert not ran.exists()
 
 
+@pytest.mark.slow
 def test_a_long_batch_pauses_so_that_a_short_one_may_go_first(minilm):
     engine, tokenizer = load(minilm)
     (short, long), inner = tokenizer.encode(["water boils", "water boils on a mountain. " * 20], ""), []
@@ -460,6 +461,7 @@ def test_an_older_library_is_refused(folders, monkeypatch):
         load(folders["gemma3"])
 
 
+@pytest.mark.slow
 def test_without_a_network_and_without_the_hub_all_that_is_needed_is_found(folders):
     """A process of its own: no test before it has imported the library."""
     script = """
@@ -552,6 +554,7 @@ def test_each_family_is_served_with_its_prompts(server_of_all, folders, referenc
     np.testing.assert_allclose(rows, expected, atol=1e-5)
 
 
+@pytest.mark.server
 def test_a_server_that_would_make_numbers_up_does_not_start_and_says_why(copy, start):
     folder = copy("bert_cls")
     without_tensor(folder)

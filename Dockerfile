@@ -5,13 +5,17 @@
 # environment. Not run, for want of a Docker engine: the build itself, the user, the health check.
 FROM nvcr.io/nvidia/tritonserver:26.07-py3
 
-COPY model_repository/nv-embed-v2/requirements.txt /opt/nv-embed-v2/requirements.txt
 # A compiler and Python's headers: what torch compiles for a GPU is launched through a module built where it runs.
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends tini g++ python3-dev \
     && rm -rf /var/lib/apt/lists/*
 # Ubuntu marks its Python as externally managed; in an image that has one purpose there is nothing to protect.
-RUN python3 -m pip install --no-cache-dir --break-system-packages --requirement /opt/nv-embed-v2/requirements.txt
+# Folders of sentence-transformers need more:
+#   docker build --build-arg EXTRA_REQUIREMENTS=requirements-sentence-transformers.txt .
+ARG EXTRA_REQUIREMENTS=
+COPY model_repository/nv-embed-v2/requirements*.txt /opt/nv-embed-v2/
+RUN cd /opt/nv-embed-v2 && python3 -m pip install --no-cache-dir --break-system-packages \
+    --requirement requirements.txt ${EXTRA_REQUIREMENTS:+--requirement "$EXTRA_REQUIREMENTS"}
 
 # The base image's user has no home, where this would be otherwise; compiled layers are made again at each start.
 ENV TRITON_CACHE_DIR=/tmp/triton

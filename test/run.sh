@@ -18,6 +18,7 @@ fi
 
 source "$repo/tools/prepare_venv.sh"
 prepare_venv "$VENV" "$repo/model_repository/nv-embed-v2/requirements.txt" "$repo/tools/requirements.txt" \
+  "$repo/model_repository/nv-embed-v2/requirements-sentence-transformers.txt" \
   "$repo/test/requirement.txt" "$repo/test/requirement-dev.txt"
 VENV="$(absolute "$VENV")"
 export VENV  # the tests start serve.sh, which must find the same one

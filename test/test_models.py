@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -125,6 +126,10 @@ class Letters:
 
     dimension, hidden_size, longest_text, dtype = 26, 26, None, "float32"
     query_instruction, document_instruction = "", ""
+    numbers_per_token = 1
+
+    def num_parameters(self):
+        return 0
 
     def tokenizer(self, folder, max_sequence_tokens):
         return self
@@ -170,6 +175,8 @@ def test_what_is_one_models_own_stands_in_one_file():
         }.items():
             for own in words if path.name != file else ():
                 assert own not in text, f"{own} in {path}"
+        if path.name not in ("sentence_transformers.py", "library_model.py"):
+            assert not re.search(r"(import|from) (sentence_)?transformers", text), path
         if path.parent.name == "scheduling" or path.name == "sequence.py":
             assert "import torch" not in text
         if path.parent.name in ("compute", "scheduling"):

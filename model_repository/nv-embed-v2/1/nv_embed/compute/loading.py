@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from nv_embed.compute.precision import Precision, Rounding
 from nv_embed.compute.weights import load_network
 from nv_embed.errors import DeviceError, in_short
 from nv_embed.models.config_file import DTYPES
-from nv_embed.models.protocol import AnyCheckpoint, LibraryCheckpoint, Network
+from nv_embed.models.protocol import AnyCheckpoint, LibraryCheckpoint
 
 logger = logging.getLogger(__name__)
 
@@ -59,24 +60,22 @@ def load_engine(
     """
     target = existing_device(device)
     precision = Precision.choose(dtype, target.torch_device, checkpoint)
+    texts = (num_batches if device == "cpu" else 0, max_sequence_tokens)
     if isinstance(checkpoint, LibraryCheckpoint):
         _check_library_computes(precision, attention, compile_layers)
-        return Engine(checkpoint.load(folder, target.torch_device, precision.dtype), target)
+        num_bytes = checkpoint.num_parameters() * precision.dtype.itemsize
+        _check_memory(target, precision, num_bytes, checkpoint.numbers_per_token, *texts, smallest="bfloat16")
+        with _loading(target, precision):
+            return Engine(checkpoint.load(folder, target.torch_device, precision.dtype), target)
     with torch.device("meta"):
         network = checkpoint.network().to(precision.dtype).eval()
-    num_texts = num_batches if max_sequence_tokens and device == "cpu" else 0
-    _check_memory(target, precision, network, num_texts, max_sequence_tokens)
+    _check_memory(target, precision, precision.num_bytes(network), network.numbers_per_token, *texts, smallest="int8")
     if network.heads:
         network.attend = choose_attention(attention, network.heads, target.torch_device, precision.dtype)
     rounding = Rounding.of_checkpoint(folder, checkpoint, network, precision) if precision.matrix else None
+    with _loading(target, precision):
+        load_network(folder, network, target.torch_device, rounding)
     with target.current():
-        try:
-            load_network(folder, network, target.torch_device, rounding)
-        except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
-            raise DeviceError(
-                f"{device}: loading the weights in {precision.name} failed: {in_short(error)}; see that nothing else "
-                "runs on it"
-            ) from None
         return Engine(PackedModel(network, target.torch_device, compile_layers), target)
 
 
@@ -126,12 +125,42 @@ def _check_library_computes(precision: Precision, attention: str, compile_layers
             )
 
 
+@contextmanager
+def _loading(device: Device, precision: Precision) -> Iterator[None]:
+    """Where weights are loaded; raises DeviceError if the device fails."""
+    try:
+        with device.current():
+            yield
+    except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
+        raise DeviceError(
+            f"{device.torch_device}: loading the weights in {precision.name} failed: {in_short(error)}; see that "
+            "nothing else runs on it"
+        ) from None
+
+
 def _check_memory(
-    device: Device, precision: Precision, network: Network, num_texts: int, max_sequence_tokens: int
+    device: Device,
+    precision: Precision,
+    weights: int,
+    numbers_per_token: int,
+    num_texts: int,
+    max_sequence_tokens: int,
+    *,
+    smallest: str,
 ) -> None:
-    """Raise DeviceError if there is no room for the weights and the activations of `num_texts` longest texts."""
-    weights = precision.num_bytes(network)
-    one_text = max_sequence_tokens * network.numbers_per_token * precision.dtype.itemsize + _PIECE_BYTES
+    """Raise DeviceError if there is no room for the weights and the activations of `num_texts` longest texts.
+
+    Args:
+        device: where they are to be.
+        precision: of both.
+        weights: in bytes.
+        numbers_per_token: that a pass keeps.
+        num_texts: that are computed at a time.
+        max_sequence_tokens: of each; 0: activations are not checked.
+        smallest: the dtype of the fewest bytes that this model has.
+    """
+    one_text = max_sequence_tokens * numbers_per_token * precision.dtype.itemsize + _PIECE_BYTES
+    num_texts = num_texts if max_sequence_tokens else 0
     needed, free = int((weights + num_texts * one_text) * _MEMORY_HEADROOM), device.free_memory()
     if needed <= free:
         return
@@ -139,8 +168,8 @@ def _check_memory(
     if num_texts:
         texts = f" and for {num_texts} texts of {max_sequence_tokens} tokens at a time"
         remedies += ", lower max_sequence_tokens, or compute fewer texts at a time (OMP_NUM_THREADS, or device)"
-    if not precision.matrix:
-        remedies += ", or choose a dtype of fewer bytes: int8 has the fewest"
+    if not precision.matrix and precision.name != smallest:
+        remedies += f", or choose a dtype of fewer bytes: {smallest} has the fewest"
     raise DeviceError(
         f"{device.torch_device}: expected {needed / 1e9:.1f} GB of free memory for the weights in {precision.name}"
         f"{texts}; got {free / 1e9:.1f} GB; {remedies}"

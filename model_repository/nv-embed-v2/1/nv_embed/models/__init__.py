@@ -13,7 +13,11 @@ if TYPE_CHECKING:  # it imports torch
     from nv_embed.models.protocol import AnyCheckpoint
 
 # Name of the file here, and of the class in it that reads such a folder.
-_CLASSES = {"nv_embed": "NVEmbedCheckpoint", "nemotron": "NemotronCheckpoint"}
+_CLASSES = {
+    "nv_embed": "NVEmbedCheckpoint",
+    "nemotron": "NemotronCheckpoint",
+    "sentence_transformers": "SentenceTransformersCheckpoint",
+}
 
 
 def kind_of(folder: Path) -> str:
@@ -23,15 +27,17 @@ def kind_of(folder: Path) -> str:
         CheckpointError: folder or file are missing or damaged, or describe a model that is not known here.
     """
     check_folder(folder)
+    has_modules = (folder / "modules.json").is_file()
+    if has_modules and not (folder / "config.json").is_file():  # which a table of token vectors does not need
+        return "sentence_transformers"
     config = Section.of_folder(folder)
     if config.raw.get("model_type") == "nvembed":
         return "nv_embed"
     if config.raw.get("model_type") == "ministral3" and config.raw.get("is_causal") is False and mean_pooling(folder):
         return "nemotron"
-    config.refuse(
-        "model_type",
-        "'nvembed', or 'ministral3' with is_causal false and, in modules.json, a Transformer and a mean Pooling",
-    )
+    if has_modules:
+        return "sentence_transformers"
+    config.refuse("model_type", "'nvembed', or modules.json beside it, as sentence-transformers writes it")
 
 
 def read_checkpoint(folder: Path) -> AnyCheckpoint:

@@ -5,7 +5,6 @@ All that is this model's own is here. Shapes: T tokens of S sequences in one row
 
 from __future__ import annotations
 
-import logging
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,11 +15,9 @@ from torch.nn import functional
 
 from nv_embed.models.config_file import Section
 from nv_embed.models.mistral import MistralNetwork, MistralSizes, read_sizes, rms_norm, rotary
-from nv_embed.models.pipeline import mean_pooling
+from nv_embed.models.pipeline import mean_pooling, read_prompts
 from nv_embed.models.protocol import PackedBatch, Read, Work, mean_shares
 from nv_embed.tokenizer import Template, Tokenizer
-
-logger = logging.getLogger(__name__)
 
 _TEMPLATE = Template(first="<s>", last="", is_instruction_pooled=True, is_first_optional=True)
 _ROPE_KEYS = (
@@ -80,15 +77,7 @@ class NemotronCheckpoint(MistralSizes):
             rope_type="yarn",
             rope_keys=_ROPE_KEYS,
         )
-        prompts = Section.of_file(folder / "config_sentence_transformers.json").section("prompts", {})
-        query, document, passage = (_prompt(prompts, name) for name in ("query", "document", "passage"))
-        # sentence-transformers begins with an empty prompt named "document", and so never uses one named "passage".
-        if passage and not document:
-            logger.warning(
-                "the prompt named 'passage', %a, is not used, as in sentence-transformers, because documents have the "
-                "one named 'document'; to use it, set document_prompt",
-                passage,
-            )
+        query, document = read_prompts(Section.of_file(folder / "config_sentence_transformers.json"))
         return cls(
             **asdict(sizes),
             yarn=_read_yarn(config, sizes.rope_theta),
@@ -146,13 +135,6 @@ def _read_yarn(config: Section, rope_theta: float) -> Yarn:
         amplitude=rope.number("attention_factor", usual),
         query_beta=rope.number("llama_4_scaling_beta"),
     )
-
-
-def _prompt(prompts: Section, name: str) -> str:
-    prompt = prompts.raw.get(name)
-    if prompt is not None and not isinstance(prompt, str):
-        prompts.refuse(name, "a string")
-    return prompt or ""
 
 
 def _longest_text(folder: Path, config: Section) -> int:

@@ -248,6 +248,13 @@ class LibraryCheckpoint(Described, Protocol[SequenceType]):
     def tokenizer(self, folder: Path, max_sequence_tokens: int) -> TextEncoder[SequenceType]:
         """Read the folder's tokenizer; raises CheckpointError."""
 
+    @property
+    def numbers_per_token(self) -> int:
+        """How many numbers a pass keeps for each token at most: an estimate."""
+
+    def num_parameters(self) -> int:
+        """Numbers in the files of weights; raises CheckpointError if one is missing or damaged."""
+
     def load(self, folder: Path, device: torch.device, dtype: torch.dtype) -> Model[SequenceType]:
         """Read its weights; raises CheckpointError. `load` may be called once for each device."""
 

@@ -1,0 +1,291 @@
+"""sentence-transformers as this server uses it: texts to tokens, groups of padded rows to vectors. Knows no files."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Encoding
+from tokenizers import Tokenizer as RustTokenizer
+from torch import Tensor
+
+from nv_embed.errors import CheckpointError, InvalidRequest, in_short
+from nv_embed.models.protocol import Work
+from nv_embed.sequence import TokenSequence
+
+MOST_PADDING = 0.25  # of a group's tokens
+# How a text is tokenized near a cut can depend on what was cut off, but not from this many characters away.
+_CUT_MARGIN_CHARACTERS = 4096
+SAMPLES = (
+    "Water: вода, 水.",
+    "Das Wasser kocht; вода кипит; 水沸腾了. On a mountain the air presses LESS, so it boils at a lower temperature. ",
+)
+_MOST_SAMPLE_REPEATS = 2000  # more than 50,000 tokens: longer than what published models take
+_MOST_SAMPLE_TOKENS = 1024
+_MOST_DISTANCE = {torch.float32: 1e-4, torch.float16: 0.1, torch.bfloat16: 0.1}  # of two vectors of length 1
+_REQUIREMENTS = "model_repository/nv-embed-v2/requirements-sentence-transformers.txt"
+# Older ones compute EmbeddingGemma, and decoders with `is_causal` false, as if no token saw a later one.
+_OLDEST = {"sentence-transformers": (6, 0), "transformers": (5, 2)}
+
+
+def import_library() -> None:
+    """Import it, offline, with its warnings in this server's log.
+
+    Raises:
+        CheckpointError: it is missing, broken or too old.
+    """
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read at import
+    remedy = f"pip install -r {_REQUIREMENTS}"
+    try:
+        import sentence_transformers  # noqa: F401
+        import transformers
+    except Exception as error:  # a package within it may raise anything
+        raise CheckpointError(
+            f"expected the packages that compute folders with modules.json; got {type(error).__name__}: "
+            f"{in_short(error)}; {remedy}, and have no pyarrow of version 26 or later beside numpy 1"
+        ) from None
+    for name, oldest in _OLDEST.items():
+        found = version(name)
+        if tuple(int(part) for part in found.split(".")[:2]) < oldest:
+            raise CheckpointError(f"expected {name} {'.'.join(map(str, oldest))} or later; got {found}; {remedy}")
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    for name in ("transformers", "sentence_transformers"):
+        theirs = logging.getLogger(name)
+        theirs.handlers, theirs.propagate = logging.getLogger("nv_embed").handlers, False
+        theirs.setLevel(logging.WARNING)
+
+
+@torch.no_grad()
+def spoil_missing(network: Any) -> list[str]:
+    """Put NaN in the place of the random numbers that stand for missing tensors, and name these.
+
+    A tensor that no vector depends on may be missing: many folders lack BERT's pooler.
+    """
+    missing = [
+        (name, tensor)
+        for name, tensor in network.state_dict(keep_vars=True).items()
+        if tensor.is_floating_point() and not getattr(tensor, "_is_hf_initialized", False)
+    ]
+    for _, tensor in missing:
+        tensor.fill_(torch.nan)
+    return [name for name, _ in missing]
+
+
+class LibraryTokenizer:
+    """A library's tokenizer, whose truncation is set once, because threads share it. See `TextEncoder`."""
+
+    def __init__(
+        self,
+        tokenizer: RustTokenizer,
+        max_sequence_tokens: int,
+        *,
+        adds_special_tokens: bool = True,
+        cut_side: str = "right",
+        special_ids: frozenset[int] | None = None,
+    ) -> None:
+        """
+        Args:
+            tokenizer: nobody else may use it.
+            max_sequence_tokens: a text is cut to, or refused beyond, this many tokens.
+            adds_special_tokens: whether its special tokens are put around a text.
+            cut_side: where a text is cut: 'left' or 'right'.
+            special_ids: its special tokens, if the pooling leaves the instruction out; None: all is pooled.
+        """
+        self._tokenizer, self._adds_special_tokens = tokenizer, adds_special_tokens
+        self._special_ids = special_ids
+        tokenizer.no_padding()
+        tokenizer.enable_truncation(max_sequence_tokens, direction=cut_side)
+        self.max_sequence_tokens = max_sequence_tokens
+        # Most huge texts are cut before they are tokenized, which bounds time and memory.
+        longest_token = max(map(len, tokenizer.get_vocab()), default=1)
+        self._max_characters = max_sequence_tokens * longest_token + _CUT_MARGIN_CHARACTERS
+        self._may_cut_characters = cut_side == "right"
+
+    def encode(
+        self, texts: Sequence[str], instruction: str, *, truncate: bool = True, first_index: int = 0
+    ) -> list[TokenSequence]:
+        """Tokenize instruction + text, cut as the library cuts: its special tokens stay.
+
+        Args:
+            texts: any number of texts.
+            instruction: stands before every text; may be empty.
+            truncate: False refuses a text that would be cut.
+            first_index: of the first text within its request, for messages.
+
+        Raises:
+            InvalidRequest: a text is too long and may not be cut, has no token, or nothing of it would be pooled.
+        """
+        num_masked = self._num_instruction_tokens(instruction)
+        sequences = []
+        for index, encoding in enumerate(self._encode([instruction + text for text in texts]), start=first_index):
+            if encoding.overflowing and not truncate:
+                raise InvalidRequest.of(
+                    expected=f"texts of at most {self.max_sequence_tokens} tokens, as 'truncate' is 'NONE'",
+                    got=f"text {index} with more than that, its instruction included",
+                    remedy="shorten it, or set 'truncate' to 'END'",
+                )
+            if not encoding.ids:
+                raise InvalidRequest.of(
+                    expected="texts with at least one token that the model knows",
+                    got=f"text {index} without any, which has no vector",
+                    remedy="leave it out",
+                )
+            if len(encoding.ids) <= num_masked:
+                raise InvalidRequest.of(
+                    expected="an instruction that leaves some of each text to pool",
+                    got=f"text {index} cut to {len(encoding.ids)} tokens, with an instruction of {num_masked}",
+                    remedy="shorten the instruction",
+                )
+            sequences.append(TokenSequence(np.array(encoding.ids, dtype=np.int32), num_masked))
+        return sequences
+
+    def _encode(self, texts: list[str]) -> list[Encoding]:
+        short = [text[: self._max_characters] for text in texts] if self._may_cut_characters else texts
+        encodings = self._encode_whole(short)
+        for i, (text, part) in enumerate(zip(texts, short, strict=True)):
+            # A token can stand for more characters than it has: for a run of spaces, or for a long unknown word.
+            if len(part) < len(text) and not encodings[i].overflowing:
+                (encodings[i],) = self._encode_whole([text])
+        return encodings
+
+    def _encode_whole(self, texts: list[str]) -> list[Encoding]:
+        return self._tokenizer.encode_batch_fast(texts, add_special_tokens=self._adds_special_tokens)
+
+    def _num_instruction_tokens(self, instruction: str) -> int:
+        """Leading tokens that are not pooled. Tokenized alone, because the library does so, too."""
+        if self._special_ids is None or not instruction:
+            return 0
+        (encoding,) = self._encode([instruction])
+        return len(encoding.ids) - (encoding.ids[-1] in self._special_ids)
+
+
+def groups_of(sequences: Sequence[TokenSequence]) -> list[list[int]]:
+    """Which sequences are padded together: those of about the same length, the longest first.
+
+    A group padded to its longest sequence has at most a quarter more tokens than without padding, so that a long text
+    does not make short ones costly. All of a group have as many masked tokens, because the library masks as many.
+
+    Returns:
+        Indices into `sequences`, each once; the first of a group is its longest.
+    """
+    groups: list[list[int]] = []
+    key, longest, padding, num_tokens = None, 0, 0, 0
+    for i in sorted(
+        range(len(sequences)), key=lambda i: (sequences[i].num_masked, sequences[i].num_tokens), reverse=True
+    ):
+        own = sequences[i]
+        fits = padding + longest - own.num_tokens <= MOST_PADDING * (num_tokens + own.num_tokens)
+        if own.num_masked != key or not fits:
+            groups.append([])
+            key, longest, padding, num_tokens = own.num_masked, own.num_tokens, 0, 0
+        groups[-1].append(i)
+        padding += longest - own.num_tokens
+        num_tokens += own.num_tokens
+    return groups
+
+
+class LibraryModel:
+    """A `SentenceTransformer` on a device, for any number of threads. See `Model`."""
+
+    def __init__(self, library: Any, device: torch.device, dimension: int, *, pad_id: int | None) -> None:
+        """
+        Args:
+            library: a `SentenceTransformer`, in evaluation mode.
+            device: where it is.
+            dimension: of a vector; what the library returns is cut to it.
+            pad_id: the padding token; None for a table of token vectors, whose texts need no padding.
+        """
+        self._library, self._device, self._dimension, self._pad_id = library, device, dimension, pad_id
+        tables = {id(each.weight) for each in library.modules() if isinstance(each, torch.nn.Embedding)}
+        self._multiply_adds = sum(each.numel() for each in library.parameters() if id(each) not in tables)
+
+    @torch.inference_mode()
+    def compare(self, tokenizer: LibraryTokenizer, prompts: dict[str, str], missing: list[str]) -> None:
+        """Compare tokens and vectors of samples, computed together, with those that the library gives each alone.
+
+        One sample is cut to the longest text. It is computed, too, where that takes a moment.
+
+        Args:
+            tokenizer: what the server tokenizes with, which cuts where the library does.
+            prompts: of 'query' and 'document'.
+            missing: what `spoil_missing` found.
+
+        Raises:
+            CheckpointError: they differ, or are no numbers.
+        """
+        samples = list(SAMPLES)
+        if self._pad_id is not None:  # a table takes texts of any length
+            samples.append(SAMPLES[-1] * min(tokenizer.max_sequence_tokens, _MOST_SAMPLE_REPEATS))
+        for task, prompt in prompts.items():
+            encode = self._library.encode_query if task == "query" else self._library.encode_document
+            sequences = tokenizer.encode(samples, prompt)
+            for sample, sequence in zip(samples, sequences, strict=True):
+                features = self._library.preprocess([sample], prompt=prompt, task=task)
+                if features["input_ids"].flatten().tolist() != sequence.input_ids.tolist():
+                    raise CheckpointError(
+                        "expected the tokens of a text to be those of its prompt and the text; got a model that "
+                        "sentence-transformers feeds in another way; it cannot be served here"
+                    )
+            vectors = self.embed_group([each for each in sequences if each.num_tokens <= _MOST_SAMPLE_TOKENS])
+            if not vectors.isfinite().all():
+                got = f"none for {', '.join(missing)}" if missing else "vectors with NaN or infinite numbers"
+                raise CheckpointError(
+                    f"expected every tensor that a vector needs in the files, and finite vectors; got {got}; take all "
+                    "files from the same checkpoint, and dtype 'float32' if that does not help"
+                )
+            alone = [encode([sample], normalize_embeddings=True, convert_to_tensor=True) for sample in SAMPLES]
+            distance = (vectors[: len(alone)] - torch.cat(alone).float()).norm(dim=1).max().item()
+            if not distance <= _MOST_DISTANCE[self._library.dtype]:
+                raise CheckpointError(
+                    "expected texts that are computed together to have the vectors that sentence-transformers gives "
+                    f"each alone; got a distance of {distance:.1g}; it cannot be served here"
+                )
+
+    def embed(self, sequences: Sequence[TokenSequence], work: Work) -> Tensor:
+        """[S, dimension] float32 rows of length 1, in the order of the sequences.
+
+        A single text is never divided, however long. A vector of zeros has no direction; its row is NaN.
+        """
+        groups = [list(range(len(sequences)))] if self._pad_id is None else groups_of(sequences)
+        parts: list[Tensor] = []
+        for group in groups:
+            if group is groups[-1]:
+                work.little_left()
+            multiply_adds = sequences[group[0]].num_tokens * self._multiply_adds
+            for rows in work.pieces(len(group), multiply_adds, fewest_rows=1):
+                parts.append(self.embed_group([sequences[i] for i in group[rows]]))
+        order = torch.from_numpy(np.argsort(np.concatenate(groups)))
+        return torch.cat(parts)[order.to(self._device)]
+
+    def embed_group(self, sequences: Sequence[TokenSequence]) -> Tensor:
+        """The same of sequences with as many masked tokens, in one pass."""
+        features = self._flat(sequences) if self._pad_id is None else self._padded(sequences, self._pad_id)
+        vectors = self._library(features)["sentence_embedding"][:, : self._dimension].float()
+        rows: Tensor = vectors / vectors.norm(dim=-1, keepdim=True)
+        return rows
+
+    def _flat(self, sequences: Sequence[TokenSequence]) -> dict[str, Any]:
+        offsets = np.cumsum([0] + [own.num_tokens for own in sequences[:-1]])
+        input_ids = np.concatenate([own.input_ids for own in sequences])
+        return {"input_ids": self._long(input_ids), "offsets": self._long(offsets)}
+
+    def _padded(self, sequences: Sequence[TokenSequence], pad_id: int) -> dict[str, Any]:
+        """Padded on the right, whatever the tokenizer says, so that positions are those of the text alone."""
+        input_ids = np.full((len(sequences), max(own.num_tokens for own in sequences)), pad_id)
+        attention_mask = np.zeros_like(input_ids)
+        for row, own in enumerate(sequences):
+            input_ids[row, : own.num_tokens] = own.input_ids
+            attention_mask[row, : own.num_tokens] = 1
+        return {
+            "input_ids": self._long(input_ids),
+            "attention_mask": self._long(attention_mask),
+            "prompt_length": sequences[0].num_masked,
+        }
+
+    def _long(self, numbers: Any) -> Tensor:
+        return torch.from_numpy(numbers.astype(np.int64)).to(self._device)

@@ -17,11 +17,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-from loads import MODEL_NAME, WORDS, infer_request
+from loads import WORDS, infer_request
 from tritonclient.grpc import service_pb2 as pb
 
 NUM_UNICODE = 60
-QUERY_INSTRUCTION = "Instruct: Given a question, retrieve passages that answer the question\nQuery: "
 OTHER_INSTRUCTION = "Instruct: Retrieve semantically similar text\nQuery: "
 TOLERANCE = 1e-4  # of one element of a unit vector; batches differ from single texts by about 1e-6
 OK = "OK"
@@ -38,7 +37,7 @@ class Expected:
     """Vectors of the texts that valid requests are made of."""
 
     texts: list[str]
-    queries: Any  # [texts, dim], standard instruction
+    queries: Any  # [texts, dim], the model's own instruction
     documents: Any
     instructed: Any  # OTHER_INSTRUCTION
 
@@ -63,8 +62,9 @@ def any_characters(rng: random.Random, at_most: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The server that requests are put on, and what is known of it."""
+    """The model that requests are put on, its server, and what is known of it."""
 
+    model_name: str
     host: str
     grpc_port: int
     http_port: int | None  # None: no HTTP requests
@@ -90,7 +90,7 @@ class Outcome:
 
 
 class Client:
-    """Draws requests and judges their answers; one for each concurrent client, all on one server."""
+    """Draws requests and judges their answers; one for each concurrent client, on one model."""
 
     def __init__(self, target: Target, number: int) -> None:
         self.target, self.number, self.count = target, number, 0
@@ -119,7 +119,7 @@ class Client:
         body = json.dumps({"inputs": [tensor], "outputs": [{"name": "embeddings"}]}).encode()
 
         async def run() -> Outcome:
-            status, answer = await self._post(f"/v2/models/{MODEL_NAME}/infer", body)
+            status, answer = await self._post(f"/v2/models/{self.target.model_name}/infer", body)
             if status != 200:
                 return Outcome(f"HTTP {status}", answer[:200].decode("utf-8", "replace"))
             output = json.loads(answer)["outputs"][0]
@@ -135,7 +135,7 @@ class Client:
         for _ in range(self.rng.randint(1, 6)):
             is_query = self.rng.random() < 0.5
             indices = self._indices(1 if is_query else 4)
-            message = infer_request([self.target.expected.texts[i] for i in indices], is_query)
+            message = self._request([self.target.expected.texts[i] for i in indices], is_query)
             message.id = self._next_id()
             asked[message.id] = (indices, is_query)
             requests.append(message)
@@ -170,7 +170,7 @@ class Client:
         """A valid request that its client cancels or gives a deadline, usually too short."""
         is_query = self.rng.random() < 0.3
         indices = self._indices(1 if is_query else 60)
-        message = infer_request([self.target.expected.texts[i] for i in indices], is_query)
+        message = self._request([self.target.expected.texts[i] for i in indices], is_query)
         patience, cancels = self.rng.choice((0.0005, 0.005, 0.02, 0.1)), self.rng.random() < 0.5
 
         async def run() -> Outcome:
@@ -243,7 +243,7 @@ class Client:
         return self._infer(*self.rng.choice(drawn))
 
     def hostile_model(self) -> Drawn:
-        message = infer_request(["q"], True)
+        message = self._request(["q"], True)
         if self.rng.random() < 0.5:
             message.model_name = self.rng.choice(("", "other", "../nv-embed-v2", "n" * 5000))
         else:
@@ -251,13 +251,13 @@ class Client:
         return frozenset({"NOT_FOUND", "INVALID_ARGUMENT"}), lambda: self._plain(message)
 
     def hostile_output(self) -> Drawn:
-        message = infer_request(["q"], True, (self.rng.choice(("embedding", "", "\x00", "query")),))
+        message = self._request(["q"], True, (self.rng.choice(("embedding", "", "\x00", "query")),))
         return INVALID, lambda: self._plain(message)
 
     def hostile_protobuf(self) -> Drawn:
         message = self.rng.randbytes(self.rng.choice((1, 10, 500)))
         if self.rng.random() < 0.5:  # almost right: a valid message with a few bytes changed
-            body = bytearray(infer_request(["some text"], True).SerializeToString())
+            body = bytearray(self._request(["some text"], True).SerializeToString())
             for _ in range(3):
                 body[self.rng.randrange(len(body))] = self.rng.randrange(256)
             message = bytes(body)
@@ -270,8 +270,9 @@ class Client:
         return ANY_TEXT | {"INTERNAL", "NOT_FOUND", "UNIMPLEMENTED"}, run
 
     def hostile_http(self) -> Drawn:
-        paths = (f"/v2/models/{MODEL_NAME}/infer", f"/v2/models/{self.rng.choice(('x', '..', '%00'))}/infer",
-                 "/v2/" + "a" * 3000, "/", f"/v2/models/{MODEL_NAME}/versions/7/infer")  # fmt: skip
+        model = f"/v2/models/{self.target.model_name}"
+        paths = (f"{model}/infer", f"/v2/models/{self.rng.choice(('x', '..', '%00'))}/infer",
+                 "/v2/" + "a" * 3000, "/", f"{model}/versions/7/infer")  # fmt: skip
         bodies = (
             b"", b"{", b"null", b"[]", b"{}", self.rng.randbytes(100), b'{"inputs": 1}', b"[" * 2000,
             b'{"inputs":[{"name":"query","shape":[1],"datatype":"BYTES","data":["\\ud800"]}]}',
@@ -321,6 +322,9 @@ class Client:
         right, run = getattr(self, kind)()
         return kind, right, run
 
+    def _request(self, texts: Sequence[str], is_query: bool, outputs: Sequence[str] = ("embeddings",)) -> Any:
+        return infer_request(texts, is_query, outputs, self.target.model_name)
+
     def _next_id(self) -> str:
         self.count += 1
         return f"{self.number}-{self.count}"
@@ -332,7 +336,7 @@ class Client:
         return self.rng.choice(({}, {}, {"truncate": "END"}, {"instruction": OTHER_INSTRUCTION}))
 
     def _known(self, indices: list[int], is_query: bool, parameters: dict[str, str]) -> Drawn:
-        message = infer_request([self.target.expected.texts[i] for i in indices], is_query)
+        message = self._request([self.target.expected.texts[i] for i in indices], is_query)
         for name, value in parameters.items():
             message.parameters[name].string_param = value
 
@@ -345,7 +349,7 @@ class Client:
         return frozenset({OK}), run
 
     def _infer(self, right: frozenset[str], inputs: Sequence[Input], parameters: dict[str, Any] | None = None) -> Drawn:
-        message = pb.ModelInferRequest(model_name=MODEL_NAME)
+        message = pb.ModelInferRequest(model_name=self.target.model_name)
         for name, datatype, shape, content in inputs:
             message.inputs.add(name=name, datatype=datatype, shape=shape)
             message.raw_input_contents.append(content)

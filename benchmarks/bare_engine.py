@@ -41,9 +41,13 @@ class BareEngine:
         """Duration of one forward pass over one batch of a stream's texts; None tokens: of one request."""
         return self._ask("batch_seconds", stream, seed, max_batch_tokens)  # type: ignore[no-any-return]
 
-    def embed(self, texts: Sequence[str], instruction: str) -> Any:
-        """[texts, dim]"""
-        return self._ask("embed", texts, instruction)
+    def embed(self, texts: Sequence[str], instruction: str | None, *, is_query: bool = False) -> Any:
+        """[texts, dim]; None is the model's own instruction."""
+        return self._ask("embed", texts, instruction, is_query)
+
+    def with_vectors(self, texts: Sequence[str]) -> list[str]:
+        """Those that have one: a table of token vectors has none for a text without tokens."""
+        return self._ask("with_vectors", texts)  # type: ignore[no-any-return]
 
     def stop(self) -> None:
         """End the process."""
@@ -61,6 +65,7 @@ class BareEngine:
 def _engine_process(connection: Connection, checkpoint: Path, device: str) -> None:
     sys.path.insert(0, str(PACKAGE))
     from nv_embed.compute.loading import load_engines
+    from nv_embed.errors import InvalidRequest
     from nv_embed.models import read_checkpoint
 
     config = read_checkpoint(checkpoint)
@@ -76,7 +81,7 @@ def _engine_process(connection: Connection, checkpoint: Path, device: str) -> No
 
     def batches(stream: Stream, seed: str, max_batch_tokens: int | None) -> Iterator[tuple[list[Any], int]]:
         """Sequences of a batch, and how many requests end in it."""
-        instruction = config.query_instruction if stream.is_query else ""
+        instruction = config.query_instruction if stream.is_query else config.document_instruction
         batch: list[Any] = []
         num_tokens = num_requests = 0
         for texts in requests_of(stream, seed):
@@ -128,10 +133,22 @@ def _engine_process(connection: Connection, checkpoint: Path, device: str) -> No
         source = batches(stream, seed, max_batch_tokens)
         return statistics.median(timed([next(source)[0]]) for _ in range(7))
 
-    def embed(texts: Sequence[str], instruction: str) -> Any:
+    def with_vectors(texts: Sequence[str]) -> list[str]:
+        def has_vector(text: str) -> bool:
+            try:
+                tokenizer.encode([text], "")
+            except InvalidRequest:
+                return False
+            return True
+
+        return list(filter(has_vector, texts))
+
+    def embed(texts: Sequence[str], instruction: str | None, is_query: bool) -> Any:
+        if instruction is None:
+            instruction = config.query_instruction if is_query else config.document_instruction
         return np.concatenate([engines[0].embed([sequence]) for sequence in tokenizer.encode(texts, instruction)])
 
-    commands: dict[str, Callable[..., Any]] = {f.__name__: f for f in (load, run, batch_seconds, embed)}
+    commands: dict[str, Callable[..., Any]] = {f.__name__: f for f in (load, run, batch_seconds, embed, with_vectors)}
     while True:
         try:
             name, *arguments = connection.recv()

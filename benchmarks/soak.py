@@ -2,6 +2,7 @@
 
     python benchmarks/soak.py --url localhost:8001                # a running server, left alive
     python benchmarks/soak.py --requests 100000 --kills 20        # one started here, killed again and again
+    python benchmarks/soak.py --model minilm=/models/all-MiniLM-L6-v2    # one started here with two models
 
 Concurrent clients draw requests from a seed: about half of them valid (queries and documents over gRPC, HTTP and gRPC
 streams, some given up by cancel or deadline), half hostile (random bytes and shapes, broken protobuf and JSON, wrong
@@ -34,11 +35,12 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -51,7 +53,6 @@ import numpy as np
 from abuse import (
     BUSY,
     OTHER_INSTRUCTION,
-    QUERY_INSTRUCTION,
     REFUSED,
     STREAM_ERROR,
     Client,
@@ -62,7 +63,7 @@ from abuse import (
     texts_of,
 )
 from bare_engine import BareEngine
-from loads import CHANNEL_OPTIONS, METHOD, infer_request
+from loads import CHANNEL_OPTIONS, METHOD, MODEL_NAME, infer_request
 from post_mortem import last_words, stack_of
 from processes import Usage, growth, memory_of, processes_of
 from started_server import ROOT, StartedServer, end_on_sigterm, progress
@@ -111,10 +112,18 @@ class Soak:
     """Everything that one run shares."""
 
     def __init__(
-        self, arguments: argparse.Namespace, started: StartedServer | None = None, engine: BareEngine | None = None
+        self,
+        arguments: argparse.Namespace,
+        started: StartedServer | None = None,
+        engines: Mapping[str, BareEngine | None] | None = None,
     ) -> None:
-        """`started`: a server with a folder of its own for log and cores, and `engine`: what its rows should be."""
-        self.arguments, self.started, self.engine = arguments, started, engine
+        """
+        Args:
+            arguments: of the command line.
+            started: a server with a folder of its own for log and cores; none: it runs elsewhere.
+            engines: the models by name, each with what its rows should be; none: one request for each text says that.
+        """
+        self.arguments, self.started, self.engines = arguments, started, engines or {MODEL_NAME: None}
         self.tally = Tally()
         self.usages: list[Usage] = []
         self.kills: list[dict[str, Any]] = []
@@ -135,23 +144,27 @@ class Soak:
         async with grpc.aio.insecure_channel(f"{host}:{grpc_port}", options=options) as channel:
             write, parse = pb.ModelInferRequest.SerializeToString, pb.ModelInferResponse.FromString
             self.infer = channel.unary_unary(METHOD, request_serializer=write, response_deserializer=parse)
-            target = Target(
-                host=host,
-                grpc_port=int(grpc_port),
-                http_port=started.ports.http if started else arguments.http_port,
-                infer=self.infer,
-                infer_bytes=channel.unary_unary(METHOD, response_deserializer=parse),
-                stream=channel.stream_stream(
-                    STREAM_METHOD,
-                    request_serializer=write,
-                    response_deserializer=pb.ModelStreamInferResponse.FromString,
-                ),
-                threads=self.threads,
-                expected=await self.expect(),
-                has_small_limits=started is not None,
-                seed=arguments.seed,
-                answer_seconds=arguments.answer_seconds,
-            )
+            targets = [
+                Target(
+                    model_name=name,
+                    host=host,
+                    grpc_port=int(grpc_port),
+                    http_port=started.ports.http if started else arguments.http_port,
+                    infer=self.infer,
+                    infer_bytes=channel.unary_unary(METHOD, response_deserializer=parse),
+                    stream=channel.stream_stream(
+                        STREAM_METHOD,
+                        request_serializer=write,
+                        response_deserializer=pb.ModelStreamInferResponse.FromString,
+                    ),
+                    threads=self.threads,
+                    expected=await self.expect(name, engine),
+                    has_small_limits=started is not None,
+                    seed=arguments.seed,
+                    answer_seconds=arguments.answer_seconds,
+                )
+                for name, engine in self.engines.items()
+            ]
             self.up.set()
             self.server = self.pids().get("server")
             begun = time.monotonic()
@@ -159,7 +172,8 @@ class Soak:
             if arguments.kills:
                 helpers.append(asyncio.ensure_future(self._kill()))
             deadline = time.monotonic() + 60 * arguments.minutes
-            await asyncio.gather(*(self._client(Client(target, n), deadline) for n in range(arguments.clients)))
+            clients = [Client(targets[number % len(targets)], number) for number in range(arguments.clients)]
+            await asyncio.gather(*(self._client(client, deadline) for client in clients))
             self.seconds = time.monotonic() - begun
             self.done = True
             for helper in helpers:
@@ -170,24 +184,27 @@ class Soak:
             while not self.up.is_set() and time.monotonic() < give_up:
                 await asyncio.sleep(0.2)
                 await self._look()
-            _, run = Client(target, -1).valid_query()
-            try:
-                outcome = await asyncio.wait_for(run(), arguments.answer_seconds)
-                self.tally.wrong_rows += outcome.wrong
-            except (grpc.aio.AioRpcError, asyncio.TimeoutError) as error:
-                self.tally.unexpected[f"the last query: {error!r}"[:150]] += 1
+            for target in targets:
+                _, run = Client(target, -1).valid_query()
+                try:
+                    outcome = await asyncio.wait_for(run(), arguments.answer_seconds)
+                    self.tally.wrong_rows += outcome.wrong
+                except (grpc.aio.AioRpcError, asyncio.TimeoutError) as error:
+                    self.tally.unexpected[f"the last query of {target.model_name}: {error!r}"[:150]] += 1
         self.threads.shutdown(wait=False)
 
-    async def expect(self) -> Expected:
+    async def expect(self, model_name: str, engine: BareEngine | None) -> Expected:
         """The right rows: of the engine here, or of the server itself while nothing disturbs it."""
         texts = texts_of(random.Random(f"{self.arguments.seed} texts"))
-        if self.engine is not None:
-            return Expected(texts, *(self.engine.embed(texts, i) for i in (QUERY_INSTRUCTION, "", OTHER_INSTRUCTION)))
+        if engine is not None:
+            texts = engine.with_vectors(texts)
+            queries = engine.embed(texts, None, is_query=True)
+            return Expected(texts, queries, engine.embed(texts, None), engine.embed(texts, OTHER_INSTRUCTION))
 
         async def ask_all(is_query: bool, instruction: str | None = None) -> Any:
             rows = []
             for text in texts:
-                message = infer_request([text], is_query)
+                message = infer_request([text], is_query, model_name=model_name)
                 if instruction is not None:
                     message.parameters["instruction"].string_param = instruction
                 rows.append(rows_of(await self.infer(message)))
@@ -389,22 +406,44 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         help="at most, from a kill until ready again (%(default)s)")  # fmt: skip
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "checkpoints" / "nv-embed-mini",
                         help="of the server started here (%(default)s)")  # fmt: skip
+    parser.add_argument("--model", type=added_model, action="append", default=[], metavar="NAME=FOLDER",
+                        help="one more of the server started here; may be repeated")  # fmt: skip
     parser.add_argument("--device", default="cpu", help="of the server started here (%(default)s)")
     arguments = parser.parse_args(argv)
-    if arguments.url and arguments.kills:
-        parser.error("--kills: expected a server that is started here; leave --url out")
+    if arguments.url and (arguments.kills or arguments.model):
+        parser.error("--kills and --model: expected a server that is started here; leave --url out")
     return arguments
+
+
+def added_model(value: str) -> tuple[str, Path]:
+    """NAME=FOLDER; argparse shows what is wrong with it."""
+    name, _, folder = value.partition("=")
+    if not Path(folder).is_dir() or not folder:
+        raise argparse.ArgumentTypeError(f"expected NAME=FOLDER; got {value!r}")
+    return name, Path(folder).resolve()
+
+
+def add_model(name: str, folder: Path, device: str, stack: ExitStack) -> None:
+    """Have serve.sh serve one more model, with the same limits, until the stack ends."""
+    parameters = {variable.removeprefix("NV_EMBED_").lower(): value for variable, value in LIMITS.items()}
+    words = [f"{key}={value}" for key, value in (parameters | {"device": device}).items()]
+    subprocess.run([ROOT / "tools" / "add_model", name, folder, *words], check=True, stdout=sys.stderr)
+    stack.callback(shutil.rmtree, ROOT / "model_repository" / name)
 
 
 def main() -> int:
     arguments = parse()
     end_on_sigterm()
     with ExitStack() as stack:
-        started = engine = None
+        started = None
+        engines: dict[str, BareEngine | None] = {}
         if not arguments.url:
-            os.environ |= LIMITS  # the engine reads the longest text from them too
-            engine = BareEngine(arguments.checkpoint, arguments.device)
-            stack.callback(engine.stop)
+            os.environ |= LIMITS  # the engines read the longest text from them too
+            for name, folder in [(MODEL_NAME, arguments.checkpoint), *arguments.model]:
+                engines[name] = engine = BareEngine(folder, arguments.device)
+                stack.callback(engine.stop)
+            for name, folder in arguments.model:
+                add_model(name, folder, arguments.device, stack)
             settings = {
                 "MODEL_PATH": str(arguments.checkpoint.resolve()), "DEVICE": arguments.device,
                 "RESTART": "always", "MAX_DELAY_SECONDS": "1",
@@ -414,7 +453,7 @@ def main() -> int:
             os.chdir(folder)  # where a process that crashes leaves its core
             resource.setrlimit(resource.RLIMIT_CORE, (resource.getrlimit(resource.RLIMIT_CORE)[1],) * 2)
             started = stack.enter_context(StartedServer(folder / "server.log", settings))
-        soak = Soak(arguments, started, engine)
+        soak = Soak(arguments, started, engines)
         asyncio.run(soak.run())
     result = report(soak)
     if started and result["passed"]:

@@ -266,8 +266,8 @@ def test_soak_notices_wrong_rows(toy_server):
     sabotage = f"""
 import sys, soak
 expect = soak.Soak.expect
-async def wrong(self):
-    expected = await expect(self)
+async def wrong(self, *model):
+    expected = await expect(self, *model)
     expected.queries = -expected.queries
     return expected
 soak.Soak.expect = wrong

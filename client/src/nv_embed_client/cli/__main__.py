@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from nv_embed_client.cli import distill
 from nv_embed_client.connection import DEFAULT_MODEL_NAME, DEFAULT_URL
-from nv_embed_client.errors import InvalidInput, NVEmbedError
+from nv_embed_client.errors import InvalidInput, NVEmbedError, Unavailable
 
 URL_VARIABLE = "TRITON_URL"
 
@@ -23,8 +23,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             return serve(words[1:])
         parsed = _parser().parse_args(words)
-        code: int = parsed.run(parsed)
-        return code
+        try:
+            code: int = parsed.run(parsed)
+            return code
+        except Unavailable as error:
+            raise Unavailable(
+                f"expected a server at {parsed.url}; got: {error}; start it, or give another address with --url or "
+                f"{URL_VARIABLE}"
+            ) from error
     except (NVEmbedError, ModuleNotFoundError) as error:
         print(f"nv-embed: {error}", file=sys.stderr)
         return 2 if isinstance(error, (InvalidInput, ModuleNotFoundError)) else 1

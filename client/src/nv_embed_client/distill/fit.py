@@ -13,7 +13,7 @@ Rows: TypeAlias = npt.NDArray[np.float32]
 _ROUNDS = 3  # further ones change little
 _STEPS = 10  # of conjugate gradients, in each round
 _PULL = 0.3  # of what a token means alone, beside one text in which it is all there is
-_RARE = 1e-4  # a token of this share of all tokens starts with half the weight of the rarest
+_COMMON = 1e-3  # a token that is this share of all tokens starts with half the weight of a rare one
 
 
 def basis(vectors: Rows, dimensions: int) -> Rows:
@@ -52,7 +52,7 @@ def fitted_rows(texts: Any, targets: Rows, alone: Rows) -> Rows:
     """
     in_texts = np.asarray((texts > 0).sum(axis=0), np.float32).ravel()
     share = in_texts / max(in_texts.sum(), 1)
-    first = alone * (_RARE / (_RARE + share))[:, None]
+    first = alone * (_COMMON / (_COMMON + share))[:, None]
     means = texts @ first
     first = first * ((means * targets).sum() / (means * means).sum())
     rows: Rows = first

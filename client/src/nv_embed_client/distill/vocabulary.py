@@ -22,7 +22,11 @@ def learned_tokenizer(texts: Iterable[str], words: Sequence[str]) -> Tokenizer:
     tokenizer.normalizer = normalizers.BertNormalizer(strip_accents=False)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     trainer = trainers.WordPieceTrainer(
-        vocab_size=_MAX_LEARNED, special_tokens=[UNKNOWN], continuing_subword_prefix=_CONTINUES, show_progress=False
+        vocab_size=_MAX_LEARNED,
+        min_frequency=2,  # one text alone would teach a token that text, not what it shares with others
+        special_tokens=[UNKNOWN],
+        continuing_subword_prefix=_CONTINUES,
+        show_progress=False,
     )
     tokenizer.train_from_iterator(chain(texts, words), trainer)
     known = tokenizer.get_vocab()
@@ -30,7 +34,9 @@ def learned_tokenizer(texts: Iterable[str], words: Sequence[str]) -> Tokenizer:
         parts = tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(word))
         if len(parts) == 1:
             known.setdefault(parts[0][0], len(known))
-    tokenizer.model = models.WordPiece(known, unk_token=UNKNOWN)
+    # The trainer numbers tokens differently each time.
+    ordered = [UNKNOWN, *sorted(known.keys() - {UNKNOWN})]
+    tokenizer.model = models.WordPiece({token: i for i, token in enumerate(ordered)}, unk_token=UNKNOWN)
     return tokenizer
 
 

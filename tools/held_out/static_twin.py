@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,6 +34,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from machine import machine
 
 SHOWN = ("recall_at_10", "definitions_at_1", "definitions_at_10", "first_questions", "questions", "Spearman")
+TAUGHT = ((0, 20_000), (10_000, 0), (10_000, 20_000), (100_000, 0))  # texts and words of a vocabulary
 
 
 def texts_per_second(embed: Callable[[list[str]], Rows], texts: list[str]) -> float:
@@ -45,46 +47,54 @@ def texts_per_second(embed: Callable[[list[str]], Rows], texts: list[str]) -> fl
     return len(texts) / min(seconds)
 
 
+def of(model: StaticModel) -> Embed:
+    """A static model as what is measured; it knows no instruction."""
+    return lambda texts, instruction="": model.encode(texts)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", default="localhost:8001", help="gRPC address of the server (%(default)s)")
-    parser.add_argument("--texts", type=int, nargs="+", default=[100_000], help="to teach with (%(default)s)")
-    parser.add_argument("--dimensions", type=int, default=256, help="of the twin (%(default)s)")
     parser.add_argument("--cache", type=Path, default=ROOT / ".cache/held_out", help="for packages (%(default)s)")
     arguments = parser.parse_args()
     judged = {"pairs.json": [(a, b, score) for a, b, score in PAIRS["similar"]]}
     held_out = held_out_texts(arguments.cache)
     measured = [item.text for item in held_out[:10_000]]
-    taught = training_texts(arguments.cache)
+    texts = training_texts(arguments.cache)
+    counts = Counter(word for text in texts for word in re.findall(r"\w+", text.lower()))
+    words = [word for word, _ in counts.most_common()]
+    result: dict[str, dict[str, float]] = {}
     with NVEmbedClient(arguments.url) as client, TemporaryDirectory() as folder:
-        targets = client.embed_documents(measured)
-        result: dict[str, dict[str, float]] = {}
 
-        def measure(name: str, embed: Embed, **speeds: float) -> None:
+        def served(texts: list[str], instruction: str = "") -> Rows:
+            return client.embed_documents(texts, instruction=instruction)
+
+        def measure(name: str, embed: Embed, **others: float) -> None:
             found = figures(embed, targets, held_out, judged)
-            result[name] = {key: found[key] for key in found if key.startswith(SHOWN)} | speeds
-            print(f"{name:<24}" + "".join(f"{value:>10.3f}" for value in result[name].values()), flush=True)
+            result[name] = {key: value for key, value in found.items() if key.startswith(SHOWN)} | others
+            print(f"{name:<40}" + "".join(f"{value:>12.3f}" for value in result[name].values()), flush=True)
 
-        for count in arguments.texts:
-            path = Path(folder) / str(count)
+        targets = served(measured)
+        for num_texts, num_words in TAUGHT:
+            name = f"twin of {num_texts} texts, {num_words} words"
+            path = Path(folder) / name
             start = time.perf_counter()
-            distill(client, path, taught[:count], dimensions=arguments.dimensions, progress=True)
+            distill(client, path, texts[:num_texts], vocabulary=words[:num_words], progress=True)
             minutes = (time.perf_counter() - start) / 60
-            model, encoder = StaticModel.from_pretrained(path), SentenceTransformer(str(path), device="cpu")
+            twin, encoder = StaticModel.from_pretrained(path), SentenceTransformer(str(path), device="cpu")
             measure(
-                f"twin of {count} texts",
-                lambda texts, instruction="", model=model: model.encode(texts),
+                name,
+                of(twin),
                 minutes=minutes,
                 megabytes=sum(file.stat().st_size for file in path.iterdir()) / 1e6,
-                texts_per_second=texts_per_second(model.encode, measured),
+                texts_per_second=texts_per_second(twin.encode, measured),
                 texts_per_second_of_sentence_transformers=texts_per_second(encoder.encode, measured),
             )
-        alone = client.embed_documents(texts_of_tokens(model.tokenizer))
-        mean = StaticModel(alone, model.tokenizer, normalize=True, max_length=None)
-        measure("plain mean", lambda texts, instruction="": mean.encode(texts))
-        served = partial(client.embed_documents, instruction="")
-        measure("teacher", client.embed_documents, texts_per_second=texts_per_second(served, measured))
-    print(json.dumps({**machine(), "versions": {name: version(name) for name in ("model2vec", "scipy")}, **result}))
+        rows = client.embed_documents(texts_of_tokens(twin.tokenizer))
+        measure("plain mean of the last twin's tokens", of(StaticModel(rows, twin.tokenizer, normalize=True)))
+        measure("teacher", served, texts_per_second=texts_per_second(served, measured))
+    versions = {name: version(name) for name in ("model2vec", "scipy", "sentence-transformers")}
+    print(json.dumps({**machine(), **versions, **result}))
 
 
 if __name__ == "__main__":

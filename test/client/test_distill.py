@@ -106,15 +106,6 @@ def test_it_learns_the_weight_of_words_that_say_nothing_from_texts(tmp_path):
     assert lengths["the"] < 0.5 * min(lengths[name] for name in names)
 
 
-def test_the_same_texts_give_the_same_twin(tmp_path):
-    texts = [f"text {i} of {i * i}" for i in range(100)]
-    for name in ("one", "other"):
-        with NVEmbedClient(transport=MockTransport(dimension=16)) as client:
-            distill(client, tmp_path / name, texts, dimensions=8)
-    one, other = (StaticModel.from_pretrained(tmp_path / name).encode(texts) for name in ("one", "other"))
-    np.testing.assert_allclose(one, other, atol=1e-6)
-
-
 def test_json_lines_carry_texts_with_line_breaks(tmp_path, monkeypatch):
     from nv_embed_client.cli.texts import texts_of
 

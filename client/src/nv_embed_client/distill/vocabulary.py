@@ -34,9 +34,7 @@ def learned_tokenizer(texts: Iterable[str], words: Sequence[str]) -> Tokenizer:
         parts = tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(word))
         if len(parts) == 1:
             known.setdefault(parts[0][0], len(known))
-    # The trainer numbers tokens differently each time.
-    ordered = [UNKNOWN, *sorted(known.keys() - {UNKNOWN})]
-    tokenizer.model = models.WordPiece({token: i for i, token in enumerate(ordered)}, unk_token=UNKNOWN)
+    tokenizer.model = models.WordPiece(known, unk_token=UNKNOWN)
     return tokenizer
 
 

@@ -126,6 +126,7 @@ def test_json_lines_carry_texts_with_line_breaks(tmp_path, monkeypatch):
         ({"a": b"caf\xe9\n"}, ["--texts", "a"], "expected UTF-8; got line 1 of a: "),
         ({"a.jsonl": b'"b"\n{"txt": "c"}\n'}, ["--texts", "a.jsonl"], '{"txt": "c"}\' on line 2 of a.jsonl; correct'),
         ({"a": b"one text\nanother\n"}, ["--texts", "a"], "expected at least 256 different texts and words"),
+        ({"a": b"\n"}, ["--texts", "a", "--dimensions", "1"], "expected at least 1 different texts and words"),
         ({"a": b"one text\n"}, ["--texts", "a", "--dimensions", "0"], "expected dimensions of at least 1; got 0"),
         ({"a": b"b\n", "out/x": b""}, ["--texts", "a", "--dimensions", "1"], "got 'out' with files in it; "),
         ({"a": b"b\n", "out": b""}, ["--texts", "a", "--dimensions", "1"], "a folder that can be made; got 'out'"),

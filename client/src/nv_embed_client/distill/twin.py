@@ -80,10 +80,11 @@ def distill(
     tokenizer = learned_tokenizer(own, words)
     tokens = texts_of_tokens(tokenizer)
     asked = [*own, *words, *tokens]
-    if len(asked) < dimensions:
+    given = len(asked) - 1  # the unknown token says nothing
+    if given < dimensions:
         raise InvalidInput.of(
             expected=f"at least {dimensions} different texts and words, as many as dimensions",
-            got=f"{len(asked)}, single tokens included",
+            got=f"{given}, single tokens included",
             remedy="give more, or ask for fewer dimensions",
         )
     path = folder.prepared(Path(out))

@@ -13,6 +13,7 @@ ENCODER = "import nv_embed_client; nv_embed_client.NVEmbedEncoder().similarity([
 @pytest.mark.parametrize(
     ("extra", "missing", "statement"),
     [
+        ("distill", "model2vec", "import nv_embed_client.distill"),
         ("gateway", "orjson", "import nv_embed_client.gateway.__main__"),
         ("langchain", "langchain_core", "import nv_embed_client.langchain"),
         ("llama-index", "llama_index", "import nv_embed_client.llama_index"),

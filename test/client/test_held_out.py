@@ -75,6 +75,13 @@ def test_a_text_that_was_trained_on_with_other_punctuation_is_left_out(texts, he
     assert first not in {item.text for item in texts.held_out_texts(tmp_path)}
 
 
+def test_texts_to_teach_with_are_of_other_groups(texts, held_out, tmp_path):
+    taught = texts.training_texts(tmp_path)
+    assert len(set(taught)) == len(taught) > len(held_out)
+    assert not {texts.plain(text) for text in taught} & {texts.plain(item.text) for item in held_out}
+    assert texts.training_texts(tmp_path) == taught
+
+
 def test_they_are_the_same_every_time(texts, held_out, tmp_path):
     assert texts.held_out_texts(tmp_path) == held_out
     assert texts.digest("a") == 73912390445837  # Python's own hashes differ from process to process

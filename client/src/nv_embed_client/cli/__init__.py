@@ -1,0 +1,1 @@
+"""The command `nv-embed`: a file for each of its subcommands, which `__main__` lists."""

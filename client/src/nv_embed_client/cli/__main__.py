@@ -1,0 +1,59 @@
+"""nv-embed: what the client does, from a shell."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from nv_embed_client.cli import distill
+from nv_embed_client.connection import DEFAULT_MODEL_NAME, DEFAULT_URL
+from nv_embed_client.errors import InvalidInput, NVEmbedError, Unavailable
+
+URL_VARIABLE = "TRITON_URL"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Carry out one subcommand. Returns the exit code: 0, 2 for what the caller can mend, 1 for any other failure."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        if words[:1] == ["gateway"]:  # it parses its own arguments, as `nv-embed-gateway` does
+            from nv_embed_client.gateway.__main__ import main as serve
+
+            return serve(words[1:])
+        parsed = _parser().parse_args(words)
+        try:
+            code: int = parsed.run(parsed)
+            return code
+        except Unavailable as error:
+            raise Unavailable(
+                f"expected a server at {parsed.url}; got: {error}; start it, or give another address with --url or "
+                f"{URL_VARIABLE}"
+            ) from error
+    except (NVEmbedError, ModuleNotFoundError) as error:
+        print(f"nv-embed: {error}", file=sys.stderr)
+        return 2 if isinstance(error, (InvalidInput, ModuleNotFoundError)) else 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    """Each subcommand adds its parser, whose default `run` maps the parsed arguments to an exit code."""
+    parser = argparse.ArgumentParser(prog="nv-embed", description="A served embedding model, from a shell.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    server = argparse.ArgumentParser(add_help=False)
+    server.add_argument(
+        "--url",
+        default=os.environ.get(URL_VARIABLE, DEFAULT_URL),
+        help=f"the server's gRPC address; {URL_VARIABLE} in the environment is another way to say it "
+        "(default: %(default)s)",
+    )
+    server.add_argument("--model-name", default=DEFAULT_MODEL_NAME, help="as Triton knows it (default: %(default)s)")
+    distill.add_to(commands, server)
+    commands.add_parser("gateway", add_help=False, help="serve OpenAI's embeddings API, as nv-embed-gateway does")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 import urllib.error
@@ -55,14 +56,17 @@ class Server(StartedServer):
         self.client.close()
         return super().stop(with_signal)
 
-    def infer(self, query=None, documents=None, parameters=None, outputs=("embeddings", "token_counts"), timeout=600):
+    def infer(
+        self, query=None, documents=None, parameters=None, outputs=("embeddings", "token_counts"), timeout=600,
+        model=MODEL_NAME,
+    ):  # fmt: skip
         """One gRPC call; returns each output's array by name. Texts are str or bytes."""
         inputs = []
         for name, texts in (("query", query), ("documents", documents)):
             if texts is not None:
                 inputs.append(bytes_input(name, texts))
         requested = None if outputs is None else [triton.InferRequestedOutput(name) for name in outputs]
-        result = self.client.infer(MODEL_NAME, inputs, outputs=requested, parameters=parameters, client_timeout=timeout)
+        result = self.client.infer(model, inputs, outputs=requested, parameters=parameters, client_timeout=timeout)
         return {output.name: result.as_numpy(output.name) for output in result.get_response().outputs}
 
     def embed_query(self, text, **parameters):
@@ -75,11 +79,9 @@ class Server(StartedServer):
         """`metrics_now` as soon as `holds` is true of it; AssertionError after DEADLINE_SECONDS."""
         return eventually(lambda: metrics if holds(metrics := self.metrics_now()) else None)
 
-    def metrics_now(self) -> dict[str, float]:
-        """Each series on the metrics port by its name and labels; what was just counted comes a moment later."""
-        with urllib.request.urlopen(f"http://localhost:{self.metrics}/metrics", timeout=DEADLINE_SECONDS) as response:
-            lines = response.read().decode().splitlines()
-        return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
+    def metrics_now(self, model: str = MODEL_NAME) -> dict[str, float]:
+        """A model's series, see `metrics_of`; what was just counted comes a moment later."""
+        return metrics_of(self.metrics, model)
 
     def post(self, body: Mapping) -> tuple[int, dict]:
         """One HTTP inference request; returns status and parsed answer."""
@@ -91,6 +93,14 @@ class Server(StartedServer):
                 return response.status, json.load(response)
         except urllib.error.HTTPError as error:
             return error.code, json.load(error)
+
+
+def metrics_of(metrics_port: int, model: str = MODEL_NAME) -> dict[str, float]:
+    """A model's series on a server's metrics port, by name and labels; the label that names the model is left out."""
+    with urllib.request.urlopen(f"http://localhost:{metrics_port}/metrics", timeout=DEADLINE_SECONDS) as response:
+        lines = [line for line in response.read().decode().splitlines() if f'model="{model}"' in line]
+    unnamed = (re.sub(f'model="{re.escape(model)}",|,?model="{re.escape(model)}"', "", line) for line in lines)
+    return {name.removesuffix("{}"): float(value) for name, _, value in (line.rpartition(" ") for line in unnamed)}
 
 
 def eventually(condition: Callable[[], Any], seconds: float = DEADLINE_SECONDS) -> Any:

@@ -166,7 +166,7 @@ def test_a_restart_can_be_asked_for_although_the_watchdog_is_gone():
     script = """
 import os, signal, subprocess
 from nv_embed.watchdog import Watchdog
-watchdog = Watchdog()
+watchdog = Watchdog("a model")
 pid = int(subprocess.check_output(["pgrep", "--parent", str(os.getpid()), "--full", "watchdog.py"]))
 os.kill(pid, signal.SIGKILL)
 os.waitpid(pid, 0)

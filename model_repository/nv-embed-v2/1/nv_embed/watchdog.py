@@ -43,6 +43,7 @@ _EXIT_SECONDS = 1.0  # between a process's pipe closing and its exit code being 
 _SPEECH_SECONDS = 1.0
 _CRASH_SECONDS = 10.0  # for Triton to print its stack: a program for each frame, slow on a busy machine
 _GRACE_SECONDS = 4.0  # for the server to end by itself; it would wait 30 s for answers that nobody can give
+DRAIN_SECONDS = 20.0  # of the same 30 s, for a model to answer what it has when the server stops
 _BEAT, _HELP, _GOODBYE = b"-", b"!", b"."
 _DEATH = "the model's process has died"
 _HANG = "the server hangs in its handler of a crash"
@@ -53,13 +54,13 @@ _STOPS = b"s"  # the other way: what the watchdog says of the server
 class Watchdog:
     """The model's end of the pipe."""
 
-    def __init__(self) -> None:
+    def __init__(self, model_name: str) -> None:
         """Start watching this process and its parent, the server. Silence is no concern before `start_beating`."""
         python = shutil.which("python3")  # inside Triton sys.executable is not Python
         assert python is not None, "Triton itself finds this process's Python by PATH"
         # A session of its own: Ctrl-C in a terminal is for the server, not for the watchdog.
         self._process = subprocess.Popen(
-            [python, "-I", __file__, str(os.getpid()), str(os.getppid())],
+            [python, "-I", __file__, str(os.getpid()), str(os.getppid()), model_name],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, start_new_session=True,
         )  # fmt: skip
         self._is_over = threading.Event()
@@ -237,25 +238,50 @@ def blocked_signals(pid: int) -> dict[int, frozenset[int]]:
     return blocked
 
 
-def end(process: int, with_signal: signal.Signals, grace_seconds: float = _GRACE_SECONDS) -> None:
-    """Send a signal to the process behind a pidfd, and after a time of grace the one that cannot be ignored."""
+def children(pid: int) -> set[int]:
+    """Processes that a server started and that have not ended. When it stops, a model's ends once all is answered."""
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # one that has ended
+            stat = (process / "stat").read_text(encoding="utf-8", errors="replace")
+            state, parent = stat.rpartition(")")[2].split()[:2]
+            if int(parent) == pid and state != "Z":
+                found.add(int(process.name))
+    return found
+
+
+def end(
+    process: int,
+    with_signal: signal.Signals,
+    is_at_work: Callable[[], bool] = lambda: False,
+    grace_seconds: float = _GRACE_SECONDS,
+) -> None:
+    """Send a signal to the process behind a pidfd, and after a time of grace the one that cannot be ignored.
+
+    The time of grace begins anew while `is_at_work` says so, until DRAIN_SECONDS have passed beside it.
+    """
+    deadline = time.monotonic() + DRAIN_SECONDS + grace_seconds
     for each in (with_signal, signal.SIGKILL):
         try:
             signal.pidfd_send_signal(process, each)
         except ProcessLookupError:
             return
-        if select.select([process], [], [], grace_seconds)[0]:
+        while not select.select([process], [], [], grace_seconds)[0]:
+            if time.monotonic() > deadline or not is_at_work():
+                break
+        else:
             return
 
 
 def main() -> None:
-    """The watching process: watchdog.py MODEL_PID SERVER_PID, the pipe as standard input."""
+    """The watching process: watchdog.py MODEL_PID SERVER_PID MODEL_NAME, the pipe as standard input."""
+    model_pid, server_pid, model_name = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     try:
-        model, server = (os.pidfd_open(int(pid)) for pid in sys.argv[1:])
-        regions = shared_memory(int(sys.argv[1]))
+        model, server = os.pidfd_open(model_pid), os.pidfd_open(server_pid)
+        regions = shared_memory(model_pid)
     except (ProcessLookupError, FileNotFoundError):
         return  # over before it began
-    doors, crash_handler = Doors(int(sys.argv[2])), CrashHandler(int(sys.argv[2]))
+    doors, crash_handler = Doors(server_pid), CrashHandler(server_pid)
 
     def look() -> str | None:
         if doors.are_closing():
@@ -266,13 +292,16 @@ def main() -> None:
     trouble = watch(sys.stdin.fileno(), server, look)
     if trouble is not None:
         if trouble == _DEATH:
-            trouble += how_it_ended(int(sys.argv[1]), model)
+            trouble += how_it_ended(model_pid, model)
         now = time.strftime("%Y-%m-%d %H:%M:%S")
-        words = f"{now} nv-embed-v2 watchdog: {trouble}; ending what is left\n"
+        words = f"{now} {model_name} watchdog: {trouble}; ending what is left\n"
         speech = threading.Thread(target=os.write, args=(sys.stderr.fileno(), words.encode()), daemon=True)
         speech.start()
         speech.join(_SPEECH_SECONDS)  # a log that nobody reads must not keep it from acting
-        end(server, signal.SIGKILL if trouble == _HANG else signal.SIGTERM)
+        if trouble == _HANG:
+            end(server, signal.SIGKILL)
+        else:
+            end(server, signal.SIGTERM, lambda: bool(children(server_pid) - {model_pid}))
         end(model, signal.SIGKILL)
         for region in regions:
             region.unlink(missing_ok=True)

@@ -402,7 +402,7 @@ def test_sigterm_while_the_model_loads_leaves_no_process_and_no_memory_behind(to
         engine.write("\n\ntime.sleep(600)\n")
     server = Server(tmp_path / "log.txt", toy, {"MODEL_REPOSITORY": str(repository)})
     try:
-        watched = ["pgrep", "--full", rf"watchdog\.py [0-9]+ {server.process.pid}$"]
+        watched = ["pgrep", "--full", rf"watchdog\.py [0-9]+ {server.process.pid} {MODEL_NAME}$"]
         eventually(lambda: subprocess.run(watched, capture_output=True, check=False).returncode == 0, START_SECONDS)
         pid = model_pid(server)
         regions = shared_memory(pid)

@@ -160,10 +160,10 @@ addresses=("--http-address=$HTTP_ADDRESS" "--grpc-address=$ADDRESS" "--metrics-a
 
 case $RUNTIME in
   native)
-    plain repository
+    plain MODEL_REPOSITORY
     plain MODEL_PATH
     NV_EMBED_MODEL_PATH=$MODEL_PATH
-    command=(tritonserver "--model-repository=$repository$models" "${addresses[@]}" "${settings[@]}")
+    command=(tritonserver "--model-repository=$MODEL_REPOSITORY$models" "${addresses[@]}" "${settings[@]}")
     ;;
   pip)
     requirements_of_kinds
@@ -171,10 +171,10 @@ case $RUNTIME in
       ${requirements[@]+"${requirements[@]}"}
     if [[ $VENV != /* ]]; then VENV="$PWD/$VENV"; fi
     plain VENV
-    plain repository
+    plain MODEL_REPOSITORY
     plain MODEL_PATH
     NV_EMBED_MODEL_PATH=$MODEL_PATH
-    command=("$VENV/bin/python" "$repo/tools/pip_triton.py" "--model-repository=$repository$models"
+    command=("$VENV/bin/python" "$repo/tools/pip_triton.py" "--model-repository=$MODEL_REPOSITORY$models"
       "${addresses[@]}" "${settings[@]}")
     ;;
   docker)
@@ -186,14 +186,12 @@ case $RUNTIME in
     inside=/model_repository
     if [[ -n $models ]]; then
       inside=/served$models
-      bind_mount "$repository$models" "$inside"
-      bind_mount "$MODEL_REPOSITORY" /served/shared  # where its links lead
-    else
-      bind_mount "$MODEL_REPOSITORY" "$inside"
+      bind_mount "$shared" /served/shared  # where links in it lead
     fi
+    bind_mount "$MODEL_REPOSITORY$models" "$inside"
     mount_checkpoint "$MODEL_PATH" /models/NV-Embed-v2
     NV_EMBED_MODEL_PATH=$mounted
-    for folder in ${added[@]+"${added[@]}"}; do mount_checkpoint "$folder"; done
+    for folder in ${checkpoints[@]+"${checkpoints[@]}"}; do mount_checkpoint "$folder"; done
     # Time to stop: 20 s for what is in work, Triton's 30 s at the most.
     command=(docker run --rm ${init:+"$init"} --stop-timeout 40 "--shm-size=$SHM_SIZE" --ulimit memlock=-1
       --publish "$HTTP_ADDRESS:$HTTP_PORT:8000" --publish "$ADDRESS:$GRPC_PORT:8001"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import time
 import urllib.error
@@ -111,6 +112,35 @@ def eventually(condition: Callable[[], Any], seconds: float = DEADLINE_SECONDS) 
         time.sleep(pause_seconds)
         pause_seconds = min(2 * pause_seconds, 0.05)
     return found
+
+
+def checkout(folder: Path, *more: str) -> Path:
+    """A copy of this repository as far as serve.sh needs it, and of more of its parts; returns `folder`."""
+    for part in ("tools", "model_repository/nv-embed-v2", *more):
+        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "serve.sh", folder)
+    return folder
+
+
+# Appended to a copy's models/__init__.py: NV-Embed-v2's network in a folder with this file is of another kind.
+OTHER_KIND = """
+
+_CLASSES["other"] = "NVEmbedCheckpoint"
+_known_kind_of = kind_of
+
+
+def kind_of(folder):
+    return "other" if (folder / "other").is_file() else _known_kind_of(folder)
+"""
+
+
+def checkout_with_other_kind(folder: Path) -> Path:
+    """The same copy, but folders with a file `other` are of another kind there."""
+    models = checkout(folder) / "model_repository" / "nv-embed-v2" / "1" / "nv_embed" / "models"
+    (models / "other.py").write_text("from nv_embed.models.nv_embed import NVEmbedCheckpoint", encoding="utf-8")
+    with (models / "__init__.py").open("a", encoding="utf-8") as file:
+        file.write(OTHER_KIND)
+    return folder
 
 
 def mark_those_with_servers(items: Iterable[pytest.Function], *starters: str) -> None:

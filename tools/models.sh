@@ -11,16 +11,19 @@ name_of() {
 }
 
 # look_at_models NAME
-# Sets, from MODEL_PATH, MODEL_REPOSITORY and DEVICE:
+# Looks at MODEL_PATH, MODEL_REPOSITORY and DEVICE, and sets
 #   NV_EMBED_MODEL_NAME  the model at MODEL_PATH, which the variables NV_EMBED_<PARAMETER> concern
-#   repository, models   a folder, and the Triton repository's path in it; links there lead to elsewhere in the folder
-#   added                checkpoints of the models that were added
+#   MODEL_REPOSITORY     a folder to be served as it is ...
+#   models               ... or, if this is not empty, what it has under this path; links there lead ...
+#   shared               ... to what MODEL_REPOSITORY was before
+#   added                names of the models that were added
+#   checkpoints          ... and their folders
 #   devices              of all models
 #   kinds                of all checkpoints; none if this project's own networks suffice without a look
 # NAME: of the model at MODEL_PATH if it is not NV-Embed-v2.
 look_at_models() {
   local python found folder is_alone=yes
-  NV_EMBED_MODEL_NAME=nv-embed-v2 repository=$MODEL_REPOSITORY models='' added=() devices=$DEVICE kinds=()
+  NV_EMBED_MODEL_NAME=nv-embed-v2 shared=$MODEL_REPOSITORY models='' added=() checkpoints=() devices=$DEVICE kinds=()
   for folder in "$MODEL_REPOSITORY"/*/; do
     if [[ $folder != */nv-embed-v2/ && -d $folder ]]; then is_alone=no; fi
   done
@@ -31,11 +34,11 @@ look_at_models() {
 if sys.version_info < (3, 10): sys.exit("Expected Python 3.10 or later, found " + sys.version.split()[0])')" || exit 2
   mapfile -d '' -t found < <("$python" "$repo/tools/served_models.py" "$MODEL_REPOSITORY" "$MODEL_PATH" "$1")
   wait $! || exit 2
-  NV_EMBED_MODEL_NAME=${found[0]} repository=${found[1]} models=${found[2]} kinds=("${found[3]}")
+  NV_EMBED_MODEL_NAME=${found[0]} MODEL_REPOSITORY=${found[1]} models=${found[2]} kinds=("${found[3]}")
   found=("${found[@]:4}")
   while ((${#found[@]})); do
-    kinds+=("${found[0]}") devices+=,${found[1]} added+=("${found[2]}")
-    found=("${found[@]:3}")
+    added+=("${found[0]}") kinds+=("${found[1]}") devices+=,${found[2]} checkpoints+=("${found[3]}")
+    found=("${found[@]:4}")
   done
 }
 

@@ -5,7 +5,7 @@
 MODEL_PATH: absolute, without links. NAME: what a checkpoint that is not NV-Embed-v2's would be called. Prints fields
 that end with a NUL: the name of the model at MODEL_PATH, the folder that has the Triton repository in it and maybe more
 that links in it lead to, the repository within that folder, MODEL_PATH's kind; then for each model that was added its
-kind, device and checkpoint. A folder of no known kind has an empty one: the model says later what is wrong with it.
+name, kind, device and checkpoint. The kind is empty if it is not known: the model says later what is wrong.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ def main() -> None:
         parameters = parameters_of(folder)
         if folder.name != DEFAULT.name and "model_path" in parameters:
             checkpoint = parameters["model_path"].strip()
-            fields += [known_kind(checkpoint), parameters.get("device", DECLARED["device"].default), checkpoint]
+            device = parameters.get("device", DECLARED["device"].default)
+            fields += [folder.name, known_kind(checkpoint), device, checkpoint]
     sys.stdout.buffer.write(b"".join(field.encode(errors="surrogateescape") + b"\0" for field in fields))
 
 

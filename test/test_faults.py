@@ -57,6 +57,7 @@ def _faulty_compute(self, next_batch, pause=nothing):
                 while not os.path.exists(os.environ["FAULT_GATE"]):
                     time.sleep(0.02)
             if fault == 109:
+                print("fault 109 works", file=sys.stderr, flush=True)
                 time.sleep(3)
         return taken
 

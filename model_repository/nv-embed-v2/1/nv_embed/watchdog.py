@@ -258,19 +258,20 @@ def end(
 ) -> None:
     """Send a signal to the process behind a pidfd, and after a time of grace the one that cannot be ignored.
 
-    The time of grace begins anew while `is_at_work` says so, until DRAIN_SECONDS have passed beside it.
+    The time of grace does not begin while `is_at_work` says so, for DRAIN_SECONDS at the most.
     """
-    deadline = time.monotonic() + DRAIN_SECONDS + grace_seconds
+    latest = time.monotonic() + DRAIN_SECONDS
     for each in (with_signal, signal.SIGKILL):
         try:
             signal.pidfd_send_signal(process, each)
         except ProcessLookupError:
             return
-        while not select.select([process], [], [], grace_seconds)[0]:
-            if time.monotonic() > deadline or not is_at_work():
-                break
-        else:
-            return
+        begun = time.monotonic()
+        while time.monotonic() < begun + grace_seconds:
+            if select.select([process], [], [], grace_seconds / 4)[0]:
+                return
+            if is_at_work():
+                begun = min(time.monotonic(), latest)
 
 
 def main() -> None:

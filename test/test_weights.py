@@ -166,7 +166,7 @@ def test_memory_too_small_for_the_weights_is_said_before_anything_is_read(publis
 def test_memory_that_other_models_of_the_server_have_reserved_is_not_free(toy, monkeypatch):
     monkeypatch.setattr(devices, "free_memory", lambda: 2 * 10**9)
     monkeypatch.setattr(loading, "reserved_memory", lambda: 2 * 10**9)
-    with pytest.raises(DeviceError, match="beside 2.0 GB for the texts of the server's other models.* serve fewer"):
+    with pytest.raises(DeviceError, match=r"beside 2\.0 GB for the texts of the server's other models.* serve fewer"):
         load_engine(toy, read_checkpoint(toy), device="cpu", dtype="float32", max_sequence_tokens=10)
 
 

@@ -181,7 +181,9 @@ case $RUNTIME in
     init=--init  # as process 1 the server could not be killed from inside; the image built here has an init of its own
     if [[ -z $IMAGE ]]; then
       IMAGE=nv-embed-triton init=
-      docker build --tag "$IMAGE" "$repo" >&2  # seconds when nothing changed
+      requirements_of_kinds
+      docker build ${requirements[@]+--build-arg "EXTRA_REQUIREMENTS=${requirements[*]##*/}"} \
+        --tag "$IMAGE" "$repo" >&2  # seconds when nothing changed
     fi
     inside=/model_repository
     if [[ -n $models ]]; then

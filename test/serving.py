@@ -48,6 +48,9 @@ class Server(StartedServer):
             log, model | dict(environ or {}), environ=kept, arguments=arguments, ports=ports, command=command,
             cwd=log.parent,
         )  # fmt: skip
+        # serve.sh names other kinds of checkpoints as their folders; those have this file.
+        is_other = model_path is not None and (model_path / "modules.json").is_file()
+        self.model = model_path.name if model_path and is_other else MODEL_NAME
         self.http, self.grpc, self.metrics = self.ports.http, self.ports.grpc, self.ports.metrics
         self.url = self.ports.url
         self.client = triton.InferenceServerClient(self.url)
@@ -59,7 +62,7 @@ class Server(StartedServer):
 
     def infer(
         self, query=None, documents=None, parameters=None, outputs=("embeddings", "token_counts"), timeout=600,
-        model=MODEL_NAME,
+        model=None,
     ):  # fmt: skip
         """One gRPC call; returns each output's array by name. Texts are str or bytes."""
         inputs = []
@@ -67,7 +70,9 @@ class Server(StartedServer):
             if texts is not None:
                 inputs.append(bytes_input(name, texts))
         requested = None if outputs is None else [triton.InferRequestedOutput(name) for name in outputs]
-        result = self.client.infer(model, inputs, outputs=requested, parameters=parameters, client_timeout=timeout)
+        result = self.client.infer(
+            model or self.model, inputs, outputs=requested, parameters=parameters, client_timeout=timeout
+        )
         return {output.name: result.as_numpy(output.name) for output in result.get_response().outputs}
 
     def embed_query(self, text, **parameters):
@@ -80,14 +85,14 @@ class Server(StartedServer):
         """`metrics_now` as soon as `holds` is true of it; AssertionError after DEADLINE_SECONDS."""
         return eventually(lambda: metrics if holds(metrics := self.metrics_now()) else None)
 
-    def metrics_now(self, model: str = MODEL_NAME) -> dict[str, float]:
+    def metrics_now(self, model: str | None = None) -> dict[str, float]:
         """A model's series, see `metrics_of`; what was just counted comes a moment later."""
-        return metrics_of(self.metrics, model)
+        return metrics_of(self.metrics, model or self.model)
 
     def post(self, body: Mapping) -> tuple[int, dict]:
         """One HTTP inference request; returns status and parsed answer."""
         request = urllib.request.Request(
-            f"http://localhost:{self.http}/v2/models/{MODEL_NAME}/infer", json.dumps(body).encode()
+            f"http://localhost:{self.http}/v2/models/{self.model}/infer", json.dumps(body).encode()
         )
         try:
             with urllib.request.urlopen(request, timeout=600) as response:
@@ -119,27 +124,6 @@ def checkout(folder: Path, *more: str) -> Path:
     for part in ("tools", "model_repository/nv-embed-v2", *more):
         shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "serve.sh", folder)
-    return folder
-
-
-# Appended to a copy's models/__init__.py: NV-Embed-v2's network in a folder with this file is of another kind.
-OTHER_KIND = """
-
-_CLASSES["other"] = "NVEmbedCheckpoint"
-_known_kind_of = kind_of
-
-
-def kind_of(folder):
-    return "other" if (folder / "other").is_file() else _known_kind_of(folder)
-"""
-
-
-def checkout_with_other_kind(folder: Path) -> Path:
-    """The same copy, but folders with a file `other` are of another kind there."""
-    models = checkout(folder) / "model_repository" / "nv-embed-v2" / "1" / "nv_embed" / "models"
-    (models / "other.py").write_text("from nv_embed.models.nv_embed import NVEmbedCheckpoint", encoding="utf-8")
-    with (models / "__init__.py").open("a", encoding="utf-8") as file:
-        file.write(OTHER_KIND)
     return folder
 
 

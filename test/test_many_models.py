@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
-from serving import DEADLINE_SECONDS, MODEL_NAME, Server, checkout, checkout_with_other_kind, eventually
+from serving import DEADLINE_SECONDS, MODEL_NAME, ROOT, Server, checkout, eventually
 from test_faults import ENGINE, FAULTS, Clients, FaultyServer, fault, model_pid, status
 
 pytestmark = pytest.mark.server
@@ -89,11 +89,10 @@ def test_lines_of_the_log_say_of_which_model(server):
 # --- the model at MODEL_PATH is of another kind ---------------------------------------------------------
 
 
-def test_another_kind_is_served_under_its_folders_name_beside_what_was_added(toy, tmp_path, start):
-    repository = checkout_with_other_kind(tmp_path / "copy")
-    folder = shutil.copytree(toy, tmp_path / "bge-m3")
-    (folder / "other").touch()
-    add(repository, "added", toy)
+def test_another_kind_is_served_under_its_folders_name_beside_what_was_added(tmp_path, start):
+    repository = checkout(tmp_path / "copy")
+    folder = shutil.copytree(ROOT / "test" / "data" / "nemotron-toy", tmp_path / "nemotron-8b")
+    add(repository, "added", folder)
     settings = {"NV_EMBED_MAX_REQUEST_DOCUMENTS": "5", "RESTART": "always"}
     server = start(tmp_path / "log.txt", folder, settings, command=[repository / "serve.sh"])
     for is_restarted in (False, True):
@@ -103,12 +102,12 @@ def test_another_kind_is_served_under_its_folders_name_beside_what_was_added(toy
             os.kill(int(child), signal.SIGKILL)
             eventually(lambda: "starting again" in server.log_text())
             eventually(server.answers)
-        rows = server.infer(documents=["a text"], model="bge-m3")["embeddings"]
+        rows = server.infer(documents=["a text"], model="nemotron-8b")["embeddings"]
         np.testing.assert_allclose(rows, server.infer(documents=["a text"], model="added")["embeddings"], atol=1e-6)
         with pytest.raises(triton.InferenceServerException, match="at most 5 documents"):
-            server.infer(documents=["text"] * 6, model="bge-m3")
+            server.infer(documents=["text"] * 6, model="nemotron-8b")
         with pytest.raises(triton.InferenceServerException, match="unknown model"):
-            server.infer(documents=["text"])
+            server.infer(documents=["text"], model=MODEL_NAME)
     assert server.stop() == 0
 
 

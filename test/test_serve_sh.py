@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from serving import SETTINGS, checkout_with_other_kind, free_ports
+from serving import SETTINGS, checkout, free_ports
 
 REPO = Path(__file__).resolve().parent.parent
 SERVE = REPO / "serve.sh"
@@ -340,18 +340,17 @@ def test_tritonserver_gets_paths_that_need_no_quotes_and_lead_to_the_folders(ser
 
 @pytest.fixture
 def copy(tmp_path):
-    """A copy of this repository that knows another kind of checkpoint."""
-    return checkout_with_other_kind(tmp_path / "copy")
+    """A copy of this repository to which models may be added."""
+    return checkout(tmp_path / "copy")
 
 
 @pytest.fixture
 def other(tmp_path):
-    """Makes a checkpoint of that kind."""
+    """Makes what looks like a checkpoint of another kind than NV-Embed-v2's."""
 
     def make(*names):
         folder = tmp_path.joinpath(*names)
-        folder.mkdir(parents=True)
-        (folder / "other").touch()
+        shutil.copytree(REPO / "test/data/nemotron-toy", folder, ignore=lambda *_: {"model.safetensors", "README.md"})
         return folder
 
     return make
@@ -518,6 +517,16 @@ def test_packages_of_a_kind_are_installed_only_where_it_is_served(copy):
     requirements.touch()
     assert required() == required("nv_embed", "") == []
     assert required("nv_embed", "some_library", "some_library") == [str(requirements)]
+
+
+def test_an_image_is_built_with_the_packages_of_a_kind_that_is_served(serve, recorded, copy, other, toy):
+    (copy / "model_repository" / "nv-embed-v2" / "requirements-nemotron.txt").touch()
+    for folder, arguments in ((toy, []), (other("served"), ["EXTRA_REQUIREMENTS=requirements-nemotron.txt"])):
+        done = serve(script=copy / "serve.sh", programs=["docker"], RUNTIME="docker", MODEL_PATH=folder)
+        assert done.returncode == 0, done.stderr
+        build = recorded()[-2]
+        assert build[:2] == ["docker", "build"]
+        assert values(build, "--build-arg") == arguments
 
 
 # --- the gateway ----------------------------------------------------------------------------------------

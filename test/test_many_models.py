@@ -132,11 +132,20 @@ def faulty_server(toy, tmp_path, faulty_repository):
 LONG = [f"{fault(109)} {i}" for i in range(3)]  # 3 s each: longer than a server has to end if no answer is owed
 
 
+def wait_until_counted(server: Server, model: str) -> None:
+    """Return when a request that a model refuses stands in its metrics, which come a moment later."""
+    with pytest.raises(triton.InferenceServerException, match="truncate"):
+        server.infer(query=[""], parameters={"truncate": "no"}, model=model)
+    eventually(lambda: server.metrics_now(model)['nv_embed_requests_total{kind="unknown",outcome="InvalidRequest"}'])
+
+
 def test_a_stop_answers_what_every_model_has_begun(faulty_server):
     with faulty_server.held() as first, faulty_server.held(model="second") as second:
-        faulty_server.process.terminate()
         for model in (MODEL_NAME, "second"):
-            eventually(lambda: f"{model}: the server stops; requests not yet answered: 1" in faulty_server.log_text())  # noqa: B023
+            wait_until_counted(faulty_server, model)  # by then the watchdog has seen that the server serves
+        faulty_server.process.terminate()
+        says = "{}: the server stops; requests not yet answered: 1"
+        eventually(lambda: all(says.format(name) in faulty_server.log_text() for name in (MODEL_NAME, "second")))
     assert [status(outcome) for outcome in first.wait() + second.wait()] == ["OK", "OK"]
     assert faulty_server.process.wait(DEADLINE_SECONDS) == 0
 

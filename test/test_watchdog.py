@@ -35,8 +35,10 @@ def test_open_sockets_and_listening_ones_are_told_apart():
 
 def test_doors_are_closing_once_when_a_listening_socket_is_closed_but_not_a_connection():
     doors = watchdog.Doors(os.getpid())
+    assert not doors.were_open
     with socket.create_server(("127.0.0.1", 0)) as other, socket.create_server(("127.0.0.1", 0)) as door:
         assert not doors.are_closing()
+        assert doors.were_open
         with socket.create_connection(door.getsockname()), door.accept()[0]:
             assert not doors.are_closing()
         assert not doors.are_closing()

@@ -28,14 +28,12 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from itertools import chain, repeat
 from pathlib import Path
 
 _LISTENING = "0A"  # TCP_LISTEN in the kernel's tables
 _SHARED_MEMORY = "/dev/shm/triton_python_backend_shm_region_"  # as this model's backend names it
 _BEAT_SECONDS = 1.0
-# More often at first, to see the ports open even of a server that stops as soon as it serves.
-_FIRST_BEATS, _FIRST_BEAT_SECONDS = 50, 0.1
+_FIRST_BEAT_SECONDS = 0.1  # until the server's ports are seen open: it may stop as soon as it serves
 # No healthy Python process pauses this long. Counted in steps, because a machine or container that was suspended as a
 # whole wakes up to a single silent step.
 _SILENT_STEPS, _STEP_SECONDS = 4, 2.0
@@ -48,7 +46,7 @@ _BEAT, _HELP, _GOODBYE = b"-", b"!", b"."
 _DEATH = "the model's process has died"
 _HANG = "the server hangs in its handler of a crash"
 _CRASHES = (signal.SIGABRT, signal.SIGSEGV)  # what Triton handles by printing its stack
-_STOPS = b"s"  # the other way: what the watchdog says of the server
+_SERVES, _STOPS = b"o", b"s"  # the other way: what the watchdog says of the server
 
 
 class Watchdog:
@@ -63,7 +61,7 @@ class Watchdog:
             [python, "-I", __file__, str(os.getpid()), str(os.getppid()), model_name],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, start_new_session=True,
         )  # fmt: skip
-        self._is_over = threading.Event()
+        self._is_over, self._serves = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._beat, name="nv-embed-watchdog", daemon=True)
 
     def start_beating(self) -> None:
@@ -73,7 +71,9 @@ class Watchdog:
     def wait_for_stop(self) -> bool:
         """Return when the server has begun to stop: True; or when the watch is over: False."""
         assert self._process.stdout is not None
-        return self._process.stdout.read(1) == _STOPS
+        while (word := self._process.stdout.read(1)) == _SERVES:
+            self._serves.set()
+        return word == _STOPS
 
     def ask_for_restart(self) -> None:
         """Have the server ended although this process lives: it is beyond repair, or owes an answer it cannot give."""
@@ -87,9 +87,7 @@ class Watchdog:
 
     def _beat(self) -> None:
         self._say(_BEAT)
-        for seconds in chain(repeat(_FIRST_BEAT_SECONDS, _FIRST_BEATS), repeat(_BEAT_SECONDS)):
-            if self._is_over.wait(seconds):
-                return
+        while not self._is_over.wait(_BEAT_SECONDS if self._serves.is_set() else _FIRST_BEAT_SECONDS):
             self._say(_BEAT)
 
     def _say(self, word: bytes) -> bool:
@@ -114,6 +112,11 @@ class Doors:
         self._pid = pid
         self._doors = frozenset[int]()
         self._were_closing = False
+
+    @property
+    def were_open(self) -> bool:
+        """Whether any was ever seen."""
+        return bool(self._doors)
 
     def are_closing(self) -> bool:
         """Look; True once, when the server has closed a socket on which it listened."""
@@ -285,9 +288,10 @@ def main() -> None:
     doors, crash_handler = Doors(server_pid), CrashHandler(server_pid)
 
     def look() -> str | None:
-        if doors.are_closing():
-            with suppress(BrokenPipeError):  # nobody waits to hear it
-                os.write(sys.stdout.fileno(), _STOPS)
+        were_open = doors.were_open
+        news = _STOPS if doors.are_closing() else _SERVES if doors.were_open and not were_open else b""
+        with suppress(BrokenPipeError):  # nobody waits to hear it
+            os.write(sys.stdout.fileno(), news)
         return _HANG if crash_handler.hangs() else None
 
     trouble = watch(sys.stdin.fileno(), server, look)

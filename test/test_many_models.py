@@ -14,6 +14,7 @@ import pytest
 import tritonclient.grpc as triton
 from serving import DEADLINE_SECONDS, MODEL_NAME, ROOT, Server, checkout, eventually
 from test_faults import ENGINE, FAULTS, Clients, FaultyServer, fault, model_pid, status
+from test_start import Gateway, descendants
 
 pytestmark = pytest.mark.server
 PROMPT = 'Ünïcode "q" \\ \n line: '
@@ -89,17 +90,17 @@ def test_lines_of_the_log_say_of_which_model(server):
 # --- the model at MODEL_PATH is of another kind ---------------------------------------------------------
 
 
-def test_another_kind_is_served_under_its_folders_name_beside_what_was_added(tmp_path, start):
-    repository = checkout(tmp_path / "copy")
+def test_another_kind_is_served_under_its_folders_name_beside_what_was_added(tmp_path, gateway_venv, start):
+    repository = checkout(tmp_path / "copy", "client")
     folder = shutil.copytree(ROOT / "test" / "data" / "nemotron-toy", tmp_path / "nemotron-8b")
     add(repository, "added", folder)
-    settings = {"NV_EMBED_MAX_REQUEST_DOCUMENTS": "5", "RESTART": "always"}
+    gateway = Gateway()
+    settings = {"NV_EMBED_MAX_REQUEST_DOCUMENTS": "5", "RESTART": "always"} | gateway.settings(gateway_venv)
     server = start(tmp_path / "log.txt", folder, settings, command=[repository / "serve.sh"])
     for is_restarted in (False, True):
         if is_restarted:
-            command = ["pgrep", "--parent", str(server.process.pid), "tritonserver"]
-            (child,) = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-            os.kill(int(child), signal.SIGKILL)
+            (pid,) = (pid for pid, line in descendants(server.process.pid).items() if "/bin/tritonserver --" in line)
+            os.kill(pid, signal.SIGKILL)
             eventually(lambda: "starting again" in server.log_text())
             eventually(server.answers)
         rows = server.infer(documents=["a text"], model="nemotron-8b")["embeddings"]
@@ -108,6 +109,9 @@ def test_another_kind_is_served_under_its_folders_name_beside_what_was_added(tmp
             server.infer(documents=["text"] * 6, model="nemotron-8b")
         with pytest.raises(triton.InferenceServerException, match="unknown model"):
             server.infer(documents=["text"], model=MODEL_NAME)
+        eventually(gateway.answers)
+        for model in ("nemotron-8b", "added"):
+            np.testing.assert_allclose(gateway.embed(["a text"], f"{model}-passage"), rows, atol=1e-5)
     assert server.stop() == 0
 
 

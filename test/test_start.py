@@ -36,11 +36,11 @@ class Gateway:
 
     def answers(self) -> bool:
         try:
-            return self.embed(["ready?"]).shape[0] == 1
+            return self.embed(["ready?"], None).shape[0] == 1
         except OSError:
             return False
 
-    def embed(self, texts: list[str], model: str = "nv-embed-v2") -> np.ndarray:
+    def embed(self, texts: list[str], model: str | None = "nv-embed-v2") -> np.ndarray:
         headers = {"content-type": "application/json", "authorization": f"Bearer {self.key}"}
         body = json.dumps({"model": model, "input": texts}).encode()
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}/v1/embeddings", body, headers)

@@ -60,7 +60,7 @@ class TritonPythonModel:
             locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
         self._watchdog = Watchdog(self._name)
         try:
-            self._load(args["model_name"], json.loads(args["model_config"]).get("parameters", {}))
+            self._load(json.loads(args["model_config"]).get("parameters", {}))
         except BaseException:
             self._watchdog.stop()
             raise
@@ -77,7 +77,7 @@ class TritonPythonModel:
             # Triton waits for something of its own.
             print(f"{self._name}: the server stops; requests not yet answered: {num_unanswered}", file=sys.stderr)
 
-    def _load(self, name: str, parameters: dict[str, dict[str, str]]) -> None:
+    def _load(self, parameters: dict[str, dict[str, str]]) -> None:
         # These import torch, which takes long. Triton also imports this file only to look at it.
         from nv_embed.compute.loading import load_engines
         from nv_embed.compute.precision import Precision
@@ -121,7 +121,7 @@ class TritonPythonModel:
             precisions = (Precision.choose(config.dtype, engine.device, checkpoint).name for engine in engines)
             self._model_info = model_info(
                 replace(config, dtype=",".join(dict.fromkeys(precisions))),
-                name=name,
+                name=self._name,
                 kind=kind_of(folder),
                 fingerprint=fingerprint(folder),  # now, because the files are in memory after loading
                 dimension=checkpoint.dimension,

@@ -621,6 +621,22 @@ def test_a_prepared_venv_is_left_alone_and_a_failed_install_is_repeated(prepare_
 
 
 @pytest.mark.slow
+def test_a_start_that_needs_fewer_packages_than_the_last_installs_and_removes_nothing(tmp_path):
+    files = [tmp_path / "requirements.txt", tmp_path / "requirements-some-library.txt"]
+    for file in files:
+        file.write_text(f"# {file.name}\n")
+
+    def prepare(*needed):
+        command = ["bash", "-c", 'source "$0" && prepare_venv "$@"', REPO / "tools/prepare_venv.sh", tmp_path / "venv"]
+        environ = os.environ | {"PYTHON": sys.executable}
+        return subprocess.run([*command, *needed], env=environ, capture_output=True, text=True, check=True).stderr
+
+    assert "Installing" in prepare(files[0])
+    assert "Installing" in prepare(*files)
+    assert prepare(files[0]) == prepare(*files) == ""
+
+
+@pytest.mark.slow
 def test_a_venv_that_is_activated_is_made_anew_by_another_python(prepare_venv, tmp_path):
     assert finish(prepare_venv("# nothing\n"))[0] == 0
     (tmp_path / "venv" / "made-for").write_text("3.9.0 cpu\n")

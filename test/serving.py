@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
-from started_server import ROOT, START_SECONDS, Ports, StartedServer, free_ports
+from started_server import ROOT, START_SECONDS, Ports, StartedServer, answers, free_ports
 
 __all__ = ["ROOT", "START_SECONDS", "Ports", "free_ports"]  # from here, too
 
@@ -54,6 +54,12 @@ class Server(StartedServer):
         self.http, self.grpc, self.metrics = self.ports.http, self.ports.grpc, self.ports.metrics
         self.url = self.ports.url
         self.client = triton.InferenceServerClient(self.url)
+
+    def wait_until_ready(self) -> Server:
+        """Return when it is ready and its metrics can be read: Triton opens their port last."""
+        super().wait_until_ready()
+        eventually(lambda: answers(f"http://127.0.0.1:{self.metrics}/metrics"))
+        return self
 
     def stop(self, with_signal: signal.Signals = signal.SIGTERM) -> int:
         """Ask it to stop; returns the exit code."""

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Serves NV-Embed-v2 through NVIDIA Triton in the foreground; Ctrl-C or SIGTERM ends it, with exit code 0 once it serves.
+# Serves embedding models through NVIDIA Triton in the foreground; Ctrl-C or SIGTERM ends it, with exit code 0 once it
+# serves. tools/add_model adds models beside the one at MODEL_PATH, each with settings of its own.
 # Arguments go to tritonserver after the ones given here, so they win:  ./serve.sh --log-verbose=1
-# Every parameter of config.pbtxt can be set as NV_EMBED_<PARAMETER>:  NV_EMBED_MAX_BATCH_TOKENS=8192 ./serve.sh
+# For the model at MODEL_PATH every parameter of config.pbtxt can be set as NV_EMBED_<PARAMETER>:  NV_EMBED_MAX_BATCH_TOKENS=8192 ./serve.sh
 set -euo pipefail
 
 repo="$(readlink -f -- "${BASH_SOURCE[0]}")"
@@ -47,6 +48,8 @@ source "$repo/tools/prepare_venv.sh"
 source "$repo/tools/gateway.sh"
 # shellcheck source=tools/paths.sh
 source "$repo/tools/paths.sh"
+# shellcheck source=tools/models.sh
+source "$repo/tools/models.sh"
 
 real_model=yes
 if [[ -z $MODEL_PATH ]]; then
@@ -59,22 +62,24 @@ fi
 DEVICE=${DEVICE:-cuda:0}
 [[ -d $MODEL_PATH ]] || refuse "MODEL_PATH: expected the folder of a checkpoint, found no folder '$MODEL_PATH'."
 [[ -d $MODEL_REPOSITORY ]] || refuse "MODEL_REPOSITORY: expected a folder, found no folder '$MODEL_REPOSITORY'."
+name="$(name_of "$MODEL_PATH")"
 for setting in MODEL_PATH MODEL_REPOSITORY; do
   path="$(absolute "${!setting}" && echo .)"  # else $(...) would lose a line's end in a folder's name
   printf -v "$setting" %s "${path%??}"
 done
+look_at_models "$name"
 
 [[ $RESTART == no || $RESTART == always ]] || refuse "RESTART: expected no or always, got '$RESTART'."
 if [[ $RUNTIME == auto ]]; then
   if command -v tritonserver >/dev/null; then
     RUNTIME=native
-  elif [[ $real_model == no || $DEVICE != *cuda* ]] || ! has_gpu; then
+  elif [[ $real_model == no && -z ${added[*]} || $devices != *cuda* ]] || ! has_gpu; then
     RUNTIME=pip
   elif docker info >/dev/null 2>&1; then
     RUNTIME=docker
   else
     RUNTIME=pip
-    echo "RUNTIME=pip, an older Triton: expected Docker for $DEVICE, but 'docker info' fails." >&2
+    echo "RUNTIME=pip, an older Triton: expected Docker for $devices, but 'docker info' fails." >&2
   fi
 fi
 case $RUNTIME in
@@ -142,14 +147,14 @@ done
 
 if [[ -n $GATEWAY_PORT ]]; then check_gateway; fi
 
-export NV_EMBED_MODEL_PATH NV_EMBED_DEVICE=$DEVICE
+export NV_EMBED_MODEL_NAME NV_EMBED_MODEL_PATH NV_EMBED_DEVICE=$DEVICE
 export MALLOC_ARENA_MAX=${MALLOC_ARENA_MAX:-2}  # glibc's default doubles the server's memory
 
 # shellcheck source=tools/triton_arguments.sh
 source "$repo/tools/triton_arguments.sh"
 settings=("${triton_arguments[@]}" ${tls[@]+"${tls[@]}"})
 # Without these the log warns of a missing GPU that nobody asked for.
-if [[ $DEVICE != *cuda* ]]; then settings+=(--allow-gpu-metrics=false --pinned-memory-pool-byte-size=0); fi
+if [[ $devices != *cuda* ]]; then settings+=(--allow-gpu-metrics=false --pinned-memory-pool-byte-size=0); fi
 addresses=("--http-address=$HTTP_ADDRESS" "--grpc-address=$ADDRESS" "--metrics-address=$METRICS_ADDRESS"
   "--http-port=$HTTP_PORT" "--grpc-port=$GRPC_PORT" "--metrics-port=$METRICS_PORT")
 
@@ -158,42 +163,47 @@ case $RUNTIME in
     plain MODEL_REPOSITORY
     plain MODEL_PATH
     NV_EMBED_MODEL_PATH=$MODEL_PATH
-    command=(tritonserver "--model-repository=$MODEL_REPOSITORY" "${addresses[@]}" "${settings[@]}")
+    command=(tritonserver "--model-repository=$MODEL_REPOSITORY$models" "${addresses[@]}" "${settings[@]}")
     ;;
   pip)
-    prepare_venv "$VENV" "$repo/model_repository/nv-embed-v2/requirements.txt" "$repo/tools/requirements.txt"
+    requirements_of_kinds
+    prepare_venv "$VENV" "$repo/model_repository/nv-embed-v2/requirements.txt" "$repo/tools/requirements.txt" \
+      ${requirements[@]+"${requirements[@]}"}
     if [[ $VENV != /* ]]; then VENV="$PWD/$VENV"; fi
     plain VENV
     plain MODEL_REPOSITORY
     plain MODEL_PATH
     NV_EMBED_MODEL_PATH=$MODEL_PATH
-    command=("$VENV/bin/python" "$repo/tools/pip_triton.py" "--model-repository=$MODEL_REPOSITORY"
+    command=("$VENV/bin/python" "$repo/tools/pip_triton.py" "--model-repository=$MODEL_REPOSITORY$models"
       "${addresses[@]}" "${settings[@]}")
     ;;
   docker)
     init=--init  # as process 1 the server could not be killed from inside; the image built here has an init of its own
     if [[ -z $IMAGE ]]; then
       IMAGE=nv-embed-triton init=
-      docker build --tag "$IMAGE" "$repo" >&2  # seconds when nothing changed
+      requirements_of_kinds
+      docker build ${requirements[@]+--build-arg "EXTRA_REQUIREMENTS=${requirements[*]##*/}"} \
+        --tag "$IMAGE" "$repo" >&2  # seconds when nothing changed
     fi
-    bind_mount "$MODEL_REPOSITORY" /model_repository
-    # A snapshot in Hugging Face's cache is links to ../../blobs: mount both.
-    checkpoint=$MODEL_PATH
-    if [[ $MODEL_PATH == */snapshots/* ]] && is_plain "${MODEL_PATH##*/snapshots/}"; then
-      checkpoint=${MODEL_PATH%/snapshots/*}
+    inside=/model_repository
+    if [[ -n $models ]]; then
+      inside=/served$models
+      bind_mount "$shared" /served/shared  # where links in it lead
     fi
-    bind_mount "$checkpoint" /models/NV-Embed-v2
-    NV_EMBED_MODEL_PATH="/models/NV-Embed-v2${MODEL_PATH#"$checkpoint"}"
+    bind_mount "$MODEL_REPOSITORY$models" "$inside"
+    mount_checkpoint "$MODEL_PATH" /models/NV-Embed-v2
+    NV_EMBED_MODEL_PATH=$mounted
+    for folder in ${checkpoints[@]+"${checkpoints[@]}"}; do mount_checkpoint "$folder"; done
     # Time to stop: 20 s for what is in work, Triton's 30 s at the most.
     command=(docker run --rm ${init:+"$init"} --stop-timeout 40 "--shm-size=$SHM_SIZE" --ulimit memlock=-1
       --publish "$HTTP_ADDRESS:$HTTP_PORT:8000" --publish "$ADDRESS:$GRPC_PORT:8001"
       --publish "$METRICS_ADDRESS:$METRICS_PORT:8002" "${mounts[@]}")
-    if [[ $DEVICE == *cuda* ]]; then command+=(--gpus all); fi
+    if [[ $devices == *cuda* ]]; then command+=(--gpus all); fi
     for name in MALLOC_ARENA_MAX ${OMP_NUM_THREADS:+OMP_NUM_THREADS} ${CUDA_VISIBLE_DEVICES+CUDA_VISIBLE_DEVICES} \
       $(compgen -A export NV_EMBED_); do
       command+=(--env "$name")
     done
-    command+=("$IMAGE" tritonserver --model-repository=/model_repository "${settings[@]}")
+    command+=("$IMAGE" tritonserver "--model-repository=$inside" "${settings[@]}")
     ;;
 esac
 

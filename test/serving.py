@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import time
 import urllib.error
@@ -15,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
-from started_server import ROOT, START_SECONDS, Ports, StartedServer, free_ports
+from started_server import ROOT, START_SECONDS, Ports, StartedServer, answers, free_ports
 
 __all__ = ["ROOT", "START_SECONDS", "Ports", "free_ports"]  # from here, too
 
@@ -46,23 +48,37 @@ class Server(StartedServer):
             log, model | dict(environ or {}), environ=kept, arguments=arguments, ports=ports, command=command,
             cwd=log.parent,
         )  # fmt: skip
+        # serve.sh names other kinds of checkpoints as their folders; those have this file.
+        is_other = model_path is not None and (model_path / "modules.json").is_file()
+        self.model = model_path.name if model_path and is_other else MODEL_NAME
         self.http, self.grpc, self.metrics = self.ports.http, self.ports.grpc, self.ports.metrics
         self.url = self.ports.url
         self.client = triton.InferenceServerClient(self.url)
+
+    def wait_until_ready(self) -> Server:
+        """Return when it is ready and its metrics can be read: Triton opens their port last."""
+        super().wait_until_ready()
+        eventually(lambda: answers(f"http://127.0.0.1:{self.metrics}/metrics"))
+        return self
 
     def stop(self, with_signal: signal.Signals = signal.SIGTERM) -> int:
         """Ask it to stop; returns the exit code."""
         self.client.close()
         return super().stop(with_signal)
 
-    def infer(self, query=None, documents=None, parameters=None, outputs=("embeddings", "token_counts"), timeout=600):
+    def infer(
+        self, query=None, documents=None, parameters=None, outputs=("embeddings", "token_counts"), timeout=600,
+        model=None,
+    ):  # fmt: skip
         """One gRPC call; returns each output's array by name. Texts are str or bytes."""
         inputs = []
         for name, texts in (("query", query), ("documents", documents)):
             if texts is not None:
                 inputs.append(bytes_input(name, texts))
         requested = None if outputs is None else [triton.InferRequestedOutput(name) for name in outputs]
-        result = self.client.infer(MODEL_NAME, inputs, outputs=requested, parameters=parameters, client_timeout=timeout)
+        result = self.client.infer(
+            model or self.model, inputs, outputs=requested, parameters=parameters, client_timeout=timeout
+        )
         return {output.name: result.as_numpy(output.name) for output in result.get_response().outputs}
 
     def embed_query(self, text, **parameters):
@@ -75,22 +91,28 @@ class Server(StartedServer):
         """`metrics_now` as soon as `holds` is true of it; AssertionError after DEADLINE_SECONDS."""
         return eventually(lambda: metrics if holds(metrics := self.metrics_now()) else None)
 
-    def metrics_now(self) -> dict[str, float]:
-        """Each series on the metrics port by its name and labels; what was just counted comes a moment later."""
-        with urllib.request.urlopen(f"http://localhost:{self.metrics}/metrics", timeout=DEADLINE_SECONDS) as response:
-            lines = response.read().decode().splitlines()
-        return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
+    def metrics_now(self, model: str | None = None) -> dict[str, float]:
+        """A model's series, see `metrics_of`; what was just counted comes a moment later."""
+        return metrics_of(self.metrics, model or self.model)
 
     def post(self, body: Mapping) -> tuple[int, dict]:
         """One HTTP inference request; returns status and parsed answer."""
         request = urllib.request.Request(
-            f"http://localhost:{self.http}/v2/models/{MODEL_NAME}/infer", json.dumps(body).encode()
+            f"http://localhost:{self.http}/v2/models/{self.model}/infer", json.dumps(body).encode()
         )
         try:
             with urllib.request.urlopen(request, timeout=600) as response:
                 return response.status, json.load(response)
         except urllib.error.HTTPError as error:
             return error.code, json.load(error)
+
+
+def metrics_of(metrics_port: int, model: str = MODEL_NAME) -> dict[str, float]:
+    """A model's series on a server's metrics port, by name and labels; the label that names the model is left out."""
+    with urllib.request.urlopen(f"http://localhost:{metrics_port}/metrics", timeout=DEADLINE_SECONDS) as response:
+        lines = [line for line in response.read().decode().splitlines() if f'model="{model}"' in line]
+    unnamed = (re.sub(f'model="{re.escape(model)}",|,?model="{re.escape(model)}"', "", line) for line in lines)
+    return {name.removesuffix("{}"): float(value) for name, _, value in (line.rpartition(" ") for line in unnamed)}
 
 
 def eventually(condition: Callable[[], Any], seconds: float = DEADLINE_SECONDS) -> Any:
@@ -101,6 +123,14 @@ def eventually(condition: Callable[[], Any], seconds: float = DEADLINE_SECONDS) 
         time.sleep(pause_seconds)
         pause_seconds = min(2 * pause_seconds, 0.05)
     return found
+
+
+def checkout(folder: Path, *more: str) -> Path:
+    """A copy of this repository as far as serve.sh needs it, and of more of its parts; returns `folder`."""
+    for part in ("tools", "model_repository/nv-embed-v2", *more):
+        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "serve.sh", folder)
+    return folder
 
 
 def mark_those_with_servers(items: Iterable[pytest.Function], *starters: str) -> None:

@@ -40,6 +40,8 @@ def test_every_expression_is_about_series_that_exist():
         if metric.kind == "histogram":
             names |= {f"{metric.metric_name}_{part}" for part in ("bucket", "sum", "count")}
     expressions = [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
+    for expression in expressions:
+        assert expression.count("nv_embed_") == expression.count('{instance=~"$instance",model=~"$model"}'), expression
     asked = {name for expression in expressions for name in re.findall(r"nv_embed_\w+", expression)}
     assert asked <= names
 

@@ -57,6 +57,7 @@ def _faulty_compute(self, next_batch, pause=nothing):
                 while not os.path.exists(os.environ["FAULT_GATE"]):
                     time.sleep(0.02)
             if fault == 109:
+                print("fault 109 works", file=sys.stderr, flush=True)
                 time.sleep(3)
         return taken
 
@@ -89,11 +90,11 @@ class FaultyServer(Server):
         super().__init__(log, toy, settings | environ, arguments)
 
     @contextmanager
-    def held(self, texts: Sequence[str] = ()) -> Iterator[Clients]:
+    def held(self, texts: Sequence[str] = (), model: str = MODEL_NAME) -> Iterator[Clients]:
         """While this lasts the engine computes fault 108, the first text of a request that has these texts, too."""
         self._gate.unlink(missing_ok=True)
         said = self.log_text().count("fault 108 waits")
-        clients = Clients(self, [[fault(108), *texts]])
+        clients = Clients(self, [[fault(108), *texts]], model)
         eventually(lambda: self.log_text().count("fault 108 waits") > said)
         try:
             yield clients
@@ -150,16 +151,18 @@ def faulty_server(toy, tmp_path_factory, faulty_repository):
         assert server.stop() == 0
 
 
-def model_pid(server: Server) -> int:
+def model_pid(server: Server, model: str = MODEL_NAME) -> int:
     """Of the process that runs model.py."""
-    command = ["pgrep", "--parent", str(server.process.pid), "--full", "triton_python_backend_stub"]
+    stub = f"triton_python_backend_stub .*/{model}/1/model.py"
+    command = ["pgrep", "--parent", str(server.process.pid), "--full", stub]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 class Clients:
     """Requests in flight, each in a thread with a client of its own; what each got, and when."""
 
-    def __init__(self, server: Server, requests: list[list[str]]) -> None:
+    def __init__(self, server: Server, requests: list[list[str]], model: str = MODEL_NAME) -> None:
+        self._model = model
         self.outcomes: list[list] = [[] for _ in requests]
         self._threads = [
             threading.Thread(target=self._ask, args=(server, texts, outcomes), daemon=True)
@@ -171,7 +174,7 @@ class Clients:
     def _ask(self, server, texts, outcomes) -> None:
         with triton.InferenceServerClient(server.url) as client:
             try:
-                outcomes.append(client.infer(MODEL_NAME, [bytes_input("documents", texts)]).as_numpy("embeddings"))
+                outcomes.append(client.infer(self._model, [bytes_input("documents", texts)]).as_numpy("embeddings"))
             except triton.InferenceServerException as error:
                 outcomes.append(error)
 
@@ -402,7 +405,7 @@ def test_sigterm_while_the_model_loads_leaves_no_process_and_no_memory_behind(to
         engine.write("\n\ntime.sleep(600)\n")
     server = Server(tmp_path / "log.txt", toy, {"MODEL_REPOSITORY": str(repository)})
     try:
-        watched = ["pgrep", "--full", rf"watchdog\.py [0-9]+ {server.process.pid}$"]
+        watched = ["pgrep", "--full", rf"watchdog\.py [0-9]+ {server.process.pid} {MODEL_NAME}$"]
         eventually(lambda: subprocess.run(watched, capture_output=True, check=False).returncode == 0, START_SECONDS)
         pid = model_pid(server)
         regions = shared_memory(pid)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+import subprocess
+import sys
 
 import pytest
-from nv_embed.compute.host import free_memory, most_cores
+from nv_embed.compute.host import free_memory, most_cores, reserve_memory, reserved_memory
 
 AVAILABLE = 8 * 2**30
 
@@ -50,6 +52,14 @@ def test_the_lowest_quota_of_all_groups_around_the_process_counts(machine, cgrou
     assert most_cores(machine(cgroup, files)) == cores
 
 
+V2_STAT = "anon 1\ninactive_file 1500000000\nactive_file 500000000"
+V1_USED = {
+    "memory/memory.limit_in_bytes": "2000000000",
+    "memory/memory.usage_in_bytes": "1500000000",
+    "memory/memory.stat": "active_file 1\ninactive_file 1\ntotal_active_file 600000000\ntotal_inactive_file 400000000",
+}
+
+
 @pytest.mark.parametrize(
     ("cgroup", "files", "num_bytes"),
     [
@@ -63,6 +73,11 @@ def test_the_lowest_quota_of_all_groups_around_the_process_counts(machine, cgrou
         (V1, {"memory/memory.limit_in_bytes": "1000000000"}, 1_000_000_000),
         (V1, {"memory/docker/ab/memory.limit_in_bytes": "1000000000"}, 1_000_000_000),
         ("4:memory:/x\n0::/y", {"unified/y/memory.max": "5000000000"}, 5_000_000_000),
+        ("0::/", {"memory.max": "4000000000", "memory.current": "1000000000"}, 3_000_000_000),
+        ("0::/", {"memory.max": "4000000000", "memory.current": "3000000000", "memory.stat": V2_STAT}, 3_000_000_000),
+        ("0::/", {"memory.max": "max", "memory.current": "3000000000"}, AVAILABLE),
+        ("0::/", {"memory.max": "1000", "memory.current": "2000"}, 0),
+        (V1, V1_USED, 1_500_000_000),
     ],
 )
 def test_the_lowest_memory_limit_counts_and_no_more_than_is_free(machine, cgroup, files, num_bytes):
@@ -74,6 +89,32 @@ def test_a_machine_without_control_groups_is_limited_by_nothing_else(machine):
     (root / "proc/self/cgroup").unlink()
     assert most_cores(root) == math.inf
     assert free_memory(root) == AVAILABLE
+
+
+RESERVES = """
+import sys
+from nv_embed.compute.host import reserve_memory, reserved_memory
+reserve_memory(int(sys.argv[1]))
+print(reserved_memory(), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_what_a_process_reserves_others_of_its_parent_see_until_it_ends():
+    def start(num_bytes):
+        environ = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "-c", RESERVES, str(num_bytes)]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environ, text=True)
+
+    reserve_memory(5)  # not of their server, but the parent of them all
+    with start(30) as first:
+        assert first.stdout.readline() == "0\n"  # its own does not count
+        with start(200) as second:
+            assert second.stdout.readline() == "30\n"
+            assert reserved_memory() == 0
+            first.communicate("")
+            with start(1000) as third:
+                assert third.stdout.readline() == "200\n"
 
 
 def test_on_this_machine_both_are_found():

@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from serving import SETTINGS, free_ports
+from serving import SETTINGS, checkout, free_ports
 
 REPO = Path(__file__).resolve().parent.parent
 SERVE = REPO / "serve.sh"
@@ -335,6 +335,200 @@ def test_tritonserver_gets_paths_that_need_no_quotes_and_lead_to_the_folders(ser
         assert (f"{setting}={path} stands for '{folder}'" in done.stderr) != (path == real)
 
 
+# --- several models -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A copy of this repository to which models may be added."""
+    return checkout(tmp_path / "copy")
+
+
+@pytest.fixture
+def other(tmp_path):
+    """Makes what looks like a checkpoint of another kind than NV-Embed-v2's."""
+
+    def make(*names):
+        folder = tmp_path.joinpath(*names)
+        shutil.copytree(REPO / "test/data/nemotron-toy", folder, ignore=lambda *_: {"model.safetensors", "README.md"})
+        return folder
+
+    return make
+
+
+def add(copy, name, folder, *parameters):
+    command = [copy / "tools" / "add_model", name, folder, *parameters]
+    subprocess.run(command, capture_output=True, check=True)
+
+
+STATE = f"""#!{sys.executable}
+import json, os, sys
+repository = sys.argv[1].partition("=")[2]
+models = {{name: os.path.isfile(os.path.join(repository, name, "1", "model.py")) for name in os.listdir(repository)}}
+variables = {{name: value for name, value in os.environ.items() if name.startswith("NV_EMBED_")}}
+print(json.dumps([repository, models, variables]))
+"""
+
+
+@pytest.fixture
+def state(serve, tmp_path):
+    """What a tritonserver on PATH sees: its repository, whether each model there has its code, the variables."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "tritonserver").write_text(STATE)
+    (tmp_path / "bin" / "tritonserver").chmod(0o755)
+
+    def run(**settings):
+        done = serve(RUNTIME="native", **settings)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    return run
+
+
+def test_another_kind_of_checkpoint_has_its_folders_name_and_its_own_repository_with_what_was_added(
+    state, copy, other, tmp_path
+):
+    add(copy, "added", other("some", "added"))
+    folder = other("models", "bge-large-en-v1.5")
+    repository, models, variables = state(script=copy / "serve.sh", MODEL_PATH=folder, DEVICE="cpu")
+    assert models == {"added": True, "bge-large-en-v1.5": True}
+    config = (Path(repository) / "bge-large-en-v1.5" / "config.pbtxt").read_text(encoding="utf-8")
+    default = (copy / "model_repository" / "nv-embed-v2" / "config.pbtxt").read_text(encoding="utf-8")
+    assert config == default.replace('name: "nv-embed-v2"', 'name: "bge-large-en-v1.5"')
+    assert variables == {
+        "NV_EMBED_MODEL_NAME": "bge-large-en-v1.5", "NV_EMBED_MODEL_PATH": str(folder), "NV_EMBED_DEVICE": "cpu",
+    }  # fmt: skip
+    again, *_ = state(script=copy / "serve.sh", MODEL_PATH=folder)
+    assert again == repository  # which may be another server's
+    add(copy, "more", other("more"))
+    changed, models, _ = state(script=copy / "serve.sh", MODEL_PATH=folder)
+    assert changed != repository
+    assert set(models) == {"added", "more", "bge-large-en-v1.5"}
+
+
+def test_nv_embeds_own_format_is_served_under_its_name_whatever_its_folders(state, copy, other, toy):
+    add(copy, "added", other("added"))
+    repository, models, variables = state(script=copy / "serve.sh", MODEL_PATH=toy)
+    assert repository == str(copy / "model_repository")
+    assert models == {"added": True, "nv-embed-v2": True}
+    assert variables["NV_EMBED_MODEL_NAME"] == "nv-embed-v2"
+
+
+@pytest.mark.parametrize(
+    ("names", "link", "served"),
+    [
+        (("models--BAAI--bge-m3", "snapshots", "abc"), None, "bge-m3"),
+        (("models--gpt2", "snapshots", "abc"), None, "gpt2"),
+        (("a b",), "plain", "plain"),
+        (("real",), None, "real"),
+    ],
+)
+def test_a_model_is_named_as_its_folder_or_as_the_repository_of_a_snapshot(
+    state, copy, other, tmp_path, names, link, served
+):
+    folder = other(*names)
+    if link:
+        (tmp_path / link).symlink_to(folder)
+        folder = tmp_path / link
+    _, models, _ = state(script=copy / "serve.sh", MODEL_PATH=f"{folder}/")
+    assert models == {served: True}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a b", "expected a folder named as a model can be (a letter or digit, then"),
+        ("added", "expected a folder named as no other model; got 'added'; rename it, or remove"),
+        ("nv-embed-v2", "expected a folder named as no other model; got 'nv-embed-v2'"),
+    ],
+)
+def test_a_folder_whose_name_no_model_can_have_is_refused(serve, copy, other, name, message):
+    add(copy, "added", other("elsewhere"))
+    done = serve(script=copy / "serve.sh", programs=["tritonserver"], RUNTIME="native", MODEL_PATH=other(name))
+    assert_refused(done, "serve.sh: MODEL_PATH: ", message)
+
+
+def test_where_no_repository_can_be_made_the_start_is_refused(serve, copy, other):
+    (copy / ".served").touch()
+    done = serve(script=copy / "serve.sh", programs=["tritonserver"], RUNTIME="native", MODEL_PATH=other("a"))
+    assert_refused(done, "MODEL_PATH: expected to make", ".served/a-", "File exists; have the owner of")
+
+
+def test_starts_at_once_make_one_repository(copy, other):
+    folder = other("a")
+    command = [sys.executable, copy / "tools/served_models.py", copy / "model_repository", folder, "a"]
+    starts = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(4)]
+    assert len({process.communicate()[0] for process in starts}) == 1
+    assert {process.returncode for process in starts} == {0}
+    assert len(list((copy / ".served").iterdir())) == 1
+
+
+def test_docker_mounts_what_every_model_and_every_link_needs(serve, recorded, copy, other, tmp_path):
+    snapshot = other("hub", "models--BAAI--bge-m3", "snapshots", "abc")
+    add(copy, "one", snapshot, "device=cuda:1")
+    add(copy, "two", snapshot)
+    add(copy, "three", other("a, b"))
+    done = serve(
+        script=copy / "serve.sh",
+        programs=["docker"],
+        RUNTIME="docker",
+        IMAGE="i",
+        MODEL_PATH=other("served"),
+        DEVICE="cpu",
+    )
+    assert done.returncode == 0, done.stderr
+    (run,) = recorded()
+    assert values(run, "--gpus") == ["all"]
+    assert "NV_EMBED_MODEL_NAME" in values(run, "--env")
+    assert run[run.index("i") + 2] == "--model-repository=/served/models"
+    mounts = [next(csv.reader([value])) for value in values(run, "--mount")]  # as Docker reads them
+    inside = {mount[2].removeprefix("target="): Path(mount[1].removeprefix("source=")) for mount in mounts}
+    assert len(mounts) == len(inside) == 5
+    assert inside["/models/NV-Embed-v2"] == tmp_path / "served"
+    cache = tmp_path / "hub" / "models--BAAI--bge-m3"
+    assert inside[str(cache)] == cache  # with the blobs that the snapshot's links lead to
+    assert inside[str(tmp_path / "a, b")] == tmp_path / "a, b"
+    for place in ("models", "shared"):
+        shutil.copytree(inside[f"/served/{place}"], tmp_path / "container" / "served" / place, symlinks=True)
+    for model in ("served", "one", "two", "three"):
+        assert (tmp_path / "container" / "served" / "models" / model / "1" / "model.py").is_file()
+
+
+def test_a_gpu_that_only_an_added_model_needs_counts(serve, recorded, copy, other, toy):
+    add(copy, "on-gpu", other("on-gpu"), "device=cuda:0")
+    done = serve(script=copy / "serve.sh", programs=["docker", "nvidia-smi"], MODEL_PATH=toy, DEVICE="cpu", IMAGE="i")
+    assert done.returncode == 0, done.stderr
+    run = recorded()[-1]
+    assert run[:2] == ["docker", "run"]
+    assert values(run, "--gpus") == ["all"]
+    assert "--allow-gpu-metrics=false" not in run
+
+
+def test_packages_of_a_kind_are_installed_only_where_it_is_served(copy):
+    script = (
+        'repo=$0; source "$0/tools/models.sh"; kinds=("$@"); requirements_of_kinds; printf "%s\\n" "${requirements[@]}"'
+    )
+
+    def required(*kinds):
+        command = ["bash", "-euc", script, copy, *kinds]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+
+    requirements = copy / "model_repository" / "nv-embed-v2" / "requirements-some-library.txt"
+    requirements.touch()
+    assert required() == required("nv_embed", "") == []
+    assert required("nv_embed", "some_library", "some_library") == [str(requirements)]
+
+
+def test_an_image_is_built_with_the_packages_of_a_kind_that_is_served(serve, recorded, copy, other, toy):
+    (copy / "model_repository" / "nv-embed-v2" / "requirements-nemotron.txt").touch()
+    for folder, arguments in ((toy, []), (other("served"), ["EXTRA_REQUIREMENTS=requirements-nemotron.txt"])):
+        done = serve(script=copy / "serve.sh", programs=["docker"], RUNTIME="docker", MODEL_PATH=folder)
+        assert done.returncode == 0, done.stderr
+        build = recorded()[-2]
+        assert build[:2] == ["docker", "build"]
+        assert values(build, "--build-arg") == arguments
+
+
 # --- the gateway ----------------------------------------------------------------------------------------
 
 
@@ -424,6 +618,22 @@ def test_a_prepared_venv_is_left_alone_and_a_failed_install_is_repeated(prepare_
     assert finish(prepare_venv("# nothing\n")) == (0, "")
     code, message = finish(prepare_venv("# something else\n"))
     assert (code, "Installing" in message) == (0, True)
+
+
+@pytest.mark.slow
+def test_a_start_that_needs_fewer_packages_than_the_last_installs_and_removes_nothing(tmp_path):
+    files = [tmp_path / "requirements.txt", tmp_path / "requirements-some-library.txt"]
+    for file in files:
+        file.write_text(f"# {file.name}\n")
+
+    def prepare(*needed):
+        command = ["bash", "-c", 'source "$0" && prepare_venv "$@"', REPO / "tools/prepare_venv.sh", tmp_path / "venv"]
+        environ = os.environ | {"PYTHON": sys.executable}
+        return subprocess.run([*command, *needed], env=environ, capture_output=True, text=True, check=True).stderr
+
+    assert "Installing" in prepare(files[0])
+    assert "Installing" in prepare(*files)
+    assert prepare(files[0]) == prepare(*files) == ""
 
 
 @pytest.mark.slow

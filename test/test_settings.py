@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from nv_embed.errors import ConfigError
-from nv_embed.settings import DECLARED, Settings
+from nv_embed.settings import DECLARED, Settings, variables_of
 
 ROOT = Path(__file__).parents[1]
 CONFIG_PBTXT = Path("model_repository", "nv-embed-v2", "config.pbtxt")
@@ -45,6 +45,15 @@ def test_the_defaults_are_what_they_were():
         max_queue_tokens=4_000_000, max_queue_texts=131_072, max_queue_milliseconds=60_000, query_weight=8,
         cache_mebibytes=256,
     )  # fmt: skip
+
+
+def test_variables_concern_nv_embed_v2_or_the_model_that_one_of_them_names():
+    environ = {"NV_EMBED_DEVICE": "cpu", "HOME": "/"}
+    assert variables_of("nv-embed-v2", environ) == environ
+    assert variables_of("other", environ) == {}
+    named = environ | {"NV_EMBED_MODEL_NAME": "other"}
+    assert variables_of("other", named) == environ
+    assert variables_of("nv-embed-v2", named) == {}
 
 
 def test_every_meaning_is_a_sentence_and_every_number_has_its_unit():

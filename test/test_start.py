@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from serving import ROOT, eventually, free_ports
+from serving import ROOT, checkout, eventually, free_ports
 
 SECONDS = 600  # for what takes some seconds on a quiet machine
 WITH_GATEWAY = ROOT / "tools" / "with_gateway.py"
@@ -36,11 +36,11 @@ class Gateway:
 
     def answers(self) -> bool:
         try:
-            return self.embed(["ready?"]).shape[0] == 1
+            return self.embed(["ready?"], None).shape[0] == 1
         except OSError:
             return False
 
-    def embed(self, texts: list[str], model: str = "nv-embed-v2") -> np.ndarray:
+    def embed(self, texts: list[str], model: str | None = "nv-embed-v2") -> np.ndarray:
         headers = {"content-type": "application/json", "authorization": f"Bearer {self.key}"}
         body = json.dumps({"model": model, "input": texts}).encode()
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}/v1/embeddings", body, headers)
@@ -176,9 +176,7 @@ def test_who_refuses_its_settings_is_not_started_again():
 def test_repository_environment_and_checkpoint_may_be_in_a_folder_of_any_name(toy, tmp_path, gateway_venv, start, name):
     folder = tmp_path / os.fsdecode(name)
     repository = folder / "repository"
-    for part in ("tools", "model_repository", "client"):
-        shutil.copytree(ROOT / part, repository / part, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "serve.sh", repository)
+    checkout(repository, "client")
     checkpoint = shutil.copytree(toy, folder / "checkpoint")
     for link, venv in (("venv", os.environ.get("VENV", ROOT / ".venv")), ("gateway", gateway_venv)):
         (folder / link).symlink_to(venv)
@@ -230,9 +228,7 @@ def test_an_environment_made_by_root_serves_another_user_who_can_write_nowhere(t
     if python is None:
         pytest.skip("no Python here that another user could run with Triton")
     repository, venv = public_folder / "repository", public_folder / "venv"
-    for part in ("tools", "model_repository"):
-        shutil.copytree(ROOT / part, repository / part, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "serve.sh", repository)
+    checkout(repository)
     checkpoint = shutil.copytree(toy, public_folder / "checkpoint")
     requirements = [repository / "model_repository/nv-embed-v2/requirements.txt", repository / "tools/requirements.txt"]
 

@@ -35,8 +35,10 @@ def test_open_sockets_and_listening_ones_are_told_apart():
 
 def test_doors_are_closing_once_when_a_listening_socket_is_closed_but_not_a_connection():
     doors = watchdog.Doors(os.getpid())
+    assert not doors.were_open
     with socket.create_server(("127.0.0.1", 0)) as other, socket.create_server(("127.0.0.1", 0)) as door:
         assert not doors.are_closing()
+        assert doors.were_open
         with socket.create_connection(door.getsockname()), door.accept()[0]:
             assert not doors.are_closing()
         assert not doors.are_closing()
@@ -162,11 +164,35 @@ def test_end_kills_what_does_not_heed_its_signal():
         assert stubborn.wait(10) == -signal.SIGKILL
 
 
+def test_end_does_not_kill_while_others_are_at_work():
+    script = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as stubborn:
+        stubborn.stdout.readline()
+        answers = iter([*[True] * 20, False, False])
+        watchdog.end(os.pidfd_open(stubborn.pid), signal.SIGTERM, lambda: next(answers, False), grace_seconds=0.1)
+        assert next(answers, None) is None  # asked until they were not
+        assert stubborn.wait(10) == -signal.SIGKILL
+
+
+def test_children_are_those_that_live_and_not_theirs():
+    script = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'print(flush=True); input()'])"
+    before = watchdog.children(os.getpid())
+    with (
+        subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child,
+        subprocess.Popen([sys.executable, "-c", ""]) as dead,
+    ):
+        child.stdout.readline()
+        os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)  # ended, but not waited for
+        assert watchdog.children(os.getpid()) - before == {child.pid}
+        assert len(watchdog.children(child.pid)) == 1
+        child.communicate(b"\n")
+
+
 def test_a_restart_can_be_asked_for_although_the_watchdog_is_gone():
     script = """
 import os, signal, subprocess
 from nv_embed.watchdog import Watchdog
-watchdog = Watchdog()
+watchdog = Watchdog("a model")
 pid = int(subprocess.check_output(["pgrep", "--parent", str(os.getpid()), "--full", "watchdog.py"]))
 os.kill(pid, signal.SIGKILL)
 os.waitpid(pid, 0)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from nv_embed.compute import devices
+from nv_embed.compute import devices, loading
 from nv_embed.compute.engine import Engine
 from nv_embed.compute.loading import load_engine, load_engines
 from nv_embed.compute.weights import checkpoint_shapes, fill_network
@@ -161,6 +161,13 @@ def test_memory_too_small_for_the_weights_is_said_before_anything_is_read(publis
     monkeypatch.setattr(devices, "free_memory", lambda: 24 * 10**9)
     with pytest.raises(DeviceError, match=r"cpu: expected 3\d\.\d GB of free memory .* in float32; got 24.0 GB"):
         load_engine(tmp_path, published, device="cpu", dtype="auto")
+
+
+def test_memory_that_other_models_of_the_server_have_reserved_is_not_free(toy, monkeypatch):
+    monkeypatch.setattr(devices, "free_memory", lambda: 2 * 10**9)
+    monkeypatch.setattr(loading, "reserved_memory", lambda: 2 * 10**9)
+    with pytest.raises(DeviceError, match=r"beside 2\.0 GB for the texts of the server's other models.* serve fewer"):
+        load_engine(toy, read_checkpoint(toy), device="cpu", dtype="float32", max_sequence_tokens=10)
 
 
 def test_memory_too_small_for_the_longest_texts_at_a_time_is_said_with_what_to_lower(toy, monkeypatch):

@@ -9,6 +9,9 @@ check_gateway() {
   direct=${no_grpc_proxy:-${no_proxy:-}}
   export no_grpc_proxy="${direct:+$direct,}$host"
   gateway_arguments=(--host "$GATEWAY_HOST" --port "$GATEWAY_PORT" --triton-url "$host:$GRPC_PORT")
+  if [[ "$NV_EMBED_MODEL_NAME ${added[*]-}" != 'nv-embed-v2 ' && $GATEWAY_ARGUMENTS != *--model-name* ]]; then
+    for word in "$NV_EMBED_MODEL_NAME" ${added[@]+"${added[@]}"}; do gateway_arguments+=(--model-name "$word"); done
+  fi
   if [[ -n $TLS_CERT ]]; then gateway_arguments+=(--triton-tls --triton-root-certificates "$TLS_CERT"); fi
   if [[ -n $GATEWAY_ARGUMENTS ]]; then
     words="$(xargs printf '%s\n' <<<"$GATEWAY_ARGUMENTS" 2>/dev/null)" ||

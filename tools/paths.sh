@@ -19,9 +19,12 @@ plain() {
 }
 
 # bind_mount SOURCE TARGET
-# Adds to `mounts` what makes Docker mount a file or folder read-only. The option's value is a line of CSV.
+# Adds to `mounts` what makes Docker mount a file or folder read-only, once. The option's value is a line of CSV.
 bind_mount() {
-  local source=source=$1
-  if [[ $1 == *[\",$'\n']* ]]; then source="\"${source//\"/\"\"}\""; fi
-  mounts+=(--mount "type=bind,$source,target=$2,readonly")
+  local option=type=bind field
+  for field in "source=$1" "target=$2"; do
+    if [[ $field == *[\",$'\n']* ]]; then field="\"${field//\"/\"\"}\""; fi
+    option+=,$field
+  done
+  if [[ " ${mounts[*]} " != *" $option,readonly "* ]]; then mounts+=(--mount "$option,readonly"); fi
 }

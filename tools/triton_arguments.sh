@@ -11,6 +11,7 @@ shut+=":nv-embed-admin=${ADMIN_KEY:-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n
 triton_arguments=(
   --model-control-mode=none
   --disable-auto-complete-config # it would import model.py a second time, in a process of its own
+  --model-load-thread-count=1 # so that each model sees what the ones before it have left of the memory
   --exit-timeout-secs=30
   "--backend-config=python,shm-default-byte-size=${SHM_BYTES:-33554432}"
   "--grpc-restricted-protocol=$shut" "--http-restricted-api=$shut"

@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import subprocess
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,7 @@ import httpx
 import pytest
 from nv_embed_client import NVEmbedClient
 from serving import ROOT as REPO
-from serving import SETTINGS, Server, mark_those_with_servers
+from serving import SETTINGS, Server, mark_those_with_servers, metrics_of
 from serving import Ports as Address
 from serving import eventually as eventually
 from started_server import AnyStarted, Started, StartedGateway, free_ports
@@ -33,17 +32,12 @@ def metric(page: str, name: str) -> float:
 
 def cancelled_requests(address: Address) -> float:
     """Requests of documents that the server has answered as cancelled."""
-    return metric(server_metrics(address), 'nv_embed_requests_total{kind="documents",outcome="Cancelled"}')
+    return metrics_of(address.metrics)['nv_embed_requests_total{kind="documents",outcome="Cancelled"}']
 
 
 def is_computing(address: Address) -> bool:
     """Whether tokens wait on the server while it computes others."""
-    return metric(server_metrics(address), "nv_embed_queue_tokens") > 0
-
-
-def server_metrics(address: Address) -> str:
-    with urllib.request.urlopen(f"http://localhost:{address.metrics}/metrics", timeout=30) as response:
-        return response.read().decode()
+    return metrics_of(address.metrics)["nv_embed_queue_tokens"] > 0
 
 
 def without_settings() -> dict[str, str]:

@@ -40,13 +40,11 @@ from nv_embed.scheduling.answers import LARGE_ANSWER_BYTES, Answer, Outcome
 from nv_embed.scheduling.batcher import Batcher
 from nv_embed.scheduling.pace import MIN_BATCH_TOKENS
 from nv_embed.scheduling.policy import BatchLimits
-from nv_embed.settings import Settings
+from nv_embed.settings import Settings, variables_of
 from nv_embed.shared_memory import SharedMemory
-from nv_embed.watchdog import Watchdog, shared_memory
+from nv_embed.watchdog import DRAIN_SECONDS, Watchdog, shared_memory
 
 logger = logging.getLogger("nv_embed")
-
-_DRAIN_SECONDS = 20.0  # of Triton's exit timeout, 30 s by default
 
 
 class TritonPythonModel:
@@ -54,14 +52,15 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load and warm up; an exception here ends the server with its message."""
-        _log_to_triton()
+        self._name = args["model_name"]
+        _log_to_triton(self._name)
         faulthandler.enable()  # a crash inside a library prints every thread's stack into the server's log
         # Without a locale, Triton's Python reads files as ASCII. Torch's compiler reads its own, which are not ASCII.
         with suppress(locale.Error):
             locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
-        self._watchdog = Watchdog()
+        self._watchdog = Watchdog(self._name)
         try:
-            self._load(args["model_name"], json.loads(args["model_config"]).get("parameters", {}))
+            self._load(json.loads(args["model_config"]).get("parameters", {}))
         except BaseException:
             self._watchdog.stop()
             raise
@@ -73,12 +72,12 @@ class TritonPythonModel:
         """Triton calls `finalize` only when all is answered, but stops the hard way after its exit timeout."""
         if self._watchdog.wait_for_stop():
             num_unanswered = self._batcher.num_unanswered
-            self._batcher.drain(_DRAIN_SECONDS)
+            self._batcher.drain(DRAIN_SECONDS)
             # Not through Triton's log, which ends too. If nothing is unanswered here and the stop still takes long,
             # Triton waits for something of its own.
-            print(f"nv-embed: the server stops; requests not yet answered: {num_unanswered}", file=sys.stderr)
+            print(f"{self._name}: the server stops; requests not yet answered: {num_unanswered}", file=sys.stderr)
 
-    def _load(self, name: str, parameters: dict[str, dict[str, str]]) -> None:
+    def _load(self, parameters: dict[str, dict[str, str]]) -> None:
         # These import torch, which takes long. Triton also imports this file only to look at it.
         from nv_embed.compute.loading import load_engines
         from nv_embed.compute.precision import Precision
@@ -87,9 +86,10 @@ class TritonPythonModel:
 
         try:
             config = Settings.from_parameters(
-                {name: value["string_value"] for name, value in parameters.items()}, os.environ
+                {name: value["string_value"] for name, value in parameters.items()},
+                variables_of(self._name, os.environ),
             )
-            folder = Path(config.model_path)
+            folder = _in_ascii(config.model_path)
             checkpoint = read_checkpoint(folder)
             config = config.for_longest_text(checkpoint.longest_text)
             if config.query_prompt is None:
@@ -121,7 +121,7 @@ class TritonPythonModel:
             precisions = (Precision.choose(config.dtype, engine.device, checkpoint).name for engine in engines)
             self._model_info = model_info(
                 replace(config, dtype=",".join(dict.fromkeys(precisions))),
-                name=name,
+                name=self._name,
                 kind=kind_of(folder),
                 fingerprint=fingerprint(folder),  # now, because the files are in memory after loading
                 dimension=checkpoint.dimension,
@@ -144,7 +144,7 @@ class TritonPythonModel:
             engines,
             batch_limits,
             on_fatal=self._watchdog.ask_for_restart,
-            publish=TritonMetrics().publish,
+            publish=TritonMetrics(self._name).publish,
         )
         logger.info("ready: %s, %s", config, batch_limits)
 
@@ -245,9 +245,10 @@ def _shared_memory() -> SharedMemory:
 
 
 class TritonMetrics:
-    """The table of metrics as Triton's own, on its metrics port."""
+    """The table of metrics as Triton's own, on its metrics port. A label tells models apart."""
 
-    def __init__(self) -> None:
+    def __init__(self, model_name: str) -> None:
+        self._model_name = model_name
         kinds = {
             "counter": pb_utils.MetricFamily.COUNTER,
             "gauge": pb_utils.MetricFamily.GAUGE,
@@ -271,8 +272,19 @@ class TritonMetrics:
         """The series of a metric with these labels, made when first asked for."""
         if (metric, labels) not in self._series:
             buckets = {"buckets": list(metric.buckets)} if metric.buckets else {}
-            self._series[metric, labels] = self._families[metric].Metric(labels=dict(labels), **buckets)
+            named = {"model": self._model_name, **dict(labels)}
+            self._series[metric, labels] = self._families[metric].Metric(labels=named, **buckets)
         return self._series[metric, labels]
+
+
+def _in_ascii(path: str) -> Path:
+    """A folder under a name that Triton's Python understands, which takes all names for ASCII."""
+    if path.isascii():
+        return Path(path)
+    try:
+        return Path(f"/proc/self/fd/{os.open(path.encode(), os.O_PATH)}")
+    except OSError:  # the name is better in a message
+        return Path(path)
 
 
 def _code(error: RequestError) -> Any:
@@ -305,9 +317,11 @@ class _TritonHandler(logging.Handler):
         log(self.format(record))
 
 
-def _log_to_triton() -> None:
+def _log_to_triton(model_name: str) -> None:
     for stream in (sys.stdout, sys.stderr):  # Triton's stub leaves them in ASCII, whatever the locale says
         stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
-    logger.handlers = [_TritonHandler()]
+    handler = _TritonHandler()
+    handler.setFormatter(logging.Formatter(model_name.replace("%", "%%") + ": %(message)s"))
+    logger.handlers = [handler]
     logger.setLevel(logging.INFO)
     logger.propagate = False

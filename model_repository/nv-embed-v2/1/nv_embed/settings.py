@@ -14,6 +14,8 @@ from typing import Any
 from nv_embed.errors import ConfigError
 
 ENVIRONMENT_PREFIX = "NV_EMBED_"
+# The model that the other variables concern; nv-embed-v2 if this one is not set.
+MODEL_VARIABLE = ENVIRONMENT_PREFIX + "MODEL_NAME"
 # Kubernetes adds such variables to every pod beside a Service whose name begins with nv-embed.
 _KUBERNETES_VARIABLE = re.compile(r"NV_EMBED_(.*_)?(SERVICE_HOST|SERVICE_PORT|PORT)(_.*)?")
 # Triton's Python backend reads these from the same place. It writes them in capitals.
@@ -73,6 +75,13 @@ def _auto_or(parse_other: Parser) -> Parser:
             raise ValueError(f"'auto' or {error}") from None
 
     return parse
+
+
+def variables_of(model_name: str, environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment as far as it concerns a model: all of it one model, nothing of it the others beside that one."""
+    if model_name != environ.get(MODEL_VARIABLE, "nv-embed-v2"):
+        return {}
+    return {name: value for name, value in environ.items() if name != MODEL_VARIABLE}
 
 
 _positive = _whole_number(at_least=1)

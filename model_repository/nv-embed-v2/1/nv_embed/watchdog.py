@@ -28,14 +28,12 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from itertools import chain, repeat
 from pathlib import Path
 
 _LISTENING = "0A"  # TCP_LISTEN in the kernel's tables
 _SHARED_MEMORY = "/dev/shm/triton_python_backend_shm_region_"  # as this model's backend names it
 _BEAT_SECONDS = 1.0
-# More often at first, to see the ports open even of a server that stops as soon as it serves.
-_FIRST_BEATS, _FIRST_BEAT_SECONDS = 50, 0.1
+_FIRST_BEAT_SECONDS = 0.1  # until the server's ports are seen open: it may stop as soon as it serves
 # No healthy Python process pauses this long. Counted in steps, because a machine or container that was suspended as a
 # whole wakes up to a single silent step.
 _SILENT_STEPS, _STEP_SECONDS = 4, 2.0
@@ -43,26 +41,27 @@ _EXIT_SECONDS = 1.0  # between a process's pipe closing and its exit code being 
 _SPEECH_SECONDS = 1.0
 _CRASH_SECONDS = 10.0  # for Triton to print its stack: a program for each frame, slow on a busy machine
 _GRACE_SECONDS = 4.0  # for the server to end by itself; it would wait 30 s for answers that nobody can give
+DRAIN_SECONDS = 20.0  # of the same 30 s, for a model to answer what it has when the server stops
 _BEAT, _HELP, _GOODBYE = b"-", b"!", b"."
 _DEATH = "the model's process has died"
 _HANG = "the server hangs in its handler of a crash"
 _CRASHES = (signal.SIGABRT, signal.SIGSEGV)  # what Triton handles by printing its stack
-_STOPS = b"s"  # the other way: what the watchdog says of the server
+_SERVES, _STOPS = b"o", b"s"  # the other way: what the watchdog says of the server
 
 
 class Watchdog:
     """The model's end of the pipe."""
 
-    def __init__(self) -> None:
+    def __init__(self, model_name: str) -> None:
         """Start watching this process and its parent, the server. Silence is no concern before `start_beating`."""
         python = shutil.which("python3")  # inside Triton sys.executable is not Python
         assert python is not None, "Triton itself finds this process's Python by PATH"
         # A session of its own: Ctrl-C in a terminal is for the server, not for the watchdog.
         self._process = subprocess.Popen(
-            [python, "-I", __file__, str(os.getpid()), str(os.getppid())],
+            [python, "-I", __file__, str(os.getpid()), str(os.getppid()), model_name],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, start_new_session=True,
         )  # fmt: skip
-        self._is_over = threading.Event()
+        self._is_over, self._serves = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._beat, name="nv-embed-watchdog", daemon=True)
 
     def start_beating(self) -> None:
@@ -72,7 +71,9 @@ class Watchdog:
     def wait_for_stop(self) -> bool:
         """Return when the server has begun to stop: True; or when the watch is over: False."""
         assert self._process.stdout is not None
-        return self._process.stdout.read(1) == _STOPS
+        while (word := self._process.stdout.read(1)) == _SERVES:
+            self._serves.set()
+        return word == _STOPS
 
     def ask_for_restart(self) -> None:
         """Have the server ended although this process lives: it is beyond repair, or owes an answer it cannot give."""
@@ -86,9 +87,7 @@ class Watchdog:
 
     def _beat(self) -> None:
         self._say(_BEAT)
-        for seconds in chain(repeat(_FIRST_BEAT_SECONDS, _FIRST_BEATS), repeat(_BEAT_SECONDS)):
-            if self._is_over.wait(seconds):
-                return
+        while not self._is_over.wait(_BEAT_SECONDS if self._serves.is_set() else _FIRST_BEAT_SECONDS):
             self._say(_BEAT)
 
     def _say(self, word: bytes) -> bool:
@@ -113,6 +112,11 @@ class Doors:
         self._pid = pid
         self._doors = frozenset[int]()
         self._were_closing = False
+
+    @property
+    def were_open(self) -> bool:
+        """Whether any was ever seen."""
+        return bool(self._doors)
 
     def are_closing(self) -> bool:
         """Look; True once, when the server has closed a socket on which it listened."""
@@ -237,42 +241,72 @@ def blocked_signals(pid: int) -> dict[int, frozenset[int]]:
     return blocked
 
 
-def end(process: int, with_signal: signal.Signals, grace_seconds: float = _GRACE_SECONDS) -> None:
-    """Send a signal to the process behind a pidfd, and after a time of grace the one that cannot be ignored."""
+def children(pid: int) -> set[int]:
+    """Processes that a server started and that have not ended. When it stops, a model's ends once all is answered."""
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # one that has ended
+            stat = (process / "stat").read_text(encoding="utf-8", errors="replace")
+            state, parent = stat.rpartition(")")[2].split()[:2]
+            if int(parent) == pid and state != "Z":
+                found.add(int(process.name))
+    return found
+
+
+def end(
+    process: int,
+    with_signal: signal.Signals,
+    is_at_work: Callable[[], bool] = lambda: False,
+    grace_seconds: float = _GRACE_SECONDS,
+) -> None:
+    """Send a signal to the process behind a pidfd, and after a time of grace the one that cannot be ignored.
+
+    The time of grace does not begin while `is_at_work` says so, for DRAIN_SECONDS at the most.
+    """
+    latest = time.monotonic() + DRAIN_SECONDS
     for each in (with_signal, signal.SIGKILL):
         try:
             signal.pidfd_send_signal(process, each)
         except ProcessLookupError:
             return
-        if select.select([process], [], [], grace_seconds)[0]:
-            return
+        begun = time.monotonic()
+        while time.monotonic() < begun + grace_seconds:
+            if select.select([process], [], [], grace_seconds / 4)[0]:
+                return
+            if is_at_work():
+                begun = min(time.monotonic(), latest)
 
 
 def main() -> None:
-    """The watching process: watchdog.py MODEL_PID SERVER_PID, the pipe as standard input."""
+    """The watching process: watchdog.py MODEL_PID SERVER_PID MODEL_NAME, the pipe as standard input."""
+    model_pid, server_pid, model_name = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     try:
-        model, server = (os.pidfd_open(int(pid)) for pid in sys.argv[1:])
-        regions = shared_memory(int(sys.argv[1]))
+        model, server = os.pidfd_open(model_pid), os.pidfd_open(server_pid)
+        regions = shared_memory(model_pid)
     except (ProcessLookupError, FileNotFoundError):
         return  # over before it began
-    doors, crash_handler = Doors(int(sys.argv[2])), CrashHandler(int(sys.argv[2]))
+    doors, crash_handler = Doors(server_pid), CrashHandler(server_pid)
 
     def look() -> str | None:
-        if doors.are_closing():
-            with suppress(BrokenPipeError):  # nobody waits to hear it
-                os.write(sys.stdout.fileno(), _STOPS)
+        were_open = doors.were_open
+        news = _STOPS if doors.are_closing() else _SERVES if doors.were_open and not were_open else b""
+        with suppress(BrokenPipeError):  # nobody waits to hear it
+            os.write(sys.stdout.fileno(), news)
         return _HANG if crash_handler.hangs() else None
 
     trouble = watch(sys.stdin.fileno(), server, look)
     if trouble is not None:
         if trouble == _DEATH:
-            trouble += how_it_ended(int(sys.argv[1]), model)
+            trouble += how_it_ended(model_pid, model)
         now = time.strftime("%Y-%m-%d %H:%M:%S")
-        words = f"{now} nv-embed-v2 watchdog: {trouble}; ending what is left\n"
+        words = f"{now} {model_name} watchdog: {trouble}; ending what is left\n"
         speech = threading.Thread(target=os.write, args=(sys.stderr.fileno(), words.encode()), daemon=True)
         speech.start()
         speech.join(_SPEECH_SECONDS)  # a log that nobody reads must not keep it from acting
-        end(server, signal.SIGKILL if trouble == _HANG else signal.SIGTERM)
+        if trouble == _HANG:
+            end(server, signal.SIGKILL)
+        else:
+            end(server, signal.SIGTERM, lambda: bool(children(server_pid) - {model_pid}))
         end(model, signal.SIGKILL)
         for region in regions:
             region.unlink(missing_ok=True)

@@ -1,12 +1,20 @@
-"""Cores and memory that the process may have: the machine's, within the limits of its control groups (v1 or v2)."""
+"""Cores and memory that the process may have: the machine's, within the limits of its control groups (v1 or v2).
+
+The models of one server load one after the other, each in a process of its own. So what an earlier one holds is no
+longer free. What it will need besides, it tells the others by the name of a file in memory: no file is left behind,
+and the note ends with the process.
+"""
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 _ROOT = Path("/")
+_RESERVED = "nv-embed-reserved-"
 
 
 def most_cores(root: Path = _ROOT) -> float:
@@ -22,18 +30,46 @@ def most_cores(root: Path = _ROOT) -> float:
 
 
 def free_memory(root: Path = _ROOT) -> int:
-    """Bytes that the process may take without swapping: the kernel's estimate, and no more than a group's limit."""
+    """Bytes that the process may take without swapping: the kernel's estimate, or less if a group has less left."""
     meminfo = dict(
         line.split(":", 1) for line in (root / "proc/meminfo").read_text(encoding="ascii").splitlines() if ":" in line
     )
-    limits = [int(meminfo["MemAvailable"].split()[0]) * 1024]
+    free = [int(meminfo["MemAvailable"].split()[0]) * 1024]
     for group in _groups(root, "memory"):
         # Version 1 writes a huge number where there is no limit, version 2 "max". Above memory.high a group is slowed
         # down so much that it might as well be full.
         for name in ("memory.max", "memory.high", "memory.limit_in_bytes"):
             if (limit := _read(group / name)) and limit != "max":
-                limits.append(int(limit))
-    return min(limits)
+                free.append(max(int(limit) - _used(group), 0))
+    return min(free)
+
+
+def reserve_memory(num_bytes: int) -> None:
+    """Tell other models of this server what this one will need beside what it holds by now, until its process ends."""
+    os.memfd_create(f"{_RESERVED}{num_bytes}")  # never closed
+
+
+def reserved_memory() -> int:
+    """Bytes that the other models of this server have reserved."""
+    total = 0
+    for status in Path("/proc").glob("[0-9]*/status"):
+        with suppress(OSError):  # one that has ended, or is not this user's
+            text = status.read_text(encoding="utf-8", errors="replace")
+            if status.parent.name == str(os.getpid()) or f"\nPPid:\t{os.getppid()}\n" not in text:
+                continue
+            for descriptor in (status.parent / "fd").iterdir():
+                note = os.readlink(descriptor).partition(_RESERVED)[2]
+                total += int(note.split()[0]) if note else 0
+    return total
+
+
+def _used(group: Path) -> int:
+    """Bytes that a group holds, without what the kernel keeps of files and can drop."""
+    used = _read(group / "memory.current") or _read(group / "memory.usage_in_bytes") or "0"
+    lines = (_read(group / "memory.stat") or "").splitlines()
+    # Version 1 has a second line for each, with the groups inside.
+    files = {name.removeprefix("total_"): int(value) for name, value in map(str.split, lines)}
+    return int(used) - files.get("inactive_file", 0) - files.get("active_file", 0)
 
 
 def _groups(root: Path, controller: str) -> Iterator[Path]:

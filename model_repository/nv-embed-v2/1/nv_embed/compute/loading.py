@@ -14,7 +14,7 @@ import torch
 from nv_embed.compute.attention import choose_attention
 from nv_embed.compute.devices import Device, existing_device
 from nv_embed.compute.engine import Engine, PackedModel
-from nv_embed.compute.host import most_cores
+from nv_embed.compute.host import most_cores, reserve_memory, reserved_memory
 from nv_embed.compute.precision import Precision, Rounding
 from nv_embed.compute.weights import load_network
 from nv_embed.errors import DeviceError, in_short
@@ -150,6 +150,8 @@ def _check_memory(
 ) -> None:
     """Raise DeviceError if there is no room for the weights and the activations of `num_texts` longest texts.
 
+    Other models of this server keep the room for theirs.
+
     Args:
         device: where they are to be.
         precision: of both.
@@ -161,13 +163,20 @@ def _check_memory(
     """
     one_text = max_sequence_tokens * numbers_per_token * precision.dtype.itemsize + _PIECE_BYTES
     num_texts = num_texts if max_sequence_tokens else 0
-    needed, free = int((weights + num_texts * one_text) * _MEMORY_HEADROOM), device.free_memory()
+    activations = int(num_texts * one_text * _MEMORY_HEADROOM)
+    others = reserved_memory() if num_texts else 0
+    needed, free = int(weights * _MEMORY_HEADROOM) + activations + others, device.free_memory()
     if needed <= free:
+        if activations:
+            reserve_memory(activations)
         return
     texts, remedies = "", "free memory on it or choose another device"
     if num_texts:
         texts = f" and for {num_texts} texts of {max_sequence_tokens} tokens at a time"
         remedies += ", lower max_sequence_tokens, or compute fewer texts at a time (OMP_NUM_THREADS, or device)"
+    if others:
+        texts += f", beside {others / 1e9:.1f} GB for the texts of the server's other models"
+        remedies += ", serve fewer models"
     if not precision.matrix and precision.name != smallest:
         remedies += f", or choose a dtype of fewer bytes: {smallest} has the fewest"
     raise DeviceError(

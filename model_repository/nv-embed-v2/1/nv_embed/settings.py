@@ -109,7 +109,7 @@ class Settings:
     model_path: str = _setting(
         "/models/NV-Embed-v2",
         _text,
-        "Folder of the checkpoint. It holds `config.json`, `tokenizer.json` and `*.safetensors`.",
+        "Folder of the checkpoint, with all its files as they were published.",
     )
     device: tuple[str, ...] = _setting(
         "cuda:0",

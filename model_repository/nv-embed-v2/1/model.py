@@ -35,7 +35,7 @@ from nv_embed.errors import (
 from nv_embed.metrics import SERIES, Labels, Metric, Update
 from nv_embed.model_info import model_info
 from nv_embed.models.fingerprint import fingerprint
-from nv_embed.requests import EmbedRequest, Instructions, RequestLimits
+from nv_embed.requests import OUTPUTS, EmbedRequest, Instructions, RequestLimits
 from nv_embed.scheduling.answers import LARGE_ANSWER_BYTES, Answer, Outcome
 from nv_embed.scheduling.batcher import Batcher
 from nv_embed.scheduling.pace import MIN_BATCH_TOKENS
@@ -60,10 +60,18 @@ class TritonPythonModel:
             locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
         self._watchdog = Watchdog(self._name)
         try:
-            self._load(json.loads(args["model_config"]).get("parameters", {}))
+            config = json.loads(args["model_config"])
+            self._load(config.get("parameters", {}))
         except BaseException:
             self._watchdog.stop()
             raise
+        self._outputs = frozenset(output["name"] for output in config["output"])
+        if missing := OUTPUTS - self._outputs:
+            logger.warning(
+                "expected the outputs %s in config.pbtxt; got an older file, so requests for them are refused; add "
+                "the model anew with tools/add_model, or copy the outputs from nv-embed-v2/config.pbtxt",
+                ", ".join(sorted(missing)),
+            )
         self._watchdog.start_beating()
         self._drains = Thread(target=self._drain_when_stopping, name="nv-embed-drain", daemon=True)
         self._drains.start()
@@ -161,6 +169,7 @@ class TritonPythonModel:
                     instructions=self._instructions,
                     timeout_seconds=request.timeout() / 1e6,
                 )
+                embed_request.check_outputs(reply.output_names, self._outputs)
             except RequestError as error:
                 self._batcher.refuse(reply, error)
             except Exception:  # what leaves execute would show the client our file path and line
@@ -194,14 +203,14 @@ class TritonReply:
 
     def __init__(self, request: Any) -> None:
         self._sender = request.get_response_sender()
-        self._output_names = frozenset(request.requested_output_names())
+        self.output_names = frozenset(request.requested_output_names())  # all if the client names none
         self._lock = Lock()
         self.model_info: bytes | None = None  # sent if the client names this output, or no outputs
 
     @property
     def wants_vectors(self) -> bool:
         """Whether anything has to be computed for it."""
-        return self.model_info is None or self._output_names != {"model_info"}
+        return self.model_info is None or self.output_names != {"model_info"}
 
     def is_cancelled(self) -> bool:
         """Whether the client hung up, cancelled or ran out of time."""
@@ -223,13 +232,15 @@ class TritonReply:
         if isinstance(outcome, RequestError):
             return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(outcome), _code(outcome)))
         outputs: dict[str, Callable[[], Any]] = {
-            "embeddings": outcome.embeddings,
+            outcome.embedding_type.output: outcome.embeddings,
             "token_counts": lambda: np.array(outcome.token_counts, dtype=np.int32),
         }
+        if outcome.is_truncated is not None:
+            outputs["is_truncated"] = lambda: np.array(outcome.is_truncated, dtype=np.bool_)
         if self.model_info is not None:
             outputs["model_info"] = lambda: np.array([self.model_info], dtype=np.object_)
         return pb_utils.InferenceResponse(
-            [pb_utils.Tensor(name, array()) for name, array in outputs.items() if name in self._output_names]
+            [pb_utils.Tensor(name, array()) for name, array in outputs.items() if name in self.output_names]
         )
 
 

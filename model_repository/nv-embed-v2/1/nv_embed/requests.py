@@ -6,13 +6,28 @@ Limits in tokens are the tokenizer's, because only it can count them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, fields
+from typing import Any
 
+from nv_embed.embedding_type import EmbeddingType
 from nv_embed.errors import InvalidRequest
 
 # Proxies and Triton itself put these beside the caller's own parameters.
 _FOREIGN_PARAMETERS = ("x-", "traceparent", "triton")
+# All that an answer may have.
+OUTPUTS = frozenset({each.output for each in EmbeddingType} | {"token_counts", "is_truncated", "model_info"})
+# Of parameters with few values: what each means, and what to do about others.
+_CHOICES: dict[str, tuple[dict[str, object], str]] = {
+    "truncate": (
+        {"END": True, "NONE": False},
+        "send 'END' to cut a text that is too long, 'NONE' to have it refused",
+    ),
+    "embedding_type": (
+        {each.value: each for each in EmbeddingType},
+        "send one of these, or leave it out for float32",
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +57,8 @@ class EmbedRequest:
     num_bytes: int  # of UTF-8, the instruction counted once for each text
     timeout_seconds: float | None = None  # the caller's own limit, from arrival to answer
     model_info: bool = False  # whether the answer also describes the model
+    embedding_type: EmbeddingType = EmbeddingType.FLOAT
+    is_truncated: bool = False  # whether the answer also says which texts were cut
 
     @classmethod
     def parse(
@@ -58,7 +75,7 @@ class EmbedRequest:
         Args:
             query: the elements of input `query`, one; None when the input is absent.
             documents: the elements of input `documents`, N; None when the input is absent.
-            parameters: the request's parameters: `instruction`, `truncate` and `model_info`.
+            parameters: the request's parameters, as the client sent them.
             limits: what one request may hold.
             instructions: what stands before a text when the parameters do not say.
             timeout_seconds: the caller's own limit, None or 0 for none.
@@ -87,8 +104,8 @@ class EmbedRequest:
                 remedy="split the documents over several requests",
             )
         default = instructions.query if query is not None else instructions.documents
-        instruction, truncate, model_info = _parse_parameters(parameters, default)
-        num_bytes = sum(map(len, raw)) + len(raw) * len(instruction.encode())
+        asked = _Parameters.parse(parameters, default)
+        num_bytes = sum(map(len, raw)) + len(raw) * len(asked.instruction.encode())
         if num_bytes > limits.max_request_bytes:
             raise InvalidRequest.of(
                 expected=f"at most {limits.max_request_bytes} bytes of text a request, "
@@ -96,8 +113,34 @@ class EmbedRequest:
                 got=f"{num_bytes} bytes",
                 remedy="split the request, or shorten its texts",
             )
-        timeout = timeout_seconds or None
-        return cls(_decode(raw), instruction, truncate, query is not None, num_bytes, timeout, model_info)
+        return cls(
+            _decode(raw), asked.instruction, asked.truncate, query is not None, num_bytes,
+            timeout_seconds or None, asked.model_info, asked.embedding_type, asked.is_truncated,
+        )  # fmt: skip
+
+    def check_outputs(self, named: Set[str], declared: Set[str]) -> None:
+        """Raise InvalidRequest unless there can be an answer with the outputs that are asked for.
+
+        Args:
+            named: by the client; the same as `declared` if it names none.
+            declared: those in the model's config.pbtxt.
+        """
+        own = self.embedding_type.output
+        for output in (own, *(["is_truncated"] if self.is_truncated else [])):
+            if output not in declared:
+                raise InvalidRequest.of(
+                    expected=f"a model whose config.pbtxt declares the output {output!r}",
+                    got="one whose config.pbtxt is older",
+                    remedy="leave out the parameter that asks for it, or have the server's operator add the model anew",
+                )
+        others = {each.output for each in EmbeddingType} & named - {own}
+        if others and named != declared:
+            raise InvalidRequest.of(
+                expected=f"{own!r} as the only output with vectors, because 'embedding_type' is "
+                f"{self.embedding_type.value!r}",
+                got=", ".join(map(repr, sorted(others))),
+                remedy=f"name {own!r}, or send another 'embedding_type'",
+            )
 
 
 def _decode(raw: Sequence[bytes]) -> tuple[str, ...]:
@@ -114,45 +157,62 @@ def _decode(raw: Sequence[bytes]) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def _parse_parameters(parameters: Mapping[str, object], default_instruction: str) -> tuple[str, bool, bool]:
-    instruction, truncate, model_info = default_instruction, "END", False
-    for name, value in parameters.items():
-        if name not in ("instruction", "truncate", "model_info"):
-            if name.lower().startswith(_FOREIGN_PARAMETERS):
-                continue
-            raise InvalidRequest.of(
-                expected="only the request parameters 'instruction', 'truncate' and 'model_info'",
-                got=_clipped(name),
-                remedy="leave it out, or correct its name",
-            )
-        if name == "model_info":
-            model_info = _parse_bool(name, value)
-            continue
-        if not isinstance(value, str):
-            raise InvalidRequest.of(
-                expected=f"a string as request parameter {name!r}",
-                got=f"a value of type {type(value).__name__}",
-                remedy="send it as a string",
-            )
-        if name == "instruction":
-            instruction = value
-        else:
-            truncate = value
-    if truncate not in ("END", "NONE"):
+@dataclass(frozen=True, slots=True)
+class _Parameters:
+    """What a request's parameters say, each by its name."""
+
+    instruction: str
+    truncate: bool = True
+    embedding_type: EmbeddingType = EmbeddingType.FLOAT
+    is_truncated: bool = False
+    model_info: bool = False
+
+    @classmethod
+    def parse(cls, parameters: Mapping[str, object], default_instruction: str) -> _Parameters:
+        """Raises InvalidRequest."""
+        said: dict[str, Any] = {"instruction": default_instruction}
+        for name, value in parameters.items():
+            if name == "instruction":
+                said[name] = _parse_text(name, value)
+            elif name in _CHOICES:
+                said[name] = _parse_choice(name, value)
+            elif name in ("is_truncated", "model_info"):
+                said[name] = _parse_bool(name, value)
+            elif not name.lower().startswith(_FOREIGN_PARAMETERS):
+                raise InvalidRequest.of(
+                    expected=f"only the request parameters {_listed([field.name for field in fields(cls)], 'and')}",
+                    got=_clipped(name),
+                    remedy="leave it out, or correct its name",
+                )
+        return cls(**said)
+
+
+def _parse_text(name: str, value: object) -> str:
+    if not isinstance(value, str):
         raise InvalidRequest.of(
-            expected="'END' or 'NONE' as request parameter 'truncate'",
-            got=_clipped(truncate),
-            remedy="send 'END' to cut a text that is too long, 'NONE' to have it refused",
+            expected=f"a string as request parameter {name!r}",
+            got=f"a value of type {type(value).__name__}",
+            remedy="send it as a string",
         )
     try:
-        instruction.encode()
+        value.encode()
     except UnicodeEncodeError as error:  # JSON over HTTP can spell half a surrogate pair
         raise InvalidRequest.of(
-            expected="valid Unicode as request parameter 'instruction'",
+            expected=f"valid Unicode as request parameter {name!r}",
             got=f"an unpaired surrogate at position {error.start}",
             remedy="correct it",
         ) from None
-    return instruction, truncate == "END", model_info
+    return value
+
+
+def _parse_choice(name: str, value: object) -> object:
+    choices, remedy = _CHOICES[name]
+    text = _parse_text(name, value)
+    if text not in choices:
+        raise InvalidRequest.of(
+            expected=f"{_listed(choices, 'or')} as request parameter {name!r}", got=_clipped(text), remedy=remedy
+        )
+    return choices[text]
 
 
 def _parse_bool(name: str, value: object) -> bool:
@@ -164,6 +224,12 @@ def _parse_bool(name: str, value: object) -> bool:
             remedy="send it as a boolean, or leave it out",
         )
     return value in (True, "true")
+
+
+def _listed(names: Iterable[str], word: str) -> str:
+    """'a', 'b' and 'c'."""
+    *first, last = map(repr, names)
+    return f"{', '.join(first)} {word} {last}"
 
 
 def _clipped(value: str) -> str:

@@ -17,6 +17,10 @@ class SequenceLike(Protocol):
     def num_tokens(self) -> int:
         """What it costs."""
 
+    @property
+    def is_truncated(self) -> bool:
+        """Whether its text was too long and was cut."""
+
     def digest(self) -> bytes:
         """16 bytes; another sequence has the same only if it has the same vector."""
 
@@ -30,6 +34,7 @@ class TokenSequence:
 
     input_ids: npt.NDArray[np.int32]  # [num_tokens], instruction and special tokens included
     num_masked: int  # leading tokens left out of the pooling; always less than num_tokens
+    is_truncated: bool = False  # whether the text was too long and was cut
 
     @property
     def num_tokens(self) -> int:

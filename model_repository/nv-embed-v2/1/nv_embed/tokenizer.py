@@ -103,7 +103,8 @@ class Tokenizer:
         sequences = []
         for index, encoding in enumerate(self._tokenizer.encode_batch_fast(inputs), start=first_index):
             input_ids = encoding.ids
-            if len(input_ids) > limit and not truncate:
+            is_truncated = len(input_ids) > limit
+            if is_truncated and not truncate:
                 cut = len(instruction) + len(texts[index - first_index]) > self._max_characters
                 raise InvalidRequest.of(
                     expected=f"texts of at most {limit} tokens, as 'truncate' is 'NONE'",
@@ -124,7 +125,7 @@ class Tokenizer:
                     got=f"text {index} cut to {len(input_ids)} tokens, with an instruction of {num_masked}",
                     remedy="shorten the instruction",
                 )
-            sequences.append(TokenSequence(np.array(input_ids, dtype=np.int32), num_masked))
+            sequences.append(TokenSequence(np.array(input_ids, dtype=np.int32), num_masked, is_truncated))
         return sequences
 
     def _cut(self, text: str) -> str:

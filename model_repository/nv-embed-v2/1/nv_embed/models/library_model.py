@@ -123,7 +123,8 @@ class LibraryTokenizer:
         num_masked = self._num_instruction_tokens(instruction)
         sequences = []
         for index, encoding in enumerate(self._encode([instruction + text for text in texts]), start=first_index):
-            if encoding.overflowing and not truncate:
+            is_truncated = bool(encoding.overflowing)
+            if is_truncated and not truncate:
                 raise InvalidRequest.of(
                     expected=f"texts of at most {self.max_sequence_tokens} tokens, as 'truncate' is 'NONE'",
                     got=f"text {index} with more than that, its instruction included",
@@ -141,7 +142,7 @@ class LibraryTokenizer:
                     got=f"text {index} cut to {len(encoding.ids)} tokens, with an instruction of {num_masked}",
                     remedy="shorten the instruction",
                 )
-            sequences.append(TokenSequence(np.array(encoding.ids, dtype=np.int32), num_masked))
+            sequences.append(TokenSequence(np.array(encoding.ids, dtype=np.int32), num_masked, is_truncated))
         return sequences
 
     def _encode(self, texts: list[str]) -> list[Encoding]:

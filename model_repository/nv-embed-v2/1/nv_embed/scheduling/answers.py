@@ -12,11 +12,12 @@ from functools import partial
 from itertools import count
 from queue import Empty, PriorityQueue
 from threading import Lock, Thread
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from nv_embed.embedding_type import EmbeddingType
 from nv_embed.errors import RequestError
 from nv_embed.metrics import Metric, Recorder, Update
 from nv_embed.scheduling.vector_cache import Vector
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 LARGE_ANSWER_BYTES = 2**20  # a larger one takes long to copy
 _PUBLISH_SECONDS = 0.2  # from an event to its metrics
+_PACKED_ROWS = 64  # at a time, so that packing needs little memory beside its result
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,15 +35,23 @@ class Answer:
 
     vectors: Sequence[Vector]  # N of [dim] and length 1, shared with the cache and with other answers
     token_counts: Sequence[int]  # N, as fed to the network
+    is_truncated: Sequence[bool] | None = None  # N, whether the text was cut; None if the request does not ask
+    embedding_type: EmbeddingType = EmbeddingType.FLOAT
 
     @property
     def num_bytes(self) -> int:
-        """Of the embeddings."""
-        return sum(vector.nbytes for vector in self.vectors)
+        """Of the embeddings as they are sent."""
+        num_vectors = len(self.vectors)
+        return num_vectors * self.embedding_type.num_bytes(len(self.vectors[0])) if num_vectors else 0
 
-    def embeddings(self) -> npt.NDArray[np.float32]:
-        """[N, dim], a new array at each call."""
-        return np.concatenate(self.vectors).reshape(len(self.vectors), -1)
+    def embeddings(self) -> npt.NDArray[Any]:
+        """[N, dim] of the answer's type, or of signs [N, dim / 8]; packed anew at each call."""
+        if self.embedding_type is EmbeddingType.FLOAT:
+            return np.concatenate(self.vectors).reshape(len(self.vectors), -1)
+        starts = range(0, len(self.vectors), _PACKED_ROWS)
+        return np.concatenate(
+            [self.embedding_type.packed(np.stack(self.vectors[start : start + _PACKED_ROWS])) for start in starts]
+        )
 
 
 Outcome: TypeAlias = Answer | RequestError

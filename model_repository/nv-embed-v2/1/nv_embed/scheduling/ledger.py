@@ -243,7 +243,10 @@ class Ledger:
         if request.num_missing:
             return []
         vectors = [text.vector for text in request.texts if text.vector is not None]
-        return self._finish(request, Answer(vectors, [text.sequence.num_tokens for text in request.texts]))
+        token_counts = [text.sequence.num_tokens for text in request.texts]
+        asks = request.spec.is_truncated
+        is_truncated = [text.sequence.is_truncated for text in request.texts] if asks else None
+        return self._finish(request, Answer(vectors, token_counts, is_truncated, request.spec.embedding_type))
 
     def _fail(self, texts: Sequence[Text], kind: type[RequestError], message: str) -> Answers:
         """End the requests of equal texts with an error. {text} in its message becomes 'text N'."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from nv_embed.embedding_type import EmbeddingType
 from nv_embed.errors import InvalidRequest
 from nv_embed.requests import EmbedRequest, Instructions, RequestLimits
 
@@ -37,6 +38,12 @@ def test_the_model_is_described_on_demand():
     assert [request.model_info for request in told] == [False, False, False, True, True]
 
 
+def test_the_type_of_vectors_is_taken_from_the_parameters():
+    assert parse(query=[b"x"]).embedding_type is EmbeddingType.FLOAT
+    for kind in EmbeddingType:
+        assert parse(query=[b"x"], parameters={"embedding_type": kind.value}).embedding_type is kind
+
+
 @pytest.mark.parametrize("name", ["x-request-id", "X-Forwarded-For", "traceparent", "triton_enable_empty_final"])
 def test_what_proxies_and_triton_add_is_ignored(name):
     parse(query=[b"x"], parameters={name: 1})
@@ -54,9 +61,11 @@ def test_what_proxies_and_triton_add_is_ignored(name):
         ({"documents": [b"ok", b"ab\xff"]}, ["UTF-8", "text 1", "position 2 of 3", "encode"]),
         ({"query": [b"\xed\xa0\x80"]}, ["UTF-8", "position 0"]),
         ({"query": [b"a"], "parameters": {"truncate": "START"}}, ["'END' or 'NONE'", "'START'", "send"]),
+        ({"query": [b"a"], "parameters": {"embedding_type": "int4"}}, ["'binary' or 'ubinary'", "'int4'", "leave it"]),
+        ({"query": [b"a"], "parameters": {"is_truncated": 1}}, ["true or false", "'is_truncated'", "int"]),
         ({"query": [b"a"], "parameters": {"truncate": True}}, ["a string", "'truncate'", "bool"]),
         ({"query": [b"a"], "parameters": {"instruction": 3}}, ["a string", "'instruction'", "int"]),
-        ({"query": [b"a"], "parameters": {"dimensions": 8}}, ["'truncate' and 'model_info'", "'dimensions'"]),
+        ({"query": [b"a"], "parameters": {"dimensions": 8}}, ["'is_truncated' and 'model_info'", "'dimensions'"]),
         ({"query": [b"a"], "parameters": {"model_info": 1}}, ["true or false", "'model_info'", "int", "boolean"]),
         ({"query": [b"a"], "parameters": {"model_info": "yes"}}, ["true or false", "got 'yes'", "boolean"]),
         ({"parameters": {"model_info": True}}, ["exactly one", "neither"]),
@@ -78,8 +87,9 @@ def test_what_is_wrong_is_said_with_expected_got_and_remedy(arguments, words):
     query=st.none() | st.lists(st.binary(max_size=40), min_size=1, max_size=1),
     documents=st.none() | st.lists(st.binary(max_size=40), max_size=5),
     parameters=st.dictionaries(
-        st.sampled_from(["instruction", "truncate", "model_info"]) | st.text(max_size=9),
-        st.sampled_from(["END", "NONE", "true"]) | st.text() | st.integers() | st.booleans() | st.none(),
+        st.sampled_from(["instruction", "truncate", "embedding_type", "is_truncated", "model_info"])
+        | st.text(max_size=9),
+        st.sampled_from(["END", "NONE", "int8", "true"]) | st.text() | st.integers() | st.booleans() | st.none(),
         max_size=3,
     ),
 )

@@ -140,6 +140,8 @@ def test_a_cut_text_is_refused_where_the_request_says_so(folders, references, fa
         tokenizer.encode(TEXTS, "", truncate=False, first_index=5)
     fits = [text for text in TEXTS if len(text) < 15]
     assert len(tokenizer.encode(fits, "", truncate=False)) == len(fits)
+    assert {sequence.is_truncated for sequence in tokenizer.encode(fits, "")} == {False}
+    assert tokenizer.encode(TEXTS, "")[2].is_truncated
 
 
 @pytest.mark.parametrize("text", ["air " * 20_000, "air" + " " * 20_000 + "water", "air " + "y" * 20_000 + " water"])
@@ -147,6 +149,7 @@ def test_a_huge_text_has_the_tokens_that_the_library_gives_it(folders, reference
     _, tokenizer = load(folders["bert_cls"])
     (sequence,) = tokenizer.encode([text], "")
     assert sequence.input_ids.tolist() == references["bert_cls"].preprocess([text])["input_ids"][0].tolist()
+    assert sequence.is_truncated == (text.count("air") > 1)
 
 
 def test_the_last_token_that_plain_loading_loses_is_there(folders):

@@ -140,7 +140,7 @@ def test_truncate_none_refuses_what_end_cuts(toy_server_of_64_tokens):
         ({"instruction": True}, "a string as request parameter 'instruction'; got a value of type bool"),
         (
             {"dimensions": 256},
-            "only the request parameters 'instruction', 'truncate' and 'model_info'; got 'dimensions'",
+            "'truncate', 'embedding_type', 'is_truncated' and 'model_info'; got 'dimensions'; leave it out",
         ),
         ({"model_info": "1"}, "true or false as request parameter 'model_info'; got '1'"),
     ],

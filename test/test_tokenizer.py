@@ -66,6 +66,7 @@ def test_cutting_a_huge_text_first_changes_no_token_of_it(toy, pieces, repeat, l
     whole = RustTokenizer.from_file(str(toy / "tokenizer.json")).encode(text + "</s>").ids
     (sequence,) = tokenizer(toy, limit).encode([text], "")
     assert sequence.input_ids.tolist() == whole[:limit]
+    assert sequence.is_truncated == (len(whole) > limit)
 
 
 def test_a_huge_text_is_refused_by_its_length_when_it_may_not_be_cut(toy):

@@ -12,6 +12,7 @@ Adapters are modules of their own, each with an extra of the same name: `bertopi
 from nv_embed_client.async_client import AsyncNVEmbedClient
 from nv_embed_client.client import NVEmbedClient
 from nv_embed_client.connection import TLS, Settings
+from nv_embed_client.embedding_type import packed
 from nv_embed_client.errors import (
     AccessDenied,
     ClientClosed,
@@ -22,6 +23,7 @@ from nv_embed_client.errors import (
     NVEmbedError,
     PartialFailure,
     ServerFailure,
+    ServerTooOld,
     Unavailable,
 )
 from nv_embed_client.grpc_transport import GrpcTransport
@@ -51,6 +53,7 @@ __all__ = [
     "TASK_INSTRUCTIONS",
     "DOCUMENT_INSTRUCTIONS",
     "instruction_of",
+    "packed",
     "NVEmbedError",
     "InvalidInput",
     "AccessDenied",
@@ -58,6 +61,7 @@ __all__ = [
     "Unavailable",
     "DeadlineExceeded",
     "ServerFailure",
+    "ServerTooOld",
     "ClientClosed",
     "PartialFailure",
     "Failure",

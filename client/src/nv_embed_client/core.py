@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from nv_embed_client import flow
 from nv_embed_client.connection import Connection, Settings
+from nv_embed_client.embedding_type import Embeddings, EmbeddingType, packed
 from nv_embed_client.errors import ClientClosed, ServerFailure
 from nv_embed_client.exchange import Exchange, Plan, Together, alone
 from nv_embed_client.flow import Deadline
@@ -70,9 +70,11 @@ class Core(Settings):
         instruction: str | None = None,
         truncate: Truncate = "END",
         timeout: float | None = None,
-    ) -> Plan[npt.NDArray[np.float32]]:
+        embedding_type: EmbeddingType = "float",
+    ) -> Plan[Embeddings]:
         """One query with the standard instruction before it, or with `instruction`: [1, dim]."""
-        return (yield from self._embed_as(Call("query", instruction, truncate, timeout=timeout), [text])).embeddings
+        call = Call("query", instruction, truncate, timeout=timeout, embedding_type=embedding_type)
+        return (yield from self._embed_as(call, [text])).embeddings
 
     def _embed_queries(
         self,
@@ -82,9 +84,12 @@ class Core(Settings):
         truncate: Truncate = "END",
         progress: bool = False,
         timeout: float | None = None,
-    ) -> Plan[npt.NDArray[np.float32]]:
+        embedding_type: EmbeddingType = "float",
+    ) -> Plan[Embeddings]:
         """Any number of queries, each embedded as `embed_query` does: [n, dim], in input order."""
-        call = Call("query", instruction, truncate, progress=progress, timeout=timeout)
+        call = Call(
+            "query", instruction, truncate, progress=progress, timeout=timeout, embedding_type=embedding_type
+        )
         return (yield from self._embed_as(call, texts)).embeddings
 
     def _embed_documents(
@@ -95,9 +100,12 @@ class Core(Settings):
         truncate: Truncate = "END",
         progress: bool = False,
         timeout: float | None = None,
-    ) -> Plan[npt.NDArray[np.float32]]:
+        embedding_type: EmbeddingType = "float",
+    ) -> Plan[Embeddings]:
         """Any number of documents, without instruction unless one is given: [n, dim], in input order."""
-        call = Call("passage", instruction, truncate, progress=progress, timeout=timeout)
+        call = Call(
+            "passage", instruction, truncate, progress=progress, timeout=timeout, embedding_type=embedding_type
+        )
         return (yield from self._embed_as(call, texts)).embeddings
 
     def _embed(
@@ -111,6 +119,8 @@ class Core(Settings):
         progress: bool = False,
         timeout: float | None = None,
         max_texts_per_request: int | None = None,
+        embedding_type: EmbeddingType = "float",
+        is_truncated: bool = False,
     ) -> Plan[EmbedResult]:
         """Any number of texts, with every option; the other methods use this one.
 
@@ -123,12 +133,18 @@ class Core(Settings):
             progress: show a progress bar.
             timeout: seconds for the whole call; by default each of its requests has the client's `request_timeout`.
             max_texts_per_request: instead of the client's.
+            embedding_type: "float16", "int8", "uint8", "binary" or "ubinary" for smaller vectors, see docs/vectors.md.
+            is_truncated: also say which texts were cut.
 
         Raises:
             PartialFailure: some texts have embeddings and others do not. It holds the embeddings and names the others.
+            ServerTooOld: the server knows neither this `embedding_type` nor `is_truncated`.
             NVEmbedError: no text has an embedding.
         """
-        call = Call(input_type, instruction, truncate, token_counts, progress, timeout, max_texts_per_request)
+        call = Call(
+            input_type, instruction, truncate, token_counts, progress, timeout, max_texts_per_request, embedding_type,
+            is_truncated,
+        )  # fmt: skip
         return (yield from self._embed_as(call, texts))
 
     def _dimension(self, timeout: float | None = None) -> Plan[int]:
@@ -183,9 +199,14 @@ class Core(Settings):
         finally:
             job.close()
         if result is None:
-            shape = (0, (yield from self._dimension(call.timeout)))
-            return EmbedResult(np.empty(shape, np.float32), np.empty(0, np.int32) if call.token_counts else None)
-        self._known_dimension = result.embeddings.shape[1]
+            nothing = np.empty((0, (yield from self._dimension(call.timeout))), np.float32)
+            return EmbedResult(
+                packed(nothing, call.embedding_type),
+                np.empty(0, np.int32) if call.token_counts else None,
+                np.empty(0, np.bool_) if call.is_truncated else None,
+            )
+        if call.embedding_type not in ("binary", "ubinary"):  # whose rows are shorter
+            self._known_dimension = result.embeddings.shape[1]
         return result
 
     @contextmanager

@@ -4,6 +4,7 @@ NVEmbedError
 ├── InvalidInput        the caller can mend it; the same call will fail again
 ├── AccessDenied        the server wants another header, certificate or key
 ├── ModelNotFound       the server does not serve this model
+├── ServerTooOld        the server does not know what the call asks for
 ├── Unavailable         no server answers, or it is full or stopping; the same call may succeed later
 ├── DeadlineExceeded    no answer in the time the call was given
 ├── ServerFailure       the server failed, through no fault of the caller
@@ -18,8 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
+from nv_embed_client.embedding_type import Embeddings
 
 
 class NVEmbedError(Exception):
@@ -41,6 +41,10 @@ class AccessDenied(NVEmbedError):
 
 class ModelNotFound(NVEmbedError):
     """The server does not serve this model."""
+
+
+class ServerTooOld(NVEmbedError):
+    """The server, or the config.pbtxt of this model, does not know what the call asks for."""
 
 
 class Unavailable(NVEmbedError):
@@ -71,12 +75,13 @@ class PartialFailure(NVEmbedError):
     """Some texts of a call have embeddings and others do not.
 
     Attributes:
-        embeddings: [n, dim] float32 for the n texts that were taken from the caller; NaN in the rows that failed.
+        embeddings: [n, dim] of the call's type for the n texts that were taken from the caller. Rows that failed are
+            NaN, or 0 in a type without NaN.
         failures: which texts have none, and why; each text at most once.
         complete: False when the call was given up before the caller's texts were all taken, as the server was gone.
     """
 
-    def __init__(self, embeddings: npt.NDArray[np.float32], failures: Sequence[Failure], *, complete: bool) -> None:
+    def __init__(self, embeddings: Embeddings, failures: Sequence[Failure], *, complete: bool) -> None:
         self.embeddings = embeddings
         self.failures = tuple(failures)
         self.complete = complete

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
-from nv_embed_client.errors import DeadlineExceeded, InvalidInput, NVEmbedError, Unavailable
+from nv_embed_client.errors import DeadlineExceeded, NVEmbedError, ServerTooOld, Unavailable
 from nv_embed_client.model_info import ModelInfo
 from nv_embed_client.retry import RetryPolicy
 from nv_embed_client.wire import EmbedRequest, EmbedResult
@@ -89,7 +89,7 @@ def model_info(deadline: Deadline, retry: RetryPolicy) -> Flow[ModelInfo | None]
     try:
         info: ModelInfo | None = yield from _persistently(AskModelInfo, deadline, retry)
         return info
-    except InvalidInput:  # it knows no such output: nothing else of this request can be wrong
+    except ServerTooOld:
         return None
 
 

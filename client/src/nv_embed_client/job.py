@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 from tqdm.auto import tqdm
 
 from nv_embed_client import flow
 from nv_embed_client.chunking import Chunk, Chunker
 from nv_embed_client.connection import Settings
+from nv_embed_client.embedding_type import EMBEDDING_TYPES, Embeddings, EmbeddingType
 from nv_embed_client.errors import Failure, InvalidInput, NVEmbedError, PartialFailure, ServerFailure
 from nv_embed_client.flow import Deadline, Flow
 from nv_embed_client.instructions import QUERY_INSTRUCTION, checked_instruction
@@ -34,6 +34,8 @@ class Call:
     progress: bool = False
     timeout: float | None = None  # seconds for the whole call
     max_texts_per_request: int | None = None  # None: the client's
+    embedding_type: EmbeddingType = "float"
+    is_truncated: bool = False
 
     def __post_init__(self) -> None:
         if self.input_type not in ("query", "passage"):
@@ -45,6 +47,12 @@ class Call:
                 expected="'END' or 'NONE' as truncate",
                 got=repr(self.truncate),
                 remedy="'END' cuts a text that is too long, 'NONE' has it refused",
+            )
+        if self.embedding_type not in EMBEDDING_TYPES:
+            raise InvalidInput.of(
+                expected=f"one of {', '.join(map(repr, EMBEDDING_TYPES))} as embedding_type",
+                got=repr(self.embedding_type),
+                remedy="correct it, or leave it out for float32",
             )
         checked_instruction(self.instruction)
         if self.timeout is not None and not self.timeout > 0:
@@ -60,7 +68,10 @@ class Call:
 
     def request(self, texts: tuple[str, ...]) -> EmbedRequest:
         """The request of one chunk."""
-        return EmbedRequest(texts, self.input_type, self.instruction, self.truncate, self.token_counts)
+        return EmbedRequest(
+            texts, self.input_type, self.instruction, self.truncate, self.token_counts,
+            embedding_type=self.embedding_type, is_truncated=self.is_truncated,
+        )  # fmt: skip
 
     def instruction_bytes(self) -> int:
         """What each text counts beside its own bytes."""
@@ -213,15 +224,19 @@ class Job:
             raise self._given_up or self._failures[0].error
         if not self._embedded:
             return None
-        dimension = self._embedded[0].result.embeddings.shape[1]
-        embeddings: npt.NDArray[np.float32] = np.full((self._num_texts, dimension), np.nan, np.float32)
+        first = self._embedded[0].result.embeddings
+        missing = np.nan if first.dtype.kind == "f" else 0
+        embeddings: Embeddings = np.full((self._num_texts, first.shape[1]), missing, first.dtype)
         token_counts = np.zeros(self._num_texts, np.int32) if self._call.token_counts else None
+        is_truncated = np.zeros(self._num_texts, np.bool_) if self._call.is_truncated else None
         while self._embedded:  # popped, so that each reply is freed as it is copied
             part = self._embedded.pop()
             rows = list(part.indices)
             embeddings[rows] = part.result.embeddings
             if token_counts is not None and part.result.token_counts is not None:
                 token_counts[rows] = part.result.token_counts
+            if is_truncated is not None and part.result.is_truncated is not None:
+                is_truncated[rows] = part.result.is_truncated
         if self._failures:
             raise PartialFailure(embeddings, self._failures, complete=self._complete)
-        return EmbedResult(embeddings, token_counts)
+        return EmbedResult(embeddings, token_counts, is_truncated)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from nv_embed_client.client import NVEmbedClient
+from nv_embed_client.embedding_type import Embeddings
 from nv_embed_client.errors import InvalidInput
 from nv_embed_client.extras import needs_extra
 from nv_embed_client.instructions import (
@@ -26,8 +27,9 @@ from nv_embed_client.instructions import (
 if TYPE_CHECKING:
     import torch
 
-    Encoded: TypeAlias = npt.NDArray[np.float32] | torch.Tensor | list[torch.Tensor]
+    Encoded: TypeAlias = Embeddings | torch.Tensor | list[torch.Tensor]
 
+Precision: TypeAlias = Literal["float32", "int8", "uint8", "binary", "ubinary"]
 
 # What the published model has. A server may have another one; then these names mean that.
 _STANDARD = {"query": QUERY_INSTRUCTION, "document": ""}
@@ -39,7 +41,7 @@ class NVEmbedEncoder:
     model = NVEmbedEncoder("localhost:8001")
     model.similarity(model.encode_query("..."), model.encode_document(["...", "..."]))
 
-    Vectors always have length 1 and are float32. A prompt is the model's instruction: it stands before each text
+    Vectors have length 1 and are float32, unless `precision` says otherwise. A prompt is the model's instruction: it stands before each text
     and is left out of the pooling, as the published model has it.
 
     Attributes:
@@ -83,7 +85,7 @@ class NVEmbedEncoder:
         batch_size: int = 32,
         show_progress_bar: bool | None = None,
         output_value: Literal["sentence_embedding"] = "sentence_embedding",
-        precision: Literal["float32"] | None = "float32",
+        precision: Precision | None = "float32",
         convert_to_numpy: bool = True,
         convert_to_tensor: bool = False,
         device: str | None = None,
@@ -99,7 +101,8 @@ class NVEmbedEncoder:
             batch_size: texts in one request; the server forms its own batches.
             show_progress_bar: None is False.
             output_value: only "sentence_embedding": the server has no others.
-            precision: only "float32".
+            precision: "int8" and "uint8" have the same steps in every call, which depend on no other texts. "binary" and
+                "ubinary" are as sentence-transformers has them.
             convert_to_numpy: False for a list of tensors.
             convert_to_tensor: True for one tensor, on the CPU; goes before `convert_to_numpy`.
             device: ignored; the server knows its own.
@@ -107,7 +110,7 @@ class NVEmbedEncoder:
             truncate_dim: only None: parts of these vectors mean nothing.
 
         Returns:
-            [dim] for one text, [n, dim] for n.
+            [dim] for one text, [n, dim] for n; of signs a byte for eight.
 
         Raises:
             InvalidInput: an argument this model cannot honour.
@@ -118,11 +121,11 @@ class NVEmbedEncoder:
             raise InvalidInput.of(
                 expected="output_value 'sentence_embedding'", got=repr(output_value), remedy="leave it out"
             )
-        if precision not in (None, "float32"):
+        if precision not in (None, *get_args(Precision)):
             raise InvalidInput.of(
-                expected="precision 'float32'",
+                expected=f"one of {', '.join(map(repr, get_args(Precision)))} as precision",
                 got=repr(precision),
-                remedy="quantize the result with sentence_transformers.quantize_embeddings",
+                remedy="correct it",
             )
         if truncate_dim is not None:
             raise InvalidInput.of(
@@ -140,6 +143,7 @@ class NVEmbedEncoder:
             instruction=None if is_own else self._instruction(name, prompt),
             progress=bool(show_progress_bar),
             max_texts_per_request=batch_size,
+            embedding_type="float" if precision in (None, "float32") else precision,
         ).embeddings
         if convert_to_tensor or not convert_to_numpy:
             tensor: torch.Tensor = _torch().from_numpy(embeddings)

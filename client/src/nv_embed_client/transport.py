@@ -11,6 +11,7 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from nv_embed_client.embedding_type import NUMBERS, Embeddings, packed
 from nv_embed_client.errors import NVEmbedError
 from nv_embed_client.instructions import QUERY_INSTRUCTION
 from nv_embed_client.model_info import ModelInfo
@@ -83,7 +84,8 @@ class MockTransport(Transport):
                 return answer
             if not isinstance(answer, EmbedResult):
                 words = [len(text.split()) for text in request.texts]
-                answer = EmbedResult(np.asarray(answer, np.float32), np.array(words, np.int32))
+                vectors = np.asarray(answer, NUMBERS[request.embedding_type][1])
+                answer = EmbedResult(vectors, np.array(words, np.int32), np.zeros(len(words), np.bool_))
             future.set_result(request.checked(answer))
         except NVEmbedError as error:
             future.set_exception(error)
@@ -97,14 +99,14 @@ class MockTransport(Transport):
         """Answer `info`."""
         return _done(self.info)
 
-    def _random_vectors(self, request: EmbedRequest) -> npt.NDArray[np.float32]:
+    def _random_vectors(self, request: EmbedRequest) -> Embeddings:
         rows = np.empty((len(request.texts), self._dimension), np.float32)
         for row, text in zip(rows, request.texts, strict=True):
             text_as_seen = f"{request.input_type} {request.instruction} {text}".encode(errors="surrogatepass")
             seed = hashlib.blake2b(text_as_seen, digest_size=8).digest()
             numbers = np.random.default_rng(int.from_bytes(seed, "little")).standard_normal(self._dimension)
             row[:] = numbers / np.linalg.norm(numbers)
-        return rows
+        return packed(rows, request.embedding_type)
 
 
 def _mock_info(dimension: int) -> ModelInfo:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from tritonclient.grpc import service_pb2
 
+from nv_embed_client.embedding_type import NUMBERS, Embeddings, EmbeddingType
 from nv_embed_client.errors import (
     AccessDenied,
     DeadlineExceeded,
@@ -17,6 +18,7 @@ from nv_embed_client.errors import (
     ModelNotFound,
     NVEmbedError,
     ServerFailure,
+    ServerTooOld,
     Unavailable,
 )
 from nv_embed_client.instructions import QUERY_INSTRUCTION
@@ -30,10 +32,12 @@ Truncate: TypeAlias = Literal["END", "NONE"]
 class EmbedResult:
     """What a call gives back."""
 
-    embeddings: npt.NDArray[np.float32]
-    """[n, dim], rows of length 1, in input order."""
+    embeddings: Embeddings
+    """In input order; the rows of float32 have length 1."""
     token_counts: npt.NDArray[np.int32] | None
     """[n], tokens of each text as the network saw it, instruction included; None when they were not asked for."""
+    is_truncated: npt.NDArray[np.bool_] | None = None
+    """[n], whether each text was too long and was cut; None when it was not asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,8 @@ class EmbedRequest:
     token_counts: bool = False
     query_prompt: str = QUERY_INSTRUCTION
     """What the server puts before a query. Several queries in one request need it, see `needs_query_prompt`."""
+    embedding_type: EmbeddingType = "float"
+    is_truncated: bool = False
 
     @property
     def needs_query_prompt(self) -> bool:
@@ -59,12 +65,16 @@ class EmbedRequest:
         instruction = self.query_prompt if self.needs_query_prompt else self.instruction
         is_query = self.input_type == "query" and len(self.texts) == 1
         message = _message(model_name, "query" if is_query else "documents", self.texts)
-        for name in ["embeddings", "token_counts"] if self.token_counts else ["embeddings"]:
+        for name in self._outputs:
             message.outputs.add(name=name)
         if instruction is not None:
             message.parameters["instruction"].string_param = instruction
         if self.truncate != "END":
             message.parameters["truncate"].string_param = self.truncate
+        if self.embedding_type != "float":
+            message.parameters["embedding_type"].string_param = self.embedding_type
+        if self.is_truncated:
+            message.parameters["is_truncated"].bool_param = True
         return message
 
     def result(self, reply: Any) -> EmbedResult:
@@ -74,13 +84,13 @@ class EmbedRequest:
             ServerFailure: they cannot be the answer to this request.
         """
         arrays: dict[str, npt.NDArray[Any]] = {}
-        types = {"embeddings": ("FP32", np.float32), "token_counts": ("INT32", np.int32)}
         for output, content in zip(reply.outputs, reply.raw_output_contents, strict=False):
-            datatype, dtype = types.get(output.name, (None, None))
+            datatype, dtype = self._outputs.get(output.name, (None, None))
             if datatype == output.datatype:
                 arrays[output.name] = np.frombuffer(content, dtype).reshape(tuple(output.shape))
         empty = np.empty(0, np.float32)
-        return self.checked(EmbedResult(arrays.get("embeddings", empty), arrays.get("token_counts")))
+        vectors = arrays.get(_output_of(self.embedding_type), empty)
+        return self.checked(EmbedResult(vectors, arrays.get("token_counts"), arrays.get("is_truncated")))
 
     def checked(self, result: EmbedResult) -> EmbedResult:
         """The same result, if it can be the answer to this request.
@@ -89,14 +99,27 @@ class EmbedRequest:
             ServerFailure: it cannot.
         """
         embeddings, num_texts = result.embeddings, len(self.texts)
-        if embeddings.ndim != 2 or len(embeddings) != num_texts or embeddings.dtype != np.float32:
+        dtype = np.dtype(NUMBERS[self.embedding_type][1])
+        if embeddings.ndim != 2 or len(embeddings) != num_texts or embeddings.dtype != dtype:
             raise ServerFailure(
-                f"expected embeddings of {num_texts} texts as float32 [{num_texts}, dim]; got {embeddings.dtype} "
+                f"expected embeddings of {num_texts} texts as {dtype} [{num_texts}, dim]; got {embeddings.dtype} "
                 f"{list(embeddings.shape)}; check that the server serves NV-Embed-v2 under this model name"
             )
-        if self.token_counts and (result.token_counts is None or result.token_counts.shape != (num_texts,)):
-            raise ServerFailure(f"expected {num_texts} token counts; got others; update the server")
+        for name, asked in (("token_counts", self.token_counts), ("is_truncated", self.is_truncated)):
+            numbers: npt.NDArray[Any] | None = getattr(result, name)
+            if asked and (numbers is None or numbers.shape != (num_texts,)):
+                raise ServerFailure(f"expected {name} of {num_texts} texts; got others; update the server")
         return result
+
+    @property
+    def _outputs(self) -> dict[str, tuple[str, npt.DTypeLike]]:
+        """What is asked for, by the server's names, and the numbers that it has, by the server's and numpy's name."""
+        outputs = {_output_of(self.embedding_type): NUMBERS[self.embedding_type]}
+        if self.token_counts:
+            outputs["token_counts"] = ("INT32", np.int32)
+        if self.is_truncated:
+            outputs["is_truncated"] = ("BOOL", np.bool_)
+        return outputs
 
 
 def model_info_message(model_name: str) -> Any:
@@ -119,6 +142,10 @@ def model_info_of(reply: Any) -> ModelInfo | None:
     return None
 
 
+def _output_of(embedding_type: EmbeddingType) -> str:
+    return "embeddings" if embedding_type == "float" else f"embeddings_{embedding_type}"
+
+
 def _message(model_name: str, input_name: str, texts: Sequence[str]) -> Any:
     message = service_pb2.ModelInferRequest(model_name=model_name)
     shape = [len(texts)] if input_name == "query" else [1, len(texts)]
@@ -137,6 +164,11 @@ def error_of(code: str, message: str) -> NVEmbedError:
     """
     message = message or code
     match code:
+        case "INVALID_ARGUMENT" if "unexpected inference output" in message:
+            return ServerTooOld(
+                f"expected a server that knows what is asked for; got: {message}; leave it out, or have the server's "
+                "operator update the server, or the outputs in this model's config.pbtxt"
+            )
         case "INVALID_ARGUMENT":
             return InvalidInput(message)
         case "DEADLINE_EXCEEDED":

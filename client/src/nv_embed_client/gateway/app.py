@@ -17,7 +17,7 @@ from nv_embed_client.gateway.embedder import Embedder
 from nv_embed_client.gateway.metrics import GatewayMetrics
 from nv_embed_client.gateway.middleware import AnswerDefects, GuardBody, Measure, Normalize, RequireKey
 from nv_embed_client.gateway.names import names_of
-from nv_embed_client.gateway.reply import Replies
+from nv_embed_client.gateway.reply import TRUNCATED_TEXTS, Replies
 from nv_embed_client.gateway.settings import GatewaySettings
 
 
@@ -53,7 +53,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "HEAD", "POST"],
             allow_headers=["*"],
-            expose_headers=["Retry-After", "X-Should-Retry"],
+            expose_headers=["Retry-After", "X-Should-Retry", TRUNCATED_TEXTS],
         )
     app.add_middleware(Measure, metrics=metrics)
     app.add_middleware(Normalize)

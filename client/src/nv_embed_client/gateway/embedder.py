@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Coroutine, Sequence
+from functools import partial
 from typing import Any
 
 from fastapi import Request
 
 from nv_embed_client.async_client import AsyncNVEmbedClient
-from nv_embed_client.errors import NVEmbedError
+from nv_embed_client.embedding_type import EmbeddingType
+from nv_embed_client.errors import NVEmbedError, ServerTooOld
 from nv_embed_client.gateway import refusals
 from nv_embed_client.gateway.metrics import GatewayMetrics
 from nv_embed_client.gateway.names import Named
@@ -79,7 +81,15 @@ class Embedder:
                 )  # fmt: skip
 
     async def embed(
-        self, request: Request, texts: Sequence[str], named: Named, truncate: Truncate, dimensions: int | None
+        self,
+        request: Request,
+        texts: Sequence[str],
+        named: Named,
+        truncate: Truncate,
+        dimensions: int | None,
+        *,
+        embedding_type: EmbeddingType = "float",
+        is_truncated: bool = False,
     ) -> tuple[EmbedResult, int]:
         """The vectors, and how many tokens all texts had.
 
@@ -87,6 +97,7 @@ class Embedder:
             request: if its client hangs up, the work is cancelled.
             named: the model, and how texts are to be embedded.
             dimensions: what the request wants of each vector.
+            is_truncated: whether it wants to know which texts were cut. If not, an older server need not say.
         """
         if len(texts) > self._settings.max_inputs:
             raise Refusal(
@@ -97,7 +108,7 @@ class Embedder:
                 code=refusals.TOO_MANY,
             )
         seconds = self._settings.request_timeout_seconds
-        work = self._embedded(texts, named, truncate, dimensions)
+        work = self._embedded(texts, named, truncate, dimensions, embedding_type, is_truncated)
         try:
             result = await _unless_hung_up(request, work)
         except NVEmbedError as error:
@@ -109,10 +120,18 @@ class Embedder:
         num_tokens = int(result.token_counts.sum())
         self._metrics.texts.inc(len(texts))
         self._metrics.tokens.inc(num_tokens)
+        if result.is_truncated is not None:
+            self._metrics.truncated_texts.inc(int(result.is_truncated.sum()))
         return result, num_tokens
 
     async def _embedded(
-        self, texts: Sequence[str], named: Named, truncate: Truncate, dimensions: int | None
+        self,
+        texts: Sequence[str],
+        named: Named,
+        truncate: Truncate,
+        dimensions: int | None,
+        embedding_type: EmbeddingType,
+        is_truncated: bool,
     ) -> EmbedResult:
         client, seconds = self._clients[named.model], self._settings.request_timeout_seconds
         if dimensions is not None and dimensions != (own := await client.dimension(seconds)):
@@ -123,14 +142,22 @@ class Embedder:
                 param="dimensions",
                 code="dimensions",
             )
-        return await client.embed(
+        embed = partial(
+            client.embed,
             texts,
             input_type=named.meaning.input_type or "passage",
             instruction=named.meaning.instruction,
             truncate=truncate,
             token_counts=True,
             timeout=seconds,
+            embedding_type=embedding_type,
         )
+        try:
+            return await embed(is_truncated=True)
+        except ServerTooOld:
+            if is_truncated:
+                raise
+        return await embed()
 
     async def is_ready(self) -> bool:
         """Whether Triton answers and all models are loaded."""

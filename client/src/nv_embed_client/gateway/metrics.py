@@ -27,6 +27,9 @@ class GatewayMetrics:
         )
         self.texts = Counter("nv_embed_gateway_texts", "Texts embedded", registry=self._registry)
         self.tokens = Counter("nv_embed_gateway_tokens", "Tokens of texts embedded", registry=self._registry)
+        self.truncated_texts = Counter(
+            "nv_embed_gateway_truncated_texts", "Texts that were too long and were cut", registry=self._registry
+        )
         self.hung_up = Counter(
             "nv_embed_gateway_hung_up", "Requests cancelled because their client hung up", registry=self._registry
         )

@@ -51,15 +51,22 @@ def operations(settings: GatewaySettings, names: dict[str, Named], embedder: Emb
         meaning = decided((name, names[name].meaning), body.input_type, body.instruction, body.prompt_name)
         named = Named(names[name].model, meaning)
         texts = [body.input] if isinstance(body.input, str) else body.input
-        result, num_tokens = await embedder.embed(request, texts, named, body.truncate or "END", body.dimensions)
+        result, num_tokens = await embedder.embed(
+            request, texts, named, body.truncate or "END", body.dimensions,
+            embedding_type=body.embedding_type or "float", is_truncated=body.is_truncated or False,
+        )  # fmt: skip
         in_base64 = body.encoding_format == "base64"
 
         def item(index: int, vector: Any) -> dict[str, Any]:
-            return {"object": "embedding", "index": index, "embedding": as_base64(vector) if in_base64 else vector}
+            embedding = as_base64(vector) if in_base64 else vector
+            told = {"object": "embedding", "index": index, "embedding": embedding}
+            if body.is_truncated and result.is_truncated is not None:
+                told["is_truncated"] = bool(result.is_truncated[index])
+            return told
 
         usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
         tail = b"]," + orjson.dumps({"model": name, "usage": usage})[1:]
-        return replies.response(result.embeddings, item, b'{"object":"list","data":[', tail)
+        return replies.response(result, item, b'{"object":"list","data":[', tail)
 
     @router.get(
         "/v1/models",

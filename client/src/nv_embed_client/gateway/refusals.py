@@ -18,6 +18,7 @@ from nv_embed_client.errors import (
     ModelNotFound,
     NVEmbedError,
     PartialFailure,
+    ServerTooOld,
     Unavailable,
 )
 from nv_embed_client.gateway import paths
@@ -124,6 +125,14 @@ def of_client_error(error: NVEmbedError, model: str, texts: Sequence[str], timeo
                 "not have; choose another of /v1/models, or have the server's operator load it",
                 param="model",
                 code="model_not_found",
+            )
+        case ServerTooOld():
+            logger.error("the server behind this gateway is too old for a request: model %s: %s", model, error)
+            return Refusal(
+                400,
+                "expected fields that the server behind this gateway knows; got 'embedding_type' or 'is_truncated', "
+                "for which it is too old; leave them out, or have its operator update it",
+                code="server_too_old",
             )
         case DeadlineExceeded() if not texts:
             return unavailable(

@@ -7,15 +7,15 @@ import base64
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import orjson
 from fastapi import Response
 from fastapi.responses import StreamingResponse
 
-_NUMBERS_PER_SLICE = 2**14  # a millisecond or two
+from nv_embed_client.embedding_type import Embeddings
+from nv_embed_client.wire import EmbedResult
 
-Vectors = npt.NDArray[np.float32]
+TRUNCATED_TEXTS = "X-Truncated-Texts"  # header: how many texts were cut; absent if none was
+_NUMBERS_PER_SLICE = 2**14  # a millisecond or two
 
 
 class Replies:
@@ -24,14 +24,17 @@ class Replies:
     def __init__(self) -> None:
         self._turn = asyncio.Lock()
 
-    def response(self, vectors: Vectors, item: Callable[[int, Any], Any], head: bytes, tail: bytes) -> Response:
+    def response(self, result: EmbedResult, item: Callable[[int, Any], Any], head: bytes, tail: bytes) -> Response:
         """`head`, the items of all vectors with commas between them, `tail`.
 
         Args:
-            vectors: float32 [n, dim]
-            item: what stands in JSON for a vector, by its index. Floats are written by orjson from the array, never
-                one by one in Python.
+            result: of n texts, at least one.
+            item: what stands in JSON for a vector, by its index. Numbers are written by orjson from the array,
+                never one by one in Python.
         """
+        vectors = result.embeddings
+        num_truncated = 0 if result.is_truncated is None else int(result.is_truncated.sum())
+        headers = {TRUNCATED_TEXTS: str(num_truncated)} if num_truncated else {}
         num_rows = max(1, _NUMBERS_PER_SLICE // vectors.shape[1])
 
         def encoded(start: int) -> bytes:
@@ -40,9 +43,9 @@ class Replies:
             return orjson.dumps(items, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1]
 
         if len(vectors) <= num_rows:
-            return Response(b"".join((head, encoded(0), tail)), media_type="application/json")
+            return Response(b"".join((head, encoded(0), tail)), headers=headers, media_type="application/json")
         return StreamingResponse(
-            self._slices(len(vectors), num_rows, encoded, head, tail), media_type="application/json"
+            self._slices(len(vectors), num_rows, encoded, head, tail), headers=headers, media_type="application/json"
         )
 
     async def _slices(
@@ -58,6 +61,6 @@ class Replies:
         yield tail
 
 
-def as_base64(vector: Vectors) -> str:
-    """A vector's float32 values in little-endian order."""
-    return base64.b64encode(vector.astype("<f4", copy=False).data).decode("ascii")
+def as_base64(vector: Embeddings) -> str:
+    """A vector's numbers in little-endian order."""
+    return base64.b64encode(vector.astype(vector.dtype.newbyteorder("<"), copy=False).data).decode("ascii")

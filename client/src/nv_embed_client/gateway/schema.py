@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic_core import PydanticCustomError
 
+from nv_embed_client.embedding_type import EmbeddingType
 from nv_embed_client.gateway.names import PROMPTS
 
 _INPUT_EXAMPLES = ["The food was delicious.", ["first text", "second text"]]
@@ -99,7 +100,10 @@ class EmbeddingsRequest(BaseModel):
     ] = None
     encoding_format: Annotated[
         Literal["float", "base64"] | None,
-        Field(description="`base64`: the vector's float32 values in little-endian order; null is `float`."),
+        Field(
+            description="`base64`: the bytes of the vector's numbers, little-endian; they are float32 unless "
+            "`embedding_type` says otherwise. null is `float`."
+        ),
     ] = "float"
     input_type: Annotated[
         Literal["query", "passage"] | None,
@@ -126,9 +130,17 @@ class EmbeddingsRequest(BaseModel):
         ),
     ] = "END"
     dimensions: Dimensions = None
-    embedding_type: Annotated[Literal["float"] | None, Field(description="Of the numbers, as NVIDIA's NIM has it.")] = (
-        None
-    )
+    embedding_type: Annotated[
+        EmbeddingType | None,
+        Field(
+            description="Of the numbers, as NVIDIA's NIM has it, and `float16`. `int8` are steps of one size, and "
+            "`uint8` the same + 128; `ubinary` are signs, eight in a byte, and `binary` the same bytes - 128. null is "
+            "`float`."
+        ),
+    ] = None
+    is_truncated: Annotated[
+        bool | None, Field(description="Have each vector say whether its text was too long and was cut.")
+    ] = None
     modality: Annotated[
         Literal["text"] | list[Literal["text"]] | None,
         Field(description="Of all texts or of each, as NVIDIA's NIM has it."),
@@ -169,7 +181,10 @@ class Embedding(BaseModel):
 
     object: Literal["embedding"]
     index: Annotated[int, Field(description="Of the text within `input`.")]
-    embedding: Annotated[list[float] | str, Field(description="Of length 1; a string with `base64`.")]
+    embedding: Annotated[
+        list[float] | str, Field(description="Of length 1, if it is float; a string with `base64`.")
+    ]
+    is_truncated: Annotated[bool, Field(description="Whether its text was cut; only if the request asks.")] = False
 
 
 class Usage(BaseModel):

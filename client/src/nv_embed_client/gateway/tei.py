@@ -121,7 +121,7 @@ def operations(settings: GatewaySettings, embedder: Embedder, replies: Replies) 
         named = Named(settings.default_model, Meaning() if body.prompt_name is None else PROMPTS[body.prompt_name])
         truncate: Literal["END", "NONE"] = "NONE" if body.truncate is False else "END"
         result, _ = await embedder.embed(request, texts, named, truncate, body.dimensions)
-        return replies.response(result.embeddings, lambda _, vector: vector, b"[", b"]")
+        return replies.response(result, lambda _, vector: vector, b"[", b"]")
 
     @router.get("/info", summary="The model in TEI's shape", response_model=Info, responses=tei_responses())
     async def info() -> dict[str, Any]:

@@ -72,7 +72,7 @@ def test_the_methods_of_both_clients_have_the_same_arguments_and_documentation()
         assert inspect.iscoroutinefunction(awaited)
         assert not inspect.iscoroutinefunction(sync)
     assert "instruction" in inspect.signature(NVEmbedClient.embed_query).parameters
-    assert "NDArray[np.float32]" in str(inspect.signature(NVEmbedClient.embed_query).return_annotation)
+    assert "Embeddings" in str(inspect.signature(NVEmbedClient.embed_query).return_annotation)
 
 
 def test_queries_and_documents_are_sent_as_such(call):

@@ -108,7 +108,7 @@ def test_similarity_is_the_cosine_of_all_pairs_or_of_corresponding_rows(model):
     ("wrong", "message"),
     [
         ({"truncate_dim": 128}, "not trained to be cut"),
-        ({"precision": "int8"}, "quantize"),
+        ({"precision": "int4"}, "'int8', 'uint8', 'binary', 'ubinary' as precision"),
         ({"output_value": "token_embeddings"}, "sentence_embedding"),
         ({"prompt_name": "absent"}, "SciFact"),
         ({"batch_size": 0}, "at least 1"),

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import REPO
+from nv_embed_client import EmbedResult
 from nv_embed_client.errors import DeadlineExceeded, Failure, PartialFailure, Unavailable
 from nv_embed_client.gateway.refusals import of_client_error
 from nv_embed_client.gateway.reply import Replies, as_base64
@@ -18,7 +19,8 @@ VECTORS = np.random.default_rng(1).standard_normal((300, 4096)).astype(np.float3
 
 async def sent(replies, events, name, vectors=VECTORS):
     """The body of one reply; each of its pieces is an event."""
-    response = replies.response(vectors, lambda index, vector: {"index": index, "vector": vector}, b"[", b"]")
+    result = EmbedResult(vectors, None)
+    response = replies.response(result, lambda index, vector: {"index": index, "vector": vector}, b"[", b"]")
     if not hasattr(response, "body_iterator"):
         return response.body
     pieces = []
@@ -63,9 +65,11 @@ def test_others_have_a_turn_after_each_slice_however_many_replies_are_written():
     assert max(len(run) for run in written.split()) <= 3
 
 
-def test_base64_is_little_endian_float32():
-    for vector in (VECTORS[0], VECTORS[0].astype(">f4")):
-        np.testing.assert_array_equal(np.frombuffer(base64.b64decode(as_base64(vector)), "<f4"), VECTORS[0])
+@pytest.mark.parametrize("dtype", ["f4", "f2", "i1", "u1"])
+def test_base64_is_little_endian(dtype):
+    vector = np.arange(9).astype(dtype)
+    for ours in (vector, vector.astype(f">{dtype}")):
+        np.testing.assert_array_equal(np.frombuffer(base64.b64decode(as_base64(ours)), f"<{dtype}"), vector)
 
 
 def test_a_proxy_in_the_way_is_said_to_the_caller_without_its_password():

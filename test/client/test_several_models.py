@@ -17,6 +17,7 @@ from nv_embed_client import (
     NVEmbedClient,
     NVEmbedEncoder,
     ServerFailure,
+    ServerTooOld,
     Unavailable,
 )
 from nv_embed_client.connection import Connection
@@ -121,8 +122,9 @@ def test_a_server_from_before_model_info_is_asked_the_old_way(tmp_path, logs):
     repository, address = tmp_path / "models", Address(*free_ports(3))
     add_model(repository, "nv-embed-v2", model_path=str(TOY), device="cpu")
     config = repository / "nv-embed-v2" / "config.pbtxt"
-    old, count = re.subn(r',\s*{\s*name: "model_info".*?}', "", config.read_text("utf-8"), flags=re.DOTALL)
-    assert count == 1
+    new = r',\s*(#[^\n]*\s*)?{\s*name: "(model_info|is_truncated|embeddings_\w+)".*?}'
+    old, count = re.subn(new, "", config.read_text("utf-8"), flags=re.DOTALL)
+    assert count == 7
     config.write_text(old, "utf-8")
     with triton(repository, address, logs / "old.log"), NVEmbedClient(address.url) as client:
         assert client.dimension() == 64
@@ -130,10 +132,16 @@ def test_a_server_from_before_model_info_is_asked_the_old_way(tmp_path, logs):
         np.testing.assert_allclose(client.embed_queries(TEXTS), alone, atol=1e-5)
         with pytest.raises(ServerFailure, match="got an older one; update the server"):
             client.model_info()
+        for asked in ({"embedding_type": "int8"}, {"is_truncated": True}):
+            with pytest.raises(ServerTooOld, match="unexpected inference output"):
+                client.embed(TEXTS, **asked)
         with gateway_client(logs / "before-old.log", address.url) as http:
             assert "dimension" not in http.get("/v1/models/nv-embed-v2").json()
             assert http.post("/v1/embeddings", json={"input": TEXTS, "dimensions": 64}).status_code == 200
             assert http.get("/info").status_code == 424
+            for asked in ({"embedding_type": "int8"}, {"is_truncated": True}):
+                refused = http.post("/v1/embeddings", json={"input": TEXTS, **asked})
+                assert (refused.status_code, refused.json()["error"]["code"]) == (400, "server_too_old")
             eventually(lambda: "got an older one" in (logs / "before-old.log").read_text())
 
 

@@ -50,6 +50,7 @@ class RandomVectors(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ign
         for name, datatype, array in (
             ("embeddings", "FP32", self._vectors[:num_texts]),
             ("token_counts", "INT32", np.full(num_texts, 8, np.int32)),
+            ("is_truncated", "BOOL", np.zeros(num_texts, np.bool_)),
         ):
             reply.outputs.add(name=name, datatype=datatype, shape=array.shape)
             reply.raw_output_contents.append(array.tobytes())

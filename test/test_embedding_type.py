@@ -20,8 +20,8 @@ DTYPES = {
     "float": np.float32, "float16": np.float16, "int8": np.int8, "uint8": np.uint8, "binary": np.int8,
     "ubinary": np.uint8,
 }  # fmt: skip
-NUMBERS = st.floats(-1, 1, width=32)
-ROWS = st.tuples(st.integers(1, 5), st.integers(1, 40)).flatmap(lambda shape: arrays.arrays(np.float32, shape, elements=NUMBERS))  # fmt: skip
+SHAPES = st.tuples(st.integers(1, 5), st.integers(1, 40))
+ROWS = SHAPES.flatmap(lambda shape: arrays.arrays(np.float32, shape, elements=st.floats(-1, 1, width=32)))
 
 
 def unit_rows(num_rows: int, dimension: int) -> np.ndarray:
@@ -83,7 +83,7 @@ def test_whole_numbers_keep_the_direction(dimension):
 
 def test_the_config_declares_every_output_that_an_answer_may_have():
     text = (ROOT / "model_repository" / MODEL_NAME / "config.pbtxt").read_text(encoding="utf-8")
-    assert OUTPUTS == {*re.findall(r'name: "(\w+)"', text[text.index("output [") :])}
+    assert {*re.findall(r'name: "(\w+)"', text[text.index("output [") :])} == OUTPUTS
 
 
 # --- as Triton sends them -------------------------------------------------------------------------------
@@ -201,7 +201,10 @@ def test_a_model_with_an_older_config_answers_as_before_and_says_what_it_lacks(t
     path.write_text(old, encoding="utf-8")
     with Server(repository / "log.txt", toy, command=[repository / "serve.sh"]) as server:
         assert set(server.infer(query=["x"], outputs=None)) == {"embeddings", "token_counts"}
-        for parameters, output in (({"embedding_type": "int8"}, "embeddings_int8"), ({"is_truncated": True}, "is_trunc")):
+        for parameters, output in (
+            ({"embedding_type": "int8"}, "embeddings_int8"),
+            ({"is_truncated": True}, "is_trunc"),
+        ):
             with pytest.raises(triton.InferenceServerException, match=f"declares the output '{output}"):
                 server.infer(query=["x"], parameters=parameters, outputs=None)
         with pytest.raises(triton.InferenceServerException, match="unexpected inference output 'is_truncated'"):

@@ -216,7 +216,8 @@ def test_many_compact_vectors_come_whole(http, client):
     texts = [f"text {number}" for number in range(700)]
     answer = post(http, input=texts, embedding_type="uint8").json()["data"]
     np.testing.assert_array_equal(
-        np.array([each["embedding"] for each in answer], np.uint8), client.embed_documents(texts, embedding_type="uint8")
+        np.array([each["embedding"] for each in answer], np.uint8),
+        client.embed_documents(texts, embedding_type="uint8"),
     )
 
 

@@ -87,9 +87,7 @@ class Core(Settings):
         embedding_type: EmbeddingType = "float",
     ) -> Plan[Embeddings]:
         """Any number of queries, each embedded as `embed_query` does: [n, dim], in input order."""
-        call = Call(
-            "query", instruction, truncate, progress=progress, timeout=timeout, embedding_type=embedding_type
-        )
+        call = Call("query", instruction, truncate, progress=progress, timeout=timeout, embedding_type=embedding_type)
         return (yield from self._embed_as(call, texts)).embeddings
 
     def _embed_documents(
@@ -103,9 +101,7 @@ class Core(Settings):
         embedding_type: EmbeddingType = "float",
     ) -> Plan[Embeddings]:
         """Any number of documents, without instruction unless one is given: [n, dim], in input order."""
-        call = Call(
-            "passage", instruction, truncate, progress=progress, timeout=timeout, embedding_type=embedding_type
-        )
+        call = Call("passage", instruction, truncate, progress=progress, timeout=timeout, embedding_type=embedding_type)
         return (yield from self._embed_as(call, texts)).embeddings
 
     def _embed(

@@ -41,8 +41,8 @@ class NVEmbedEncoder:
     model = NVEmbedEncoder("localhost:8001")
     model.similarity(model.encode_query("..."), model.encode_document(["...", "..."]))
 
-    Vectors have length 1 and are float32, unless `precision` says otherwise. A prompt is the model's instruction: it stands before each text
-    and is left out of the pooling, as the published model has it.
+    Vectors have length 1 and are float32, unless `precision` says otherwise. A prompt is the model's instruction: it
+    stands before each text and is left out of the pooling, as the published model has it.
 
     Attributes:
         prompts: by name: "query" is the standard instruction, "document" is none, the others are the published
@@ -101,8 +101,7 @@ class NVEmbedEncoder:
             batch_size: texts in one request; the server forms its own batches.
             show_progress_bar: None is False.
             output_value: only "sentence_embedding": the server has no others.
-            precision: "int8" and "uint8" have the same steps in every call, which depend on no other texts. "binary" and
-                "ubinary" are as sentence-transformers has them.
+            precision: as in the original, but the steps of "int8" and "uint8" are the same in every call.
             convert_to_numpy: False for a list of tensors.
             convert_to_tensor: True for one tensor, on the CPU; goes before `convert_to_numpy`.
             device: ignored; the server knows its own.

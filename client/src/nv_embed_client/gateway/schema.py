@@ -181,9 +181,7 @@ class Embedding(BaseModel):
 
     object: Literal["embedding"]
     index: Annotated[int, Field(description="Of the text within `input`.")]
-    embedding: Annotated[
-        list[float] | str, Field(description="Of length 1, if it is float; a string with `base64`.")
-    ]
+    embedding: Annotated[list[float] | str, Field(description="Of length 1, if it is float; a string with `base64`.")]
     is_truncated: Annotated[bool, Field(description="Whether its text was cut; only if the request asks.")] = False
 
 

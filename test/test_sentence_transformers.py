@@ -228,6 +228,22 @@ def test_half_precision_is_close_and_float32_is_exact_whatever_the_files_hold(co
         np.testing.assert_allclose(np.linalg.norm(got, axis=1), 1, atol=1e-6)
 
 
+def test_a_long_text_in_half_precision_is_what_the_library_makes_of_it(copy):
+    """Positions are multiplied by frequencies, which the library keeps in float32."""
+    folder = copy("qwen3")
+    change(folder / "sentence_bert_config.json", max_seq_length=4000)
+    change(folder / "config.json", max_position_embeddings=4000)
+    change(folder / "tokenizer_config.json", model_max_length=4000)
+    texts = ["".join(map(chr, np.random.default_rng(0).integers(97, 123, 3000)))]
+    engine, tokenizer = load(folder, dtype="bfloat16")
+    library = tiny_models.SentenceTransformer(
+        str(folder), device="cpu", local_files_only=True, model_kwargs={"dtype": torch.bfloat16}
+    )
+    expected = library.encode(texts, normalize_embeddings=True, convert_to_tensor=True).float()
+    distance = np.linalg.norm(engine.embed(tokenizer.encode(texts, "")) - expected.numpy())
+    assert distance < 0.002, "with rounded frequencies it is 0.008"
+
+
 def test_threads_share_one_model_and_one_tokenizer(folders, references):
     folder = folders["qwen3"]
     checkpoint = read_checkpoint(folder)

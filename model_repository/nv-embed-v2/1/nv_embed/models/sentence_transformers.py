@@ -92,7 +92,7 @@ class SentenceTransformersCheckpoint:
             longest_text=longest_text,
             hidden_size=hidden_size,
             numbers_per_token=6 * hidden_size + 3 * intermediate_size if intermediate_size else 2,
-            dtype=config.dtype() if {"dtype", "torch_dtype"} & config.raw.keys() else "float32",
+            dtype=config.dtype() if config.raw.get("dtype") or config.raw.get("torch_dtype") else "float32",
             is_prompt_pooled=all(
                 module.config().raw.get("include_prompt") is not False for module in modules if module.kind == "Pooling"
             ),
@@ -162,7 +162,9 @@ class SentenceTransformersCheckpoint:
                 processor_kwargs=_special_token_arguments(first) if is_network else {},
             )  # fmt: skip
             missing = spoil_missing(library.transformers_model) if is_network else []
-            library.eval().to(device=device, dtype=dtype)
+            # A network is in this precision already, but for what it computes in float32, such as rotary frequencies.
+            # Rounded, those would turn the vectors of long texts.
+            library.eval().to(device=device, dtype=None if is_network else dtype)
             pad_id = (library.tokenizer.pad_token_id or 0) if is_network else None
             model = LibraryModel(library, device, self.dimension, pad_id=pad_id)
             longest = library.max_seq_length or 2**31

@@ -87,6 +87,7 @@ class LibraryTokenizer:
         adds_special_tokens: bool = True,
         cut_side: str = "right",
         special_ids: frozenset[int] | None = None,
+        empty_ids: frozenset[int] = frozenset(),
     ) -> None:
         """
         Args:
@@ -95,9 +96,10 @@ class LibraryTokenizer:
             adds_special_tokens: whether its special tokens are put around a text.
             cut_side: where a text is cut: 'left' or 'right'.
             special_ids: its special tokens, if the pooling leaves the instruction out; None: all is pooled.
+            empty_ids: tokens that add nothing to a vector.
         """
         self._tokenizer, self._adds_special_tokens = tokenizer, adds_special_tokens
-        self._special_ids = special_ids
+        self._special_ids, self._empty_ids = special_ids, empty_ids
         tokenizer.no_padding()
         tokenizer.enable_truncation(max_sequence_tokens, direction=cut_side)
         self.max_sequence_tokens = max_sequence_tokens
@@ -129,7 +131,7 @@ class LibraryTokenizer:
                     got=f"text {index} with more than that, its instruction included",
                     remedy="shorten it, or set 'truncate' to 'END'",
                 )
-            if not encoding.ids:
+            if self._empty_ids.issuperset(encoding.ids):
                 raise InvalidRequest.of(
                     expected="texts with at least one token that the model knows",
                     got=f"text {index} without any, which has no vector",

@@ -110,7 +110,7 @@ class SentenceTransformersCheckpoint:
         if first.kind == "StaticEmbedding":
             table = _rust_tokenizer(first)
             limit = min((table.truncation or {}).get("max_length", max_sequence_tokens), max_sequence_tokens)
-            return LibraryTokenizer(table, limit, adds_special_tokens=False)
+            return LibraryTokenizer(table, limit, adds_special_tokens=False, empty_ids=_empty_ids(first))
         import_library()
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -299,6 +299,18 @@ def _shapes(module: Module) -> Iterator[tuple[str, tuple[int, ...]]]:
                 f"{path}: expected a complete safetensors file; got one of {path.stat().st_size} bytes that is cut "
                 f"short or damaged ({error}); download it again"
             ) from None
+
+
+def _empty_ids(table: Module) -> frozenset[int]:
+    """Tokens whose row in a table of token vectors is zero, so that a text of them alone has no vector."""
+    with safe_open(table.folder / "model.safetensors", framework="pt") as file:
+        names = file.keys()
+        rows = file.get_tensor("embeddings" if "embeddings" in names else "embedding.weight").any(dim=1)
+        if "mapping" in names:  # as model2vec saves rows that tokens share, and what a token's row is multiplied by
+            rows = rows[file.get_tensor("mapping").long()]
+        if "weights" in names:
+            rows &= file.get_tensor("weights") != 0
+    return frozenset((~rows).nonzero().flatten().tolist())
 
 
 def _rust_tokenizer(module: Module) -> RustTokenizer:

@@ -281,22 +281,25 @@ def test_padding_is_at_most_a_quarter_of_the_tokens(texts):
     assert len(groups) <= 2 * (1 + np.log(600 / 1) / np.log(1 + MOST_PADDING))
 
 
+class OneByOne:
+    """The smallest pieces, and what was asked for."""
+
+    def __init__(self):
+        self.asked: list[tuple[int, int]] = []
+        self.marks = 0
+
+    def pieces(self, num_rows, multiply_adds, fewest_rows=192):
+        assert fewest_rows == 1
+        self.asked.append((num_rows, multiply_adds))
+        for row in range(num_rows):
+            yield slice(row, row + 1)
+
+    def little_left(self):
+        self.marks += 1
+
+
 def test_a_pass_is_divided_so_that_short_batches_may_go_first(folders, references):
     """By texts, each for what it costs."""
-
-    class OneByOne:
-        asked: list[tuple[int, int]] = []  # noqa: RUF012 - one test
-        marks = 0
-
-        def pieces(self, num_rows, multiply_adds, fewest_rows=192):
-            assert fewest_rows == 1
-            self.asked.append((num_rows, multiply_adds))
-            for row in range(num_rows):
-                yield slice(row, row + 1)
-
-        def little_left(self):
-            self.marks += 1
-
     engine, tokenizer = load(folders["bert_cls"])
     work = OneByOne()
     with torch.inference_mode():
@@ -307,6 +310,13 @@ def test_a_pass_is_divided_so_that_short_batches_may_go_first(folders, reference
     num_layers, hidden_size, inner = 2, 32, 48
     matrices = num_layers * (4 * hidden_size**2 + 2 * hidden_size * inner)
     assert 24 * matrices < work.asked[0][1] < 24 * 2 * matrices
+
+
+def test_rows_of_a_table_cost_nothing_however_many_it_has(folders):
+    engine, tokenizer = load(folders["static"])
+    (sequence,), work = tokenizer.encode(["water boils"], ""), OneByOne()
+    engine.model.embed([sequence], work)
+    assert work.asked == [(1, sequence.num_tokens)]
 
 
 # --- what is refused -------------------------------------------------------------------------------------

@@ -203,8 +203,9 @@ class LibraryModel:
             pad_id: the padding token; None for a table of token vectors, whose texts need no padding.
         """
         self._library, self._device, self._dimension, self._pad_id = library, device, dimension, pad_id
-        tables = {id(each.weight) for each in library.modules() if isinstance(each, torch.nn.Embedding)}
-        self._multiply_adds = sum(each.numel() for each in library.parameters() if id(each) not in tables)
+        kinds = (torch.nn.Embedding, torch.nn.EmbeddingBag)
+        tables = {id(each.weight) for each in library.modules() if isinstance(each, kinds)}
+        self._multiply_adds = max(sum(each.numel() for each in library.parameters() if id(each) not in tables), 1)
 
     @torch.inference_mode()
     def compare(self, tokenizer: LibraryTokenizer, prompts: dict[str, str], missing: list[str]) -> None:

@@ -17,10 +17,9 @@ from torch import Tensor
 from nv_embed.errors import CheckpointError, InvalidRequest, in_short
 from nv_embed.models.protocol import Work
 from nv_embed.sequence import TokenSequence
+from nv_embed.tokenizer import CUT_MARGIN_CHARACTERS, nothing_left, too_long
 
 MOST_PADDING = 0.25  # of a group's tokens
-# How a text is tokenized near a cut can depend on what was cut off, but not from this many characters away.
-_CUT_MARGIN_CHARACTERS = 4096
 SAMPLES = (
     "Water: вода, 水.",
     "Das Wasser kocht; вода кипит; 水沸腾了. On a mountain the air presses LESS, so it boils at a lower temperature. ",
@@ -105,7 +104,7 @@ class LibraryTokenizer:
         self.max_sequence_tokens = max_sequence_tokens
         # Most huge texts are cut before they are tokenized, which bounds time and memory.
         longest_token = max(map(len, tokenizer.get_vocab()), default=1)
-        self._max_characters = max_sequence_tokens * longest_token + _CUT_MARGIN_CHARACTERS
+        self._max_characters = max_sequence_tokens * longest_token + CUT_MARGIN_CHARACTERS
         self._may_cut_characters = cut_side == "right"
 
     def encode(
@@ -123,26 +122,25 @@ class LibraryTokenizer:
             InvalidRequest: a text is too long and may not be cut, has no token, or nothing of it would be pooled.
         """
         num_masked = self._num_instruction_tokens(instruction)
+        encodings = self._encode([instruction + text for text in texts])
+        # A table takes the mean of all tokens: an instruction must not stand in for a text that it knows nothing of.
+        own = self._encode(list(texts)) if instruction and not self._adds_special_tokens else encodings
         sequences = []
-        for index, encoding in enumerate(self._encode([instruction + text for text in texts]), start=first_index):
-            if encoding.overflowing and not truncate:
-                raise InvalidRequest.of(
-                    expected=f"texts of at most {self.max_sequence_tokens} tokens, as 'truncate' is 'NONE'",
-                    got=f"text {index} with more than that, its instruction included",
-                    remedy="shorten it, or set 'truncate' to 'END'",
-                )
-            if self._empty_ids.issuperset(encoding.ids):
+        for index, (encoding, of_text) in enumerate(zip(encodings, own, strict=True), start=first_index):
+            limit = self.max_sequence_tokens
+            if encoding.overflowing:
+                if not truncate:
+                    raise too_long(index, limit, "more than that")
+                if self._may_cut_characters and (room := self._encode([instruction])[0]) and len(room.ids) >= limit:
+                    raise nothing_left(index, limit, len(room.ids))
+            if self._empty_ids.issuperset(of_text.ids):
                 raise InvalidRequest.of(
                     expected="texts with at least one token that the model knows",
                     got=f"text {index} without any, which has no vector",
                     remedy="leave it out",
                 )
             if len(encoding.ids) <= num_masked:
-                raise InvalidRequest.of(
-                    expected="an instruction that leaves some of each text to pool",
-                    got=f"text {index} cut to {len(encoding.ids)} tokens, with an instruction of {num_masked}",
-                    remedy="shorten the instruction",
-                )
+                raise nothing_left(index, limit, num_masked)
             sequences.append(TokenSequence(np.array(encoding.ids, dtype=np.int32), num_masked))
         return sequences
 
@@ -163,7 +161,7 @@ class LibraryTokenizer:
         if self._special_ids is None or not instruction:
             return 0
         (encoding,) = self._encode([instruction])
-        return len(encoding.ids) - (encoding.ids[-1] in self._special_ids)
+        return len(encoding.ids) - (encoding.ids[-1:] != [] and encoding.ids[-1] in self._special_ids)
 
 
 def groups_of(sequences: Sequence[TokenSequence]) -> list[list[int]]:

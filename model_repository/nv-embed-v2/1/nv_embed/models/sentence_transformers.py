@@ -25,7 +25,7 @@ from tokenizers import normalizers
 from nv_embed.errors import CheckpointError, DeviceError, in_short
 from nv_embed.models.config_file import Section, read_json
 from nv_embed.models.library_model import LibraryModel, LibraryTokenizer, import_library, spoil_missing
-from nv_embed.models.pipeline import read_modules, read_prompts
+from nv_embed.models.pipeline import pooling_modes, read_modules, read_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +58,7 @@ class SentenceTransformersCheckpoint:
     dimension: int
     query_instruction: str
     document_instruction: str
+    pooling: str
     longest_text: int | None
     hidden_size: int
     numbers_per_token: int  # that a pass keeps at most: an estimate
@@ -89,6 +90,10 @@ class SentenceTransformersCheckpoint:
             dimension=min(dimension, whole.integer("truncate_dim", dimension)),
             query_instruction=query,
             document_instruction=document,
+            pooling="+".join(
+                mode for module in modules if module.kind == "Pooling" for mode in pooling_modes(module.config())
+            )
+            or "mean",
             longest_text=longest_text,
             hidden_size=hidden_size,
             numbers_per_token=6 * hidden_size + 3 * intermediate_size if intermediate_size else 2,
@@ -271,9 +276,7 @@ def _dimension_after(module: Module, dimension: int) -> int:
             config.refuse("activation_function", "one of torch's, because the library puts Tanh in another's place")
         return config.integer("out_features")
     if module.kind == "Pooling":
-        raw = module.config().raw
-        modes = raw.get("pooling_mode", [key for key in raw if raw[key] is True and "_mode_" in key])
-        return dimension * (max(len(modes), 1) if isinstance(modes, list) else 1)
+        return dimension * len(pooling_modes(module.config()))
     return dimension
 
 

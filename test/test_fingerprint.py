@@ -46,15 +46,22 @@ def test_any_byte_of_a_small_file_is_noticed(mini, checkpoint, name, place):
     assert fingerprint(checkpoint) != fingerprint(mini)
 
 
-def test_a_file_of_the_library_s_modules_is_noticed_and_a_model_card_is_not(mini, checkpoint):
+def test_a_model_card_is_not_noticed_nor_another_format_of_the_weights(mini, checkpoint):
     (checkpoint / "README.md").write_text("another card")
     (checkpoint / "results.json").unlink()
     (checkpoint / "onnx").mkdir()
     (checkpoint / "onnx" / "config.json").write_text("{}")
     assert fingerprint(checkpoint) == fingerprint(mini)
-    (checkpoint / "1_Pooling").mkdir()
-    (checkpoint / "1_Pooling" / "config.json").write_text("{}")
-    assert fingerprint(checkpoint) != fingerprint(mini)
+
+
+def test_the_files_of_a_module_count_wherever_modules_json_says(tmp_path):
+    (tmp_path / "modules.json").write_text('[{"type": "a.Pooling", "path": "pooling"}]')
+    (tmp_path / "pooling").mkdir()
+    seen = set()
+    for mode in ("mean", "cls"):
+        (tmp_path / "pooling" / "config.json").write_text(f'{{"pooling_mode": "{mode}"}}')
+        seen.add(fingerprint(tmp_path))
+    assert len(seen) == 2
 
 
 def test_a_file_moved_or_cut_elsewhere_is_noticed(tmp_path):

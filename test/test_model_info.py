@@ -26,6 +26,7 @@ def test_it_says_what_is_in_force(toy_server_of_64_tokens, toy):
         "kind": "nv_embed",
         "fingerprint": fingerprint(toy),
         "dimension": 64,
+        "pooling": "mean",
         "dtype": "float32",
         "device": "cpu",
         "query_prompt": "Instruct: Given a question, retrieve passages that answer the question\nQuery: ",

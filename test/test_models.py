@@ -59,6 +59,7 @@ class BagCheckpoint:
     query_instruction: str = "query: "
     document_instruction: str = "passage: "
     longest_text: int = 512
+    pooling: str = "mean"
 
     def tokenizer(self, folder, max_sequence_tokens):
         template = Template(first="<s>", last="", is_instruction_pooled=True)
@@ -124,6 +125,7 @@ class Text:
 class Letters:
     """How often each letter comes, by "a library" that knows no packed tokens."""
 
+    pooling = "mean"
     dimension, hidden_size, longest_text, dtype = 26, 26, None, "float32"
     query_instruction, document_instruction = "", ""
     numbers_per_token = 1

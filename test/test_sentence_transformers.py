@@ -231,6 +231,22 @@ def test_half_precision_is_close_and_float32_is_exact_whatever_the_files_hold(co
         np.testing.assert_allclose(np.linalg.norm(got, axis=1), 1, atol=1e-6)
 
 
+def test_a_long_text_in_half_precision_is_what_the_library_makes_of_it(copy):
+    """Positions are multiplied by frequencies, which the library keeps in float32."""
+    folder = copy("qwen3")
+    change(folder / "sentence_bert_config.json", max_seq_length=4000)
+    change(folder / "config.json", max_position_embeddings=4000)
+    change(folder / "tokenizer_config.json", model_max_length=4000)
+    texts = ["".join(map(chr, np.random.default_rng(0).integers(97, 123, 3000)))]
+    engine, tokenizer = load(folder, dtype="bfloat16")
+    library = tiny_models.SentenceTransformer(
+        str(folder), device="cpu", local_files_only=True, model_kwargs={"dtype": torch.bfloat16}
+    )
+    expected = library.encode(texts, normalize_embeddings=True, convert_to_tensor=True).float()
+    distance = np.linalg.norm(engine.embed(tokenizer.encode(texts, "")) - expected.numpy())
+    assert distance < 0.002, "with rounded frequencies it is 0.008"
+
+
 def test_threads_share_one_model_and_one_tokenizer(folders, references):
     folder = folders["qwen3"]
     checkpoint = read_checkpoint(folder)
@@ -268,22 +284,25 @@ def test_padding_is_at_most_a_quarter_of_the_tokens(texts):
     assert len(groups) <= 2 * (1 + np.log(600 / 1) / np.log(1 + MOST_PADDING))
 
 
+class OneByOne:
+    """The smallest pieces, and what was asked for."""
+
+    def __init__(self):
+        self.asked: list[tuple[int, int]] = []
+        self.marks = 0
+
+    def pieces(self, num_rows, multiply_adds, fewest_rows=192):
+        assert fewest_rows == 1
+        self.asked.append((num_rows, multiply_adds))
+        for row in range(num_rows):
+            yield slice(row, row + 1)
+
+    def little_left(self):
+        self.marks += 1
+
+
 def test_a_pass_is_divided_so_that_short_batches_may_go_first(folders, references):
     """By texts, each for what it costs."""
-
-    class OneByOne:
-        asked: list[tuple[int, int]] = []  # noqa: RUF012 - one test
-        marks = 0
-
-        def pieces(self, num_rows, multiply_adds, fewest_rows=192):
-            assert fewest_rows == 1
-            self.asked.append((num_rows, multiply_adds))
-            for row in range(num_rows):
-                yield slice(row, row + 1)
-
-        def little_left(self):
-            self.marks += 1
-
     engine, tokenizer = load(folders["bert_cls"])
     work = OneByOne()
     with torch.inference_mode():
@@ -294,6 +313,13 @@ def test_a_pass_is_divided_so_that_short_batches_may_go_first(folders, reference
     num_layers, hidden_size, inner = 2, 32, 48
     matrices = num_layers * (4 * hidden_size**2 + 2 * hidden_size * inner)
     assert 24 * matrices < work.asked[0][1] < 24 * 2 * matrices
+
+
+def test_rows_of_a_table_cost_nothing_however_many_it_has(folders):
+    engine, tokenizer = load(folders["static"])
+    (sequence,), work = tokenizer.encode(["water boils"], ""), OneByOne()
+    engine.model.embed([sequence], work)
+    assert work.asked == [(1, sequence.num_tokens)]
 
 
 # --- what is refused -------------------------------------------------------------------------------------
@@ -427,15 +453,20 @@ def test_a_long_batch_pauses_so_that_a_short_one_may_go_first(minilm):
     np.testing.assert_allclose(np.concatenate(inner), np.repeat(engine.embed([short]), len(inner), axis=0), atol=1e-5)
 
 
-def test_a_vector_of_zeros_is_no_vector(copy):
-    folder = copy("static")
+@pytest.mark.parametrize(("family", "tensor"), [("static", "embedding.weight"), ("model2vec", "weights")])
+def test_a_text_whose_tokens_all_have_rows_of_zeros_is_named(copy, family, tensor):
+    """As the unknown token's is in a static twin."""
+    folder = copy(family)
     tensors = load_file(folder / "model.safetensors")
     ids = json.loads((folder / "tokenizer.json").read_text("utf-8"))["model"]["vocab"]
-    tensors["embedding.weight"][ids["z"]] = 0
+    tensors[tensor][ids["z"]] = 0
     save_file(tensors, folder / "model.safetensors")
     engine, tokenizer = load(folder)
-    is_nan = np.isnan(engine.embed(tokenizer.encode(["water z", "z z"], ""))).all(axis=1)
-    assert is_nan.tolist() == [False, True]  # which the scheduler answers with an error
+    with pytest.raises(InvalidRequest, match="at least one token that the model knows; got text 1 without any"):
+        tokenizer.encode(["water z", "z z"], "")
+    np.testing.assert_allclose(
+        engine.embed(tokenizer.encode(["water z"], "")), engine.embed(tokenizer.encode(["water"], "")), atol=1e-6
+    )
 
 
 def test_gemma3_is_refused_in_float16(folders):

@@ -49,11 +49,17 @@ def test_the_defaults_are_what_they_were():
 
 def test_variables_concern_nv_embed_v2_or_the_model_that_one_of_them_names():
     environ = {"NV_EMBED_DEVICE": "cpu", "HOME": "/"}
-    assert variables_of("nv-embed-v2", environ) == environ
-    assert variables_of("other", environ) == {}
+    models = ["nv-embed-v2", "other"]
+    assert variables_of("nv-embed-v2", environ, models) == environ
+    assert variables_of("other", environ, models) == {}
     named = environ | {"NV_EMBED_MODEL_NAME": "other"}
-    assert variables_of("other", named) == environ
-    assert variables_of("nv-embed-v2", named) == {}
+    assert variables_of("other", named, models) == environ
+    assert variables_of("nv-embed-v2", named, models) == {}
+    for model in models:
+        with pytest.raises(
+            ConfigError, match=r"NV_EMBED_MODEL_NAME: expected .* \(nv-embed-v2, other\); got 'othr'; correct"
+        ):
+            variables_of(model, named | {"NV_EMBED_MODEL_NAME": "othr"}, models)
 
 
 def test_every_meaning_is_a_sentence_and_every_number_has_its_unit():

@@ -41,8 +41,24 @@ def test_the_key_of_a_text_tells_what_of_it_is_pooled(toy):
 
 
 def test_an_instruction_that_leaves_nothing_to_pool_is_refused(toy):
-    with pytest.raises(InvalidRequest, match=r"leaves some of each text to pool.*shorten the instruction"):
+    with pytest.raises(InvalidRequest, match=r"leaves some of each text.*shorten the instruction"):
         tokenizer(toy, 8).encode(["x"], "a long instruction of many words: ")
+
+
+@pytest.mark.parametrize("is_pooled", [False, True])
+def test_texts_are_refused_that_a_cut_would_make_all_alike(toy, is_pooled):
+    template = Template(first="<s>", last="", is_instruction_pooled=is_pooled)
+    one = Tokenizer(toy / "tokenizer.json", template, vocab_size=1024, max_sequence_tokens=99)
+    (whole,) = one.encode(["water"], "query: ")
+    num_instruction = len(RustTokenizer.from_file(str(toy / "tokenizer.json")).encode("query: ").ids)
+    for limit in range(2, whole.num_tokens):
+        cut = Tokenizer(toy / "tokenizer.json", template, vocab_size=1024, max_sequence_tokens=limit)
+        if limit <= num_instruction:
+            with pytest.raises(InvalidRequest, match="leaves some of each text"):
+                cut.encode(["water"], "query: ")
+        else:
+            first, second = cut.encode(["water", "iron"], "query: ")
+            assert first.digest() != second.digest()
 
 
 def test_special_tokens_inside_a_text_become_special(toy):

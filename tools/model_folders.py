@@ -91,8 +91,12 @@ def _escaped(value: str) -> str:
 
 
 def _unescaped(literal: str) -> str:
+    """What a string of Protobuf's text format means: octal numbers are bytes of UTF-8."""
+
     def character(found: re.Match[str]) -> str:
         octal, other = found.groups()
-        return chr(int(octal, 8)) if octal else _ESCAPES.get(other, other)
+        return bytes([int(octal, 8) & 255]).decode("latin-1") if octal else _ESCAPES.get(other, other)
 
-    return re.sub(r"\\(?:([0-7]{1,3})|(.))", character, literal[1:-1], flags=re.S)
+    raw = literal[1:-1].encode("utf-8", "surrogateescape").decode("latin-1")
+    text = re.sub(r"\\(?:([0-7]{1,3})|(.))", character, raw, flags=re.S)
+    return text.encode("latin-1").decode("utf-8", "surrogateescape")

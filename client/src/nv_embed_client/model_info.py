@@ -20,6 +20,8 @@ class ModelInfo:
     """Of its checkpoint's files: the same on every machine, another one for other weights, tokenizer or config."""
     dimension: int
     """Numbers of a vector."""
+    pooling: str
+    """How the vectors of tokens become one, such as 'mean', 'cls' or 'lasttoken'."""
     dtype: str
     """The precision it computes in; several, separated by commas, if its devices differ."""
     device: str

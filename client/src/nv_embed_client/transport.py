@@ -112,7 +112,8 @@ class MockTransport(Transport):
 def _mock_info(dimension: int) -> ModelInfo:
     """As a server with default settings tells it."""
     return ModelInfo(
-        name="nv-embed-v2", kind="mock", fingerprint="0" * 32, dimension=dimension, dtype="float32", device="cpu",
+        name="nv-embed-v2", kind="mock", fingerprint="0" * 32, dimension=dimension, pooling="mean",
+        dtype="float32", device="cpu",
         query_prompt=QUERY_INSTRUCTION, document_prompt="", max_sequence_tokens=32768, max_request_documents=16384,
         max_request_bytes=2**26, max_queue_bytes=2**28, max_queue_tokens=4_000_000, max_queue_texts=131_072,
         max_queue_milliseconds=60_000,

@@ -54,10 +54,13 @@ class TritonPythonModel:
         """Load and warm up; an exception here ends the server with its message."""
         self._name = args["model_name"]
         _log_to_triton(self._name)
-        faulthandler.enable()  # a crash inside a library prints every thread's stack into the server's log
+        # A crash inside a library prints the stack of its thread into the server's log. Those of others change while
+        # they are printed, which has ended the printing before it came to the one that matters.
+        faulthandler.enable(all_threads=False)
         # Without a locale, Triton's Python reads files as ASCII. Torch's compiler reads its own, which are not ASCII.
         with suppress(locale.Error):
             locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
+        self._models = [path.name for path in Path(args["model_repository"]).parent.iterdir()]  # that one may name
         self._watchdog = Watchdog(self._name)
         try:
             config = json.loads(args["model_config"])
@@ -95,7 +98,7 @@ class TritonPythonModel:
         try:
             config = Settings.from_parameters(
                 {name: value["string_value"] for name, value in parameters.items()},
-                variables_of(self._name, os.environ),
+                variables_of(self._name, os.environ, self._models),
             )
             folder = _in_ascii(config.model_path)
             checkpoint = read_checkpoint(folder)
@@ -109,13 +112,14 @@ class TritonPythonModel:
             self._instructions = Instructions(config.query_prompt, config.document_prompt)
             assert config.max_sequence_tokens
             tokenizer = checkpoint.tokenizer(folder, config.max_sequence_tokens)
-            try:
-                tokenizer.encode([SAMPLE_TEXT], self._instructions.query)
-            except InvalidRequest:
-                raise ConfigError(
-                    f"max_sequence_tokens ({config.max_sequence_tokens}) leaves nothing of a query beside its "
-                    "instruction; raise it"
-                ) from None
+            for kind, prompt in (("query", config.query_prompt), ("document", config.document_prompt)):
+                try:
+                    tokenizer.encode([SAMPLE_TEXT], prompt)
+                except InvalidRequest:
+                    raise ConfigError(
+                        f"max_sequence_tokens ({config.max_sequence_tokens}) leaves nothing of a {kind} beside "
+                        f"{kind}_prompt; raise it"
+                    ) from None
             engines = load_engines(
                 folder, checkpoint, devices=config.device, dtype=config.dtype, attention=config.attention,
                 compile_layers=config.compile, max_sequence_tokens=config.max_sequence_tokens,
@@ -133,6 +137,7 @@ class TritonPythonModel:
                 kind=kind_of(folder),
                 fingerprint=fingerprint(folder),  # now, because the files are in memory after loading
                 dimension=checkpoint.dimension,
+                pooling=checkpoint.pooling,
             )
         except (StartupError, OSError) as error:  # OSError: such as a file that this user may not read
             raise pb_utils.TritonModelException(f"the server does not start: {error}") from None
@@ -181,7 +186,7 @@ class TritonPythonModel:
                 if reply.wants_vectors:
                     self._batcher.submit(embed_request, reply)
                 else:
-                    self._batcher.answer_without_vectors(embed_request, reply)
+                    self._batcher.answer_without_vectors(reply)
 
     def is_ready(self) -> bool:
         """What Triton asks, from release 26.03 on, before it calls the model and itself ready."""

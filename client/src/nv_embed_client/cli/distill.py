@@ -20,8 +20,8 @@ def add_to(commands: Commands, server: argparse.ArgumentParser) -> None:
         "distill",
         parents=[server],
         help="make a static model that imitates the served one",
-        description="Make a folder with a static model that imitates the served one. It needs no network, no GPU and "
-        "no server. model2vec and sentence-transformers load it. The licence of the served model may bind it.",
+        description="Make a folder with a static model that imitates the served one. Only making it needs the server: "
+        "model2vec and sentence-transformers load it without one. The licence of the served model may bind it.",
     )
     parser.add_argument("out", metavar="OUT", help="the folder to make; it must not exist, or be empty")
     parser.add_argument(

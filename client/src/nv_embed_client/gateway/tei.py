@@ -131,7 +131,7 @@ def operations(settings: GatewaySettings, embedder: Embedder, replies: Replies) 
             "model_id": told.name,
             "model_sha": told.fingerprint,
             "model_dtype": told.dtype,
-            "model_type": {"embedding": {"pooling": "mean"}},
+            "model_type": {"embedding": {"pooling": told.pooling}},
             "max_concurrent_requests": _MAX_CONCURRENT_REQUESTS,
             "max_input_length": told.max_sequence_tokens,
             "max_batch_tokens": told.max_sequence_tokens * settings.max_inputs,

@@ -48,7 +48,7 @@ Labels: TypeAlias = tuple[tuple[str, str], ...]  # name and value, sorted by nam
 _INPUTS = ("query", "documents")
 _LABELS: dict[Metric, dict[str, tuple[str, ...]]] = {
     Metric.REQUESTS: {
-        "kind": (*_INPUTS, "unknown"),  # unknown: refused before it was understood
+        "kind": (*_INPUTS, "model_info", "unknown"),  # unknown: refused before it was understood
         "outcome": ("ok", "InvalidRequest", "Unavailable", "Cancelled", "OutOfDeviceMemory", "ComputeFailed"),
     },
     Metric.REQUEST_SECONDS: {"kind": _INPUTS},

@@ -13,7 +13,7 @@ _TOLD = (
 )  # fmt: skip
 
 
-def model_info(settings: Settings, *, name: str, kind: str, fingerprint: str, dimension: int) -> bytes:
+def model_info(settings: Settings, *, name: str, kind: str, fingerprint: str, dimension: int, pooling: str) -> bytes:
     """A JSON object in UTF-8.
 
     Args:
@@ -22,8 +22,9 @@ def model_info(settings: Settings, *, name: str, kind: str, fingerprint: str, di
         kind: of its checkpoint.
         fingerprint: of its checkpoint's files.
         dimension: numbers of a vector.
+        pooling: how the vectors of tokens become one.
     """
     told = {setting: getattr(settings, setting) for setting in _TOLD}
     told["device"] = ",".join(settings.device)
-    info = {"name": name, "kind": kind, "fingerprint": fingerprint, "dimension": dimension, **told}
-    return json.dumps(info).encode()
+    info = {"name": name, "kind": kind, "fingerprint": fingerprint, "dimension": dimension, "pooling": pooling}
+    return json.dumps(info | told).encode()

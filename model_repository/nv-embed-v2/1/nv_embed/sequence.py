@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 
 class SequenceLike(Protocol):
-    """All that the scheduler knows of a sequence. A library's models have a kind of their own, which holds the text."""
+    """All that the scheduler knows of a sequence."""
 
     @property
     def num_tokens(self) -> int:

@@ -7,7 +7,7 @@ Each setting is declared once, as a field of `Settings`. `tools/write_settings.p
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -77,8 +77,22 @@ def _auto_or(parse_other: Parser) -> Parser:
     return parse
 
 
-def variables_of(model_name: str, environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment as far as it concerns a model: all of it one model, nothing of it the others beside that one."""
+def variables_of(model_name: str, environ: Mapping[str, str], models: Collection[str]) -> dict[str, str]:
+    """The environment as far as it concerns a model: all of it one model, nothing of it the others beside that one.
+
+    Args:
+        model_name: of the one model.
+        environ: of the server.
+        models: names of all that the server has.
+
+    Raises:
+        ConfigError: the variable that names a model names none of them.
+    """
+    if (named := environ.get(MODEL_VARIABLE, model_name)) not in models:
+        raise ConfigError(
+            f"{MODEL_VARIABLE}: expected the name of a model in the repository ({', '.join(sorted(models))}); got "
+            f"{named!r}; correct it or unset it"
+        )
     if model_name != environ.get(MODEL_VARIABLE, "nv-embed-v2"):
         return {}
     return {name: value for name, value in environ.items() if name != MODEL_VARIABLE}

@@ -14,8 +14,26 @@ from nv_embed.errors import CheckpointError, InvalidRequest
 from nv_embed.sequence import TokenSequence
 
 # How a text is tokenized near a cut can depend on what was cut off, but not from this many characters away.
-_CUT_MARGIN_CHARACTERS = 4096
+CUT_MARGIN_CHARACTERS = 4096
 _MAX_CACHED_INSTRUCTION_CHARACTERS = 4096  # clients choose instructions; what they choose must not fill memory
+
+
+def too_long(index: int, limit: int, got: str) -> InvalidRequest:
+    """Of a text that would have to be cut, and may not be."""
+    return InvalidRequest.of(
+        expected=f"texts of at most {limit} tokens, as 'truncate' is 'NONE'",
+        got=f"text {index} with {got}, its instruction included",
+        remedy="shorten it, or set 'truncate' to 'END'",
+    )
+
+
+def nothing_left(index: int, limit: int, num_instruction_tokens: int) -> InvalidRequest:
+    """Of a text that is cut where its instruction ends, so that every text would have the same vector."""
+    return InvalidRequest.of(
+        expected="an instruction that leaves some of each text",
+        got=f"text {index} cut to {limit} tokens, with an instruction of {num_instruction_tokens}",
+        remedy="shorten the instruction",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +91,10 @@ class Tokenizer:
                 f"{path}: expected a tokenizer that puts {template.first!r} before a text, nothing else{knows}; got "
                 f"one that puts {''.join(tokens)!r} around it; take all files from the same checkpoint"
             )
-        self._template = template
+        self._template, self._num_first = template, len(tokens)
         self.max_sequence_tokens = max_sequence_tokens
         # Cutting a huge text before tokenizing it bounds time and memory; what is cut could not be reached.
-        self._max_characters = max_sequence_tokens * max(map(len, vocabulary)) + _CUT_MARGIN_CHARACTERS
+        self._max_characters = max_sequence_tokens * max(map(len, vocabulary)) + CUT_MARGIN_CHARACTERS
         self._cached_num_instruction_tokens = lru_cache(maxsize=1024)(self._num_instruction_tokens)
 
     def encode(
@@ -93,37 +111,30 @@ class Tokenizer:
             first_index: of the first text within its request, for messages.
 
         Raises:
-            InvalidRequest: a text is too long and may not be cut, or nothing of it would be left to pool.
+            InvalidRequest: a text is too long and may not be cut, or nothing of it would be left.
         """
         limit = self.max_sequence_tokens
         is_usual = len(instruction) <= _MAX_CACHED_INSTRUCTION_CHARACTERS
         count = self._cached_num_instruction_tokens if is_usual else self._num_instruction_tokens
-        num_masked = 0 if self._template.is_instruction_pooled else count(instruction)
+        num_instruction = count(instruction) if instruction else 0
+        num_masked = 0 if self._template.is_instruction_pooled else num_instruction
         inputs = [self._cut(instruction + text) + self._template.last for text in texts]
         sequences = []
         for index, encoding in enumerate(self._tokenizer.encode_batch_fast(inputs), start=first_index):
             input_ids = encoding.ids
             is_truncated = len(input_ids) > limit
-            if is_truncated and not truncate:
-                cut = len(instruction) + len(texts[index - first_index]) > self._max_characters
-                raise InvalidRequest.of(
-                    expected=f"texts of at most {limit} tokens, as 'truncate' is 'NONE'",
-                    got=f"text {index} with {'more than ' if cut else ''}{len(input_ids)} tokens, "
-                    "its instruction included",
-                    remedy="shorten it, or set 'truncate' to 'END'",
-                )
-            input_ids = input_ids[:limit]
-            if not input_ids:
-                raise InvalidRequest.of(
-                    expected="texts of at least one token",
-                    got=f"text {index}, which has none, as its instruction",
-                    remedy="leave it out",
-                )
+            if is_truncated:
+                if not truncate:
+                    cut = len(instruction) + len(texts[index - first_index]) > self._max_characters
+                    raise too_long(index, limit, f"{'more than ' if cut else ''}{len(input_ids)} tokens")
+                if limit <= self._num_first + num_instruction:
+                    raise nothing_left(index, limit, num_instruction)
+                input_ids = input_ids[:limit]
             if len(input_ids) <= num_masked:
                 raise InvalidRequest.of(
-                    expected="an instruction that leaves some of each text to pool",
-                    got=f"text {index} cut to {len(input_ids)} tokens, with an instruction of {num_masked}",
-                    remedy="shorten the instruction",
+                    expected="texts of at least one token",
+                    got=f"text {index}, which has none of its own",
+                    remedy="leave it out",
                 )
             sequences.append(TokenSequence(np.array(input_ids, dtype=np.int32), num_masked, is_truncated))
         return sequences

@@ -145,8 +145,8 @@ def existing_device(name: str) -> Device:
     if device.index >= (count := torch.cuda.device_count()):
         seen = f"only cuda:0 to cuda:{count - 1} are visible" if count else f"no CUDA device is visible{_why_no_cuda()}"
         raise DeviceError(
-            f"device: expected a device of this machine; got {name!r}, but {seen}; correct the parameter or "
-            "NV_EMBED_DEVICE ('cpu' runs anywhere), or make the GPU visible"
+            f"device: expected a device of this machine; got {name!r}, but {seen}; correct the setting "
+            "('cpu' runs anywhere), or make the GPU visible"
         )
     return Gpu(device)
 

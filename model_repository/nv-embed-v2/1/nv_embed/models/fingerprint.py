@@ -7,12 +7,13 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from nv_embed.models.pipeline import read_modules
+
 # What says how texts become vectors. Model cards, pictures, results and code are left out.
 _FILES = (
     "*.safetensors", "config*.json", "modules.json", "sentence_*.json", "tokenizer*", "special_tokens_map.json",
     "added_tokens.json", "vocab.*", "merges.txt", "*.model",
 )  # fmt: skip
-_FOLDERS = (".", "[0-9]*_*")  # sentence-transformers keeps its modules in folders such as 1_Pooling
 _WHOLE_BYTES = 2**26  # a larger file of tensors is sampled
 _SAMPLE_BYTES = 2**12
 _SAMPLES = 3  # of each tensor: its start, its middle, its end
@@ -26,10 +27,12 @@ def fingerprint(folder: Path) -> str:
     places, such as one row of a large table. Training changes every place.
 
     Raises:
+        CheckpointError: modules.json is damaged.
         OSError: a file may not be read.
     """
     digest = hashlib.blake2b(digest_size=16)
-    files = {path for subfolder in _FOLDERS for name in _FILES for path in folder.glob(f"{subfolder}/{name}")}
+    folders = {folder, *(folder / inner for _, inner in read_modules(folder))}
+    files = {path for each in folders for name in _FILES for path in each.glob(name)}
     for path in sorted(path for path in files if path.is_file()):
         name = path.relative_to(folder).as_posix().encode("utf-8", "surrogateescape")
         content = hashlib.blake2b()

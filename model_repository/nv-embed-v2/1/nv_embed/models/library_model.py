@@ -17,10 +17,9 @@ from torch import Tensor
 from nv_embed.errors import CheckpointError, InvalidRequest, in_short
 from nv_embed.models.protocol import Work
 from nv_embed.sequence import TokenSequence
+from nv_embed.tokenizer import CUT_MARGIN_CHARACTERS, nothing_left, too_long
 
 MOST_PADDING = 0.25  # of a group's tokens
-# How a text is tokenized near a cut can depend on what was cut off, but not from this many characters away.
-_CUT_MARGIN_CHARACTERS = 4096
 SAMPLES = (
     "Water: вода, 水.",
     "Das Wasser kocht; вода кипит; 水沸腾了. On a mountain the air presses LESS, so it boils at a lower temperature. ",
@@ -87,6 +86,7 @@ class LibraryTokenizer:
         adds_special_tokens: bool = True,
         cut_side: str = "right",
         special_ids: frozenset[int] | None = None,
+        empty_ids: frozenset[int] = frozenset(),
     ) -> None:
         """
         Args:
@@ -95,15 +95,16 @@ class LibraryTokenizer:
             adds_special_tokens: whether its special tokens are put around a text.
             cut_side: where a text is cut: 'left' or 'right'.
             special_ids: its special tokens, if the pooling leaves the instruction out; None: all is pooled.
+            empty_ids: tokens that add nothing to a vector.
         """
         self._tokenizer, self._adds_special_tokens = tokenizer, adds_special_tokens
-        self._special_ids = special_ids
+        self._special_ids, self._empty_ids = special_ids, empty_ids
         tokenizer.no_padding()
         tokenizer.enable_truncation(max_sequence_tokens, direction=cut_side)
         self.max_sequence_tokens = max_sequence_tokens
         # Most huge texts are cut before they are tokenized, which bounds time and memory.
         longest_token = max(map(len, tokenizer.get_vocab()), default=1)
-        self._max_characters = max_sequence_tokens * longest_token + _CUT_MARGIN_CHARACTERS
+        self._max_characters = max_sequence_tokens * longest_token + CUT_MARGIN_CHARACTERS
         self._may_cut_characters = cut_side == "right"
 
     def encode(
@@ -121,27 +122,26 @@ class LibraryTokenizer:
             InvalidRequest: a text is too long and may not be cut, has no token, or nothing of it would be pooled.
         """
         num_masked = self._num_instruction_tokens(instruction)
+        encodings = self._encode([instruction + text for text in texts])
+        # A table takes the mean of all tokens: an instruction must not stand in for a text that it knows nothing of.
+        own = self._encode(list(texts)) if instruction and not self._adds_special_tokens else encodings
         sequences = []
-        for index, encoding in enumerate(self._encode([instruction + text for text in texts]), start=first_index):
+        for index, (encoding, of_text) in enumerate(zip(encodings, own, strict=True), start=first_index):
+            limit = self.max_sequence_tokens
             is_truncated = bool(encoding.overflowing)
-            if is_truncated and not truncate:
-                raise InvalidRequest.of(
-                    expected=f"texts of at most {self.max_sequence_tokens} tokens, as 'truncate' is 'NONE'",
-                    got=f"text {index} with more than that, its instruction included",
-                    remedy="shorten it, or set 'truncate' to 'END'",
-                )
-            if not encoding.ids:
+            if is_truncated:
+                if not truncate:
+                    raise too_long(index, limit, "more than that")
+                if self._may_cut_characters and (room := self._encode([instruction])[0]) and len(room.ids) >= limit:
+                    raise nothing_left(index, limit, len(room.ids))
+            if self._empty_ids.issuperset(of_text.ids):
                 raise InvalidRequest.of(
                     expected="texts with at least one token that the model knows",
                     got=f"text {index} without any, which has no vector",
                     remedy="leave it out",
                 )
             if len(encoding.ids) <= num_masked:
-                raise InvalidRequest.of(
-                    expected="an instruction that leaves some of each text to pool",
-                    got=f"text {index} cut to {len(encoding.ids)} tokens, with an instruction of {num_masked}",
-                    remedy="shorten the instruction",
-                )
+                raise nothing_left(index, limit, num_masked)
             sequences.append(TokenSequence(np.array(encoding.ids, dtype=np.int32), num_masked, is_truncated))
         return sequences
 
@@ -162,7 +162,7 @@ class LibraryTokenizer:
         if self._special_ids is None or not instruction:
             return 0
         (encoding,) = self._encode([instruction])
-        return len(encoding.ids) - (encoding.ids[-1] in self._special_ids)
+        return len(encoding.ids) - (encoding.ids[-1:] != [] and encoding.ids[-1] in self._special_ids)
 
 
 def groups_of(sequences: Sequence[TokenSequence]) -> list[list[int]]:
@@ -202,8 +202,9 @@ class LibraryModel:
             pad_id: the padding token; None for a table of token vectors, whose texts need no padding.
         """
         self._library, self._device, self._dimension, self._pad_id = library, device, dimension, pad_id
-        tables = {id(each.weight) for each in library.modules() if isinstance(each, torch.nn.Embedding)}
-        self._multiply_adds = sum(each.numel() for each in library.parameters() if id(each) not in tables)
+        kinds = (torch.nn.Embedding, torch.nn.EmbeddingBag)
+        tables = {id(each.weight) for each in library.modules() if isinstance(each, kinds)}
+        self._multiply_adds = max(sum(each.numel() for each in library.parameters() if id(each) not in tables), 1)
 
     @torch.inference_mode()
     def compare(self, tokenizer: LibraryTokenizer, prompts: dict[str, str], missing: list[str]) -> None:

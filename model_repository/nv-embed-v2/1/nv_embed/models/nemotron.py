@@ -91,6 +91,10 @@ class NemotronCheckpoint(MistralSizes):
     def dimension(self) -> int:
         return self.hidden_size
 
+    @property
+    def pooling(self) -> str:
+        return "mean"
+
     def tokenizer(self, folder: Path, max_sequence_tokens: int) -> Tokenizer:
         """Read the folder's tokenizer; raises CheckpointError."""
         return Tokenizer(

@@ -73,6 +73,10 @@ class NVEmbedCheckpoint(MistralSizes):
         return self.hidden_size
 
     @property
+    def pooling(self) -> str:
+        return "mean"
+
+    @property
     def query_instruction(self) -> str:
         return QUERY_INSTRUCTION
 

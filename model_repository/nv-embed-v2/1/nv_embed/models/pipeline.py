@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 
 from nv_embed.errors import CheckpointError
@@ -42,10 +43,20 @@ def mean_pooling(folder: Path) -> Section | None:
     if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]) or modules[0][1]:
         return None
     config = Section.of_file(folder / modules[1][1] / "config.json")
-    mode = config.raw.get("pooling_mode")
-    if mode is None:  # older versions wrote a boolean for each mode
-        mode = [key for key, value in config.raw.items() if key.startswith("pooling_mode_") and value]
-    return config if mode in ("mean", ["mean"], ["pooling_mode_mean_tokens"], []) else None
+    return config if pooling_modes(config) == ["mean"] else None
+
+
+def pooling_modes(config: Section) -> list[str]:
+    """How a pooling makes one vector of those of the tokens: one mode or several, such as 'mean', 'cls', 'lasttoken'.
+
+    Args:
+        config: the pooling's own config.json.
+    """
+    modes = config.raw.get("pooling_mode")
+    if modes is None:  # older versions wrote a boolean for each mode
+        keys = [key for key, value in config.raw.items() if key.startswith("pooling_mode_") and value is True]
+        modes = [re.sub(r"^pooling_mode_|_tokens?$", "", key) for key in keys]
+    return [str(mode) for mode in modes] or ["mean"] if isinstance(modes, list) else [str(modes)]
 
 
 def read_prompts(config: Section) -> tuple[str, str]:

@@ -212,6 +212,10 @@ class Described(Protocol):
         """The same of documents."""
 
     @property
+    def pooling(self) -> str:
+        """How the vectors of tokens become one: 'mean', 'cls', 'lasttoken' and so on."""
+
+    @property
     def longest_text(self) -> int | None:
         """Tokens of the longest text for which it was made; None if any length will do."""
 

@@ -25,7 +25,7 @@ from tokenizers import normalizers
 from nv_embed.errors import CheckpointError, DeviceError, in_short
 from nv_embed.models.config_file import Section, read_json
 from nv_embed.models.library_model import LibraryModel, LibraryTokenizer, import_library, spoil_missing
-from nv_embed.models.pipeline import read_modules, read_prompts
+from nv_embed.models.pipeline import pooling_modes, read_modules, read_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +58,7 @@ class SentenceTransformersCheckpoint:
     dimension: int
     query_instruction: str
     document_instruction: str
+    pooling: str
     longest_text: int | None
     hidden_size: int
     numbers_per_token: int  # that a pass keeps at most: an estimate
@@ -89,10 +90,14 @@ class SentenceTransformersCheckpoint:
             dimension=min(dimension, whole.integer("truncate_dim", dimension)),
             query_instruction=query,
             document_instruction=document,
+            pooling="+".join(
+                mode for module in modules if module.kind == "Pooling" for mode in pooling_modes(module.config())
+            )
+            or "mean",
             longest_text=longest_text,
             hidden_size=hidden_size,
             numbers_per_token=6 * hidden_size + 3 * intermediate_size if intermediate_size else 2,
-            dtype=config.dtype() if {"dtype", "torch_dtype"} & config.raw.keys() else "float32",
+            dtype=config.dtype() if config.raw.get("dtype") or config.raw.get("torch_dtype") else "float32",
             is_prompt_pooled=all(
                 module.config().raw.get("include_prompt") is not False for module in modules if module.kind == "Pooling"
             ),
@@ -110,7 +115,7 @@ class SentenceTransformersCheckpoint:
         if first.kind == "StaticEmbedding":
             table = _rust_tokenizer(first)
             limit = min((table.truncation or {}).get("max_length", max_sequence_tokens), max_sequence_tokens)
-            return LibraryTokenizer(table, limit, adds_special_tokens=False)
+            return LibraryTokenizer(table, limit, adds_special_tokens=False, empty_ids=_empty_ids(first))
         import_library()
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -162,7 +167,9 @@ class SentenceTransformersCheckpoint:
                 processor_kwargs=_special_token_arguments(first) if is_network else {},
             )  # fmt: skip
             missing = spoil_missing(library.transformers_model) if is_network else []
-            library.eval().to(device=device, dtype=dtype)
+            # A network is in this precision already, but for what it computes in float32, such as rotary frequencies.
+            # Rounded, those would turn the vectors of long texts.
+            library.eval().to(device=device, dtype=None if is_network else dtype)
             pad_id = (library.tokenizer.pad_token_id or 0) if is_network else None
             model = LibraryModel(library, device, self.dimension, pad_id=pad_id)
             longest = library.max_seq_length or 2**31
@@ -269,9 +276,7 @@ def _dimension_after(module: Module, dimension: int) -> int:
             config.refuse("activation_function", "one of torch's, because the library puts Tanh in another's place")
         return config.integer("out_features")
     if module.kind == "Pooling":
-        raw = module.config().raw
-        modes = raw.get("pooling_mode", [key for key in raw if raw[key] is True and "_mode_" in key])
-        return dimension * (max(len(modes), 1) if isinstance(modes, list) else 1)
+        return dimension * len(pooling_modes(module.config()))
     return dimension
 
 
@@ -297,6 +302,18 @@ def _shapes(module: Module) -> Iterator[tuple[str, tuple[int, ...]]]:
                 f"{path}: expected a complete safetensors file; got one of {path.stat().st_size} bytes that is cut "
                 f"short or damaged ({error}); download it again"
             ) from None
+
+
+def _empty_ids(table: Module) -> frozenset[int]:
+    """Tokens whose row in a table of token vectors is zero, so that a text of them alone has no vector."""
+    with safe_open(table.folder / "model.safetensors", framework="pt") as file:
+        names = file.keys()
+        rows = file.get_tensor("embeddings" if "embeddings" in names else "embedding.weight").any(dim=1)
+        if "mapping" in names:  # as model2vec saves rows that tokens share, and what a token's row is multiplied by
+            rows = rows[file.get_tensor("mapping").long()]
+        if "weights" in names:
+            rows &= file.get_tensor("weights") != 0
+    return frozenset((~rows).nonzero().flatten().tolist())
 
 
 def _rust_tokenizer(module: Module) -> RustTokenizer:

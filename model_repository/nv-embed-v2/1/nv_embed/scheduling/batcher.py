@@ -70,9 +70,9 @@ class Batcher:
         request = self._ledger.submit(spec, reply)
         (self._queries if spec.is_query else self._documents).add(request)
 
-    def answer_without_vectors(self, spec: EmbedRequest, reply: Reply) -> None:
+    def answer_without_vectors(self, reply: Reply) -> None:
         """Answer, and count, a request that asks for no vectors: it neither waits nor is computed."""
-        self._outbox.put(reply, Answer((), ()), "query" if spec.is_query else "documents", time.monotonic())
+        self._outbox.put(reply, Answer((), ()), "model_info")
 
     def refuse(self, reply: Reply, error: RequestError) -> None:
         """Answer, and count, a request that could not be understood."""

@@ -164,7 +164,7 @@ def test_an_encoder_has_the_precisions_of_sentence_transformers(client):
         encoder.encode(TEXTS, precision="float16")
 
 
-@pytest.mark.parametrize("precision", ["float32", "int8", "uint8", "binary", "ubinary"])
+@pytest.mark.parametrize("precision", ["float32", "int8", "binary", "ubinary"])
 def test_the_evaluators_of_sentence_transformers_ask_for_them(client, precision, default_checkpoint):
     pairs = [
         ("A cat sleeps.", "The cat is asleep.", 1.0), ("A cat sleeps.", "Shares fell on Monday.", 0.0),

@@ -181,6 +181,8 @@ def test_a_text_without_a_known_token_is_named(folders, references):
         tokenizer.encode(["water", "水"], "", first_index=7)
     assert not references["static"].encode("水").any()  # what the library makes of it
     assert engine.embed(tokenizer.encode(["水 air"], "")).any()
+    with pytest.raises(InvalidRequest, match="got text 0 without any"):  # its instruction does not stand in for it
+        tokenizer.encode(["水"], "water ")
 
 
 def test_a_table_whose_tokenizer_cuts_is_cut_as_the_library_cuts_it(copy):
@@ -467,6 +469,18 @@ def test_a_text_whose_tokens_all_have_rows_of_zeros_is_named(copy, family, tenso
     np.testing.assert_allclose(
         engine.embed(tokenizer.encode(["water z"], "")), engine.embed(tokenizer.encode(["water"], "")), atol=1e-6
     )
+
+
+def test_a_text_that_its_instruction_makes_an_unknown_word_is_named(copy):
+    folder = copy("model2vec")
+    tensors = load_file(folder / "model.safetensors")
+    ids = json.loads((folder / "tokenizer.json").read_text("utf-8"))["model"]["vocab"]
+    tensors["weights"][ids["<unk>"]] = 0
+    save_file(tensors, folder / "model.safetensors")
+    _, tokenizer = load(folder)
+    assert len(tokenizer.encode(["water"], "ж ")) == 1
+    with pytest.raises(InvalidRequest, match="at least one token that the model knows; got text 0 without any"):
+        tokenizer.encode(["water"], "ж")
 
 
 def test_gemma3_is_refused_in_float16(folders):

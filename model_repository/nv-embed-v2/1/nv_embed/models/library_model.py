@@ -134,7 +134,7 @@ class LibraryTokenizer:
                     raise too_long(index, limit, "more than that")
                 if self._may_cut_characters and (room := self._encode([instruction])[0]) and len(room.ids) >= limit:
                     raise nothing_left(index, limit, len(room.ids))
-            if self._empty_ids.issuperset(of_text.ids):
+            if self._empty_ids.issuperset(of_text.ids) or self._empty_ids.issuperset(encoding.ids):
                 raise InvalidRequest.of(
                     expected="texts with at least one token that the model knows",
                     got=f"text {index} without any, which has no vector",

@@ -279,7 +279,7 @@ def test_a_reply_that_does_not_fit_the_request_is_the_servers_failure(call):
     with pytest.raises(ServerFailure, match=r"float32 \[1, dim\]; got float32 \[2, 1\]"):
         call("embed_query", "a", transport=MockTransport(lambda request: [[1.0], [2.0]]))
     only_vectors = MockTransport(lambda request: EmbedResult(np.ones((1, 2), np.float32), None))
-    with pytest.raises(ServerFailure, match="token counts"):
+    with pytest.raises(ServerFailure, match="token_counts of 1 texts"):
         call("embed", ["a"], token_counts=True, transport=only_vectors)
 
 

@@ -142,7 +142,7 @@ class NVEmbedEncoder:
             instruction=None if is_own else self._instruction(name, prompt),
             progress=bool(show_progress_bar),
             max_texts_per_request=batch_size,
-            embedding_type="float" if precision in (None, "float32") else precision,
+            embedding_type="float" if precision is None or precision == "float32" else precision,
         ).embeddings
         if convert_to_tensor or not convert_to_numpy:
             tensor: torch.Tensor = _torch().from_numpy(embeddings)

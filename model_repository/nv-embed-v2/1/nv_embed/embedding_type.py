@@ -52,6 +52,5 @@ class EmbeddingType(Enum):
             case EmbeddingType.BINARY:
                 return (np.packbits(rows > 0, axis=1) ^ _SIGN).view(np.int8)
             case _:
-                steps = np.rint(rows * np.float32(127 * math.sqrt(rows.shape[1]) / _INT8_RANGE))
-                int8 = np.clip(steps, -127, 127).astype(np.int8)
-                return int8 if self is EmbeddingType.INT8 else int8.view(np.uint8) ^ _SIGN
+                steps = np.rint(rows * np.float32(127 * math.sqrt(rows.shape[1]) / _INT8_RANGE)).clip(-127, 127)
+                return steps.astype(np.int8) if self is EmbeddingType.INT8 else (steps + 128).astype(np.uint8)

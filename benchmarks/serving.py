@@ -330,8 +330,7 @@ def main() -> int:
                 progress(f"starting {name}")
                 log = folder / f"{name}.log"
                 started = stack.enter_context(StartedServer(log, settings))
-                model_name = arguments.model_name if name == "nv-embed" else MODEL_NAME
-                servers.append(Server(name, started.ports.url, model_name))
+                servers.append(Server(name, started.ports.url, arguments.model_name))
             max_batch_tokens = max_batch_tokens or batch_tokens_of(folder / "nv-embed.log")
         else:
             name = "nv-embed" if arguments.baseline_url else "server"

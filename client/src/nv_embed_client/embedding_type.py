@@ -41,5 +41,5 @@ def packed(rows: npt.NDArray[np.float32], embedding_type: EmbeddingType) -> Embe
             return np.packbits(rows > 0, axis=1)
         case "binary":
             return (np.packbits(rows > 0, axis=1) ^ np.uint8(128)).view(np.int8)
-    steps = np.rint(rows * np.float32(127 * math.sqrt(rows.shape[1]) / 6)).clip(-127, 127)
+    steps: npt.NDArray[np.float32] = np.rint(rows * np.float32(127 * math.sqrt(rows.shape[1]) / 6)).clip(-127, 127)
     return steps.astype(np.int8) if embedding_type == "int8" else (steps + 128).astype(np.uint8)

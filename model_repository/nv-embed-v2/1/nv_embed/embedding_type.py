@@ -52,5 +52,6 @@ class EmbeddingType(Enum):
             case EmbeddingType.BINARY:
                 return (np.packbits(rows > 0, axis=1) ^ _SIGN).view(np.int8)
             case _:
-                steps = np.rint(rows * np.float32(127 * math.sqrt(rows.shape[1]) / _INT8_RANGE)).clip(-127, 127)
+                scale = np.float32(127 * math.sqrt(rows.shape[1]) / _INT8_RANGE)
+                steps: npt.NDArray[np.float32] = np.rint(rows * scale).clip(-127, 127)
                 return steps.astype(np.int8) if self is EmbeddingType.INT8 else (steps + 128).astype(np.uint8)

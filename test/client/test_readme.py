@@ -16,8 +16,7 @@ from nv_embed_client.gateway.__main__ import _parser
 from nv_embed_client.gateway.names import names_of
 
 CLIENT_README = REPO / "client" / "README.md"
-# Recipes need packages that this environment does not have, and so do these sections. test/recipes.sh runs both.
-RECIPES = re.compile(r"^## In (?:Qdrant|LanceDB|pgvector)$.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+# The recipes need packages that this environment does not have.
 PAGES = [
     page for page in (REPO / "README.md", CLIENT_README, *sorted(REPO.glob("docs/*.md"))) if page.stem != "recipes"
 ]
@@ -28,7 +27,7 @@ BLOCK = re.compile(r"^```(python|bash)\n(.*?)^```\n\n?(?:```text\n(.*?)^```\n)?"
 def examples(page: Path) -> list[tuple[str, str, str]]:
     """(language, source, expected output) in order: all Python, and what asks a server. The rest of bash only starts
     or installs something."""
-    blocks = BLOCK.findall(RECIPES.sub("", page.read_text(encoding="utf-8")))
+    blocks = BLOCK.findall(page.read_text(encoding="utf-8"))
     return [block for block in blocks if block[0] == "python" or block[1].startswith("curl -s ")]
 
 

@@ -1,7 +1,5 @@
 """Runs every recipe of docs/recipes.md as it stands there and prints a line for each; test/recipes.sh calls it.
 
-The sections "In ..." of docs/vectors.md are recipes, too.
-
     python test/recipes/run.py --node FOLDER --aiperf FOLDER [--only TITLE]
 
 Each recipe that searches runs twice. Against the default checkpoint, its output is the one on the page. Against random
@@ -39,7 +37,6 @@ from nv_embed_client import NVEmbedClient
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "recipes.md"
-VECTORS = ROOT / "docs" / "vectors.md"
 sys.path[:0] = [str(ROOT / "test" / "client"), str(ROOT / "benchmarks")]
 
 from corpus import DOCUMENTS, QUERIES, RELEVANT  # noqa: E402
@@ -145,7 +142,6 @@ def read_page() -> tuple[str, list[Recipe]]:
     """The block that the Python recipes continue, and the recipes in order."""
     head, *sections = re.split(r"^## ", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
     shared = next(source for language, source, _ in BLOCK.findall(head) if language == "python")
-    sections += re.findall(r"^## (In .*?)(?=^## |\Z)", VECTORS.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     found = [(section.partition("\n")[0], BLOCK.search(section)) for section in sections]
     return shared, [Recipe(title, *(block.groups(""))) for title, block in found if block]
 
@@ -268,9 +264,6 @@ CHECKS: dict[str, tuple[str, Check]] = {
     "A browser": ("chromium", search),
     "aiperf": ("aiperf", aiperf),
     "Embedding Atlas": ("embedding-atlas", embedding_atlas),
-    "In Qdrant": ("qdrant-client", search),
-    "In LanceDB": ("lancedb", search),
-    "In pgvector": ("pgvector", pgvector),
 }
 
 

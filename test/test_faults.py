@@ -280,7 +280,7 @@ def test_the_model_is_described_at_once_while_the_queue_is_full(start_server):
         assert slow.outcomes == [[]]
     assert [status(outcome) for outcome in slow.wait()] == ["OK"]
     counts = {
-        f'nv_embed_requests_total{{kind="{kind}",outcome="ok"}}': n for kind, n in (("query", 1), ("documents", 2))
+        f'nv_embed_requests_total{{kind="{kind}",outcome="ok"}}': n for kind, n in (("model_info", 2), ("documents", 1))
     }
     server.metrics_once(lambda metrics: counts.items() <= metrics.items())
 

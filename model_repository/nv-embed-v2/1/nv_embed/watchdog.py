@@ -138,10 +138,19 @@ class CrashHandler:
         self._were_open: set[tuple[int, int]] = set()
         self._last_open: set[tuple[int, int]] = set()
         self._running_since = math.inf
+        self._next_look, self._pause_seconds = -math.inf, 0.0
 
     def hangs(self) -> bool:
-        """Look; whether it has been running for longer than printing a stack takes."""
+        """Whether it has been running for longer than printing a stack takes. Looks, unless it has just done so.
+
+        A look reads a file for each of the server's threads. Each further model brings threads, and a watchdog that
+        looks at all of them, so looks that followed every beat cost a whole core beside some twenty models.
+        """
         now = time.monotonic()
+        if now < self._next_look:
+            return False
+        self._pause_seconds = min(2 * self._pause_seconds + _FIRST_BEAT_SECONDS, self._patience_seconds / 4)
+        self._next_look = now + self._pause_seconds
         blocked = blocked_signals(self._pid)
         now_blocked = {(thread, number) for thread, numbers in blocked.items() for number in numbers}
         is_running = bool(self._were_open & now_blocked)

@@ -316,6 +316,11 @@ def write_modules(folder, kinds):
         ("config.json", {"rope_scaling": {"type": "yarn"}}, "rope_scaling: expected null, or the same as"),
         ("config_sentence_transformers.json", {"prompts": {"query": 1}}, "prompts.query: expected a string; got 1; "
          "take config_sentence_transformers.json as"),
+        ("config_sentence_transformers.json", {"prompts": {"query": "\ud800"}}, "prompts.query: expected valid Unic"),
+        ("config_sentence_transformers.json", {"model_type": "SparseEncoder"}, "model_type: .*; got 'SparseEncoder'"),
+        ("config_sentence_transformers.json", {"truncate_dim": 8}, "truncate_dim: expected null: .*; got 8"),
+        ("tokenizer_config.json", {"truncation_side": "left"}, "truncation_side: expected \"right\"; got 'left'"),
+        ("tokenizer_config.json", {"split_special_tokens": True}, "split_special_tokens: expected false; got True"),
         ("sentence_bert_config.json", {"do_lower_case": True}, "do_lower_case: expected false; got True"),
         ("sentence_bert_config.json", {"max_seq_length": 0}, "max_seq_length: expected a whole number"),
         ("1_Pooling/config.json", {"include_prompt": False}, "include_prompt: expected true; got False"),

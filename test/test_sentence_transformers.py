@@ -28,6 +28,7 @@ from nv_embed.sequence import TokenSequence
 from safetensors.torch import load_file, save_file
 from serving import DEADLINE_SECONDS, ROOT, Ports, Server, bytes_input, free_ports
 from tiny_models import FAMILIES, change, reference, vectors
+from tokenizers import Tokenizer
 
 TEXTS = [
     "water boils",
@@ -481,6 +482,39 @@ def test_a_text_that_its_instruction_makes_an_unknown_word_is_named(copy):
     assert len(tokenizer.encode(["water"], "ж ")) == 1
     with pytest.raises(InvalidRequest, match="at least one token that the model knows; got text 0 without any"):
         tokenizer.encode(["water"], "ж")
+
+
+@pytest.mark.parametrize("family", ["bert_cls", "gemma3", "model2vec"])
+def test_a_token_that_the_model_has_no_row_for_is_named_and_the_others_are_served(copy, references, family):
+    """As EmbeddingGemma's tokenizer has one that stands for images."""
+    folder = copy(family)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<image>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    engine, tokenizer = load(folder)
+    with pytest.raises(InvalidRequest, match="tokens that the model has a row for; got text 1 with '<image>'"):
+        tokenizer.encode(["water", "an <image> of air"], "")
+    with pytest.raises(InvalidRequest, match="got text 5 with '<image>'"):
+        tokenizer.encode(["water"], "<image> ", first_index=5)
+    expected = vectors(references[family], ["water boils"], is_query=False, prompt="")
+    np.testing.assert_allclose(engine.embed(tokenizer.encode(["water boils"], "")), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change_table", "words"),
+    [
+        (lambda table: table.update(embeddings=table["embeddings"].flatten()), "expected one table named .*; got {"),
+        (lambda table: table["mapping"].fill_(50), "got IndexError: index 50 is out of bounds"),
+        (lambda table: table.update(weights=table["weights"][1:]), "got RuntimeError: The size of tensor"),
+    ],
+)
+def test_a_table_whose_parts_do_not_fit_together_is_refused(copy, change_table, words):
+    folder = copy("model2vec")
+    tensors = load_file(folder / "model.safetensors")
+    change_table(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"{words}.*; take all files from the same checkpoint"):
+        read_checkpoint(folder).tokenizer(folder, 24)
 
 
 def test_gemma3_is_refused_in_float16(folders):

@@ -87,6 +87,7 @@ class LibraryTokenizer:
         cut_side: str = "right",
         special_ids: frozenset[int] | None = None,
         empty_ids: frozenset[int] = frozenset(),
+        num_rows: int = 2**31,
     ) -> None:
         """
         Args:
@@ -96,6 +97,8 @@ class LibraryTokenizer:
             cut_side: where a text is cut: 'left' or 'right'.
             special_ids: its special tokens, if the pooling leaves the instruction out; None: all is pooled.
             empty_ids: tokens that add nothing to a vector.
+            num_rows: of the model's table of tokens. A tokenizer may have more tokens: Gemma's has one that stands for
+                images. A client can write it, and on a GPU a missing row ends the server.
         """
         self._tokenizer, self._adds_special_tokens = tokenizer, adds_special_tokens
         self._special_ids, self._empty_ids = special_ids, empty_ids
@@ -103,7 +106,9 @@ class LibraryTokenizer:
         tokenizer.enable_truncation(max_sequence_tokens, direction=cut_side)
         self.max_sequence_tokens = max_sequence_tokens
         # Most huge texts are cut before they are tokenized, which bounds time and memory.
-        longest_token = max(map(len, tokenizer.get_vocab()), default=1)
+        vocabulary = tokenizer.get_vocab()
+        longest_token = max(map(len, vocabulary), default=1)
+        self._without_row = frozenset(each for each in vocabulary.values() if each >= num_rows)
         self._max_characters = max_sequence_tokens * longest_token + CUT_MARGIN_CHARACTERS
         self._may_cut_characters = cut_side == "right"
 
@@ -119,7 +124,8 @@ class LibraryTokenizer:
             first_index: of the first text within its request, for messages.
 
         Raises:
-            InvalidRequest: a text is too long and may not be cut, has no token, or nothing of it would be pooled.
+            InvalidRequest: a text is too long and may not be cut, has no token or one that the model lacks, or nothing
+                of it would be pooled.
         """
         num_masked = self._num_instruction_tokens(instruction)
         encodings = self._encode([instruction + text for text in texts])
@@ -138,6 +144,12 @@ class LibraryTokenizer:
                 raise InvalidRequest.of(
                     expected="texts with at least one token that the model knows",
                     got=f"text {index} without any, which has no vector",
+                    remedy="leave it out",
+                )
+            if lacking := self._without_row.intersection(encoding.ids):
+                raise InvalidRequest.of(
+                    expected="texts of tokens that the model has a row for",
+                    got=f"text {index} with {self._tokenizer.id_to_token(min(lacking))!a}, its instruction included",
                     remedy="leave it out",
                 )
             if len(encoding.ids) <= num_masked:

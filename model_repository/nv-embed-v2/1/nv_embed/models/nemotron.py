@@ -77,7 +77,11 @@ class NemotronCheckpoint(MistralSizes):
             rope_type="yarn",
             rope_keys=_ROPE_KEYS,
         )
-        query, document = read_prompts(Section.of_file(folder / "config_sentence_transformers.json"))
+        whole = Section.of_file(folder / "config_sentence_transformers.json")
+        whole.require("model_type", "SentenceTransformer", is_optional=True)
+        if whole.raw.get("truncate_dim") is not None:
+            whole.refuse("truncate_dim", "null: vectors are not cut")
+        query, document = read_prompts(whole)
         return cls(
             **asdict(sizes),
             yarn=_read_yarn(config, sizes.rope_theta),
@@ -144,14 +148,16 @@ def _read_yarn(config: Section, rope_theta: float) -> Yarn:
 def _longest_text(folder: Path, config: Section) -> int:
     """In tokens, prompt and special tokens included."""
     longest = config.integer("max_position_embeddings", _LONGEST_TEXT)
+    tokenizer = Section({})
+    if (path := folder / "tokenizer_config.json").exists():
+        tokenizer = Section.of_file(path)
+        tokenizer.require("truncation_side", "right", is_optional=True)
+        tokenizer.require("split_special_tokens", False, is_optional=True)
     if (path := folder / "sentence_bert_config.json").exists():
         transformer = Section.of_file(path)
         transformer.require("do_lower_case", False, is_optional=True)
         if transformer.raw.get("max_seq_length") is not None:
             return transformer.integer("max_seq_length")
-    if not (path := folder / "tokenizer_config.json").exists():
-        return longest
-    tokenizer = Section.of_file(path)
     limit = tokenizer.raw.get("model_max_length", longest)
     if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit >= 1:
         tokenizer.refuse("model_max_length", "a number of tokens")

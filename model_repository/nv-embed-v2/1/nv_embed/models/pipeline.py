@@ -69,6 +69,8 @@ def read_prompts(config: Section) -> tuple[str, str]:
     for name, prompt in prompts.raw.items():
         if prompt is not None and not isinstance(prompt, str):
             prompts.refuse(name, "a string")
+        if re.search("[\ud800-\udfff]", prompt or ""):  # JSON can spell half a surrogate pair
+            prompts.refuse(name, "valid Unicode")
     query, document, passage = (prompts.raw.get(name) or "" for name in ("query", "document", "passage"))
     # sentence-transformers begins with an empty prompt named "document", and so never uses one named "passage".
     if passage and not document:

@@ -115,7 +115,8 @@ class SentenceTransformersCheckpoint:
         if first.kind == "StaticEmbedding":
             table = _rust_tokenizer(first)
             limit = min((table.truncation or {}).get("max_length", max_sequence_tokens), max_sequence_tokens)
-            return LibraryTokenizer(table, limit, adds_special_tokens=False, empty_ids=_empty_ids(first))
+            num_rows, empty_ids = _table_rows(first)
+            return LibraryTokenizer(table, limit, adds_special_tokens=False, empty_ids=empty_ids, num_rows=num_rows)
         import_library()
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -132,6 +133,7 @@ class SentenceTransformersCheckpoint:
                 f"{first.folder}: expected a tokenizer that the tokenizers library runs; got a "
                 f"{type(tokenizer).__name__}; take a folder with tokenizer.json"
             )
+        sizes = first.config().section("text_config", first.config().raw)
         rust = tokenizer.backend_tokenizer
         if settings.get("do_lower_case"):
             rust.normalizer = normalizers.Sequence([normalizers.Lowercase(), *filter(None, [rust.normalizer])])
@@ -141,6 +143,7 @@ class SentenceTransformersCheckpoint:
             max_sequence_tokens,
             cut_side=tokenizer.truncation_side,
             special_ids=None if self.is_prompt_pooled else frozenset(tokenizer.all_special_ids),
+            num_rows=sizes.integer("vocab_size", 2**31),
         )
 
     def load(self, folder: Path, device: torch.device, dtype: torch.dtype) -> LibraryModel:
@@ -178,11 +181,8 @@ class SentenceTransformersCheckpoint:
                     f"{folder}: expected sentence_bert_config.json to say how long a text may be, as max_seq_length; "
                     f"got a model of {longest} tokens that does not say so; add it"
                 )
-            model.compare(
-                self.tokenizer(folder, self.longest_text or 2**31),
-                {"query": self.query_instruction, "document": self.document_instruction},
-                missing,
-            )
+            prompts = {"query": self.query_instruction, "document": self.document_instruction}
+            model.compare(self.tokenizer(folder, self.longest_text or 2**31), prompts, missing)
         except (CheckpointError, torch.OutOfMemoryError, torch.AcceleratorError):
             raise
         except Exception as error:  # of any kind, from whatever class the folder names
@@ -253,10 +253,10 @@ def _widths(first: Module, config: Section) -> tuple[int, int]:
     """Of the token vectors, and within the layers."""
     if first.kind == "StaticEmbedding":
         rows = {name: shape for name, shape in _shapes(first) if name in ("embedding.weight", "embeddings")}
-        if len(rows) != 1:
+        if [len(shape) for shape in rows.values()] != [2]:
             raise CheckpointError(
-                f"{first.folder}: expected one tensor named embedding.weight or embeddings; got {len(rows)}; take all "
-                "files from the same checkpoint"
+                f"{first.folder}: expected one table named embedding.weight or embeddings; got {rows}; take all files "
+                "from the same checkpoint"
             )
         ((_, width),) = rows.values()
         return width, 0
@@ -304,16 +304,19 @@ def _shapes(module: Module) -> Iterator[tuple[str, tuple[int, ...]]]:
             ) from None
 
 
-def _empty_ids(table: Module) -> frozenset[int]:
-    """Tokens whose row in a table of token vectors is zero, so that a text of them alone has no vector."""
+def _table_rows(table: Module) -> tuple[int, frozenset[int]]:
+    """Rows of a table of token vectors, and those that are zero, so that a text of them alone has no vector."""
     with safe_open(table.folder / "model.safetensors", framework="pt") as file:
         names = file.keys()
         rows = file.get_tensor("embeddings" if "embeddings" in names else "embedding.weight").any(dim=1)
-        if "mapping" in names:  # as model2vec saves rows that tokens share, and what a token's row is multiplied by
-            rows = rows[file.get_tensor("mapping").long()]
-        if "weights" in names:
-            rows &= file.get_tensor("weights") != 0
-    return frozenset((~rows).nonzero().flatten().tolist())
+        try:
+            if "mapping" in names:  # as model2vec saves rows that tokens share, and what a token's row is multiplied by
+                rows = rows[file.get_tensor("mapping").long()]
+            if "weights" in names:
+                rows &= file.get_tensor("weights") != 0
+        except (IndexError, RuntimeError) as error:
+            raise _does_not_load(table.folder, error) from None
+    return len(rows), frozenset((~rows).nonzero().flatten().tolist())
 
 
 def _rust_tokenizer(module: Module) -> RustTokenizer:

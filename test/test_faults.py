@@ -373,13 +373,21 @@ def test_a_server_that_hangs_in_its_handler_of_a_crash_is_killed_and_leaves_no_c
     with FaultyServer(log, toy, faulty_repository) as server:
         others = texts(30)
         num_tokens = server.num_tokens(others)
-        clients = Clients(server, [[fault(108)], others])
+        first, said = Clients(server, [[fault(108)]]), bytearray()
+
+        def holds() -> bool:
+            with suppress(BlockingIOError):
+                said.extend(os.read(reader, 65536))
+            return b"fault 108 waits" in said
+
+        eventually(holds)  # texts that come before it would be computed instead of waiting
+        clients = Clients(server, [others])
         server.wait_for_waiting(num_tokens)
         with suppress(BlockingIOError):  # the handler prints, and waits for ever when nobody reads a full pipe
             while True:
                 os.write(reader, b"-")
         server.process.send_signal(signal.SIGSEGV)
-        assert [status(outcome) for outcome in clients.wait()] == ["UNAVAILABLE"] * 2
+        assert [status(outcome) for outcome in first.wait() + clients.wait()] == ["UNAVAILABLE"] * 2
         assert server.process.wait(DEADLINE_SECONDS) == -signal.SIGKILL
     os.close(reader)
 

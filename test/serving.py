@@ -136,7 +136,9 @@ def checkout(folder: Path, *more: str) -> Path:
 def mark_those_with_servers(items: Iterable[pytest.Function], *starters: str) -> None:
     """Give the marker `server` to each test with a fixture that starts one by its name, or a starter in its body."""
     for item in items:
-        if any("server" in name or name == "start" for name in item.fixturenames) or {*starters} & {*item.function.__code__.co_names}:
+        if any("server" in name or name == "start" for name in item.fixturenames) or {*starters} & {
+            *item.function.__code__.co_names
+        }:
             item.add_marker("server")
 
 

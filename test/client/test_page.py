@@ -4,19 +4,16 @@ import os
 import re
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import pytest
-from conftest import MAX_SEQUENCE_TOKENS, MINI, REPO, Address, gateway_running, serving
+from chromium import NoChromium, chromium
+from conftest import MAX_SEQUENCE_TOKENS, TOY, Address, gateway_running, serving
 from nv_embed_client.instructions import QUERY_INSTRUCTION, TASK_INSTRUCTIONS
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import Error, expect
 from started_server import free_ports
 
-FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-    "--disable-background-networking", "--disable-component-update",
-]  # fmt: skip
 WAIT_MILLISECONDS = 120_000  # the machine may be busy with anything
 QUESTION = "Why does bread dough rise?"
 PASSAGES = ["The moon has phases.", "Yeast in the dough gives off gas.", "Bread is sold by bakers."]
@@ -24,13 +21,13 @@ PASSAGES = ["The moon has phases.", "Yeast in the dough gives off gas.", "Bread 
 
 @pytest.fixture(scope="module")
 def browser():
-    found = subprocess.run([REPO / "test" / "chromium.sh"], capture_output=True, text=True, check=False)
-    if found.returncode:
-        pytest.skip(found.stderr.strip().splitlines()[-1])
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found.stdout.strip(), args=FLAGS)
+    expect.set_options(timeout=WAIT_MILLISECONDS)
+    with ExitStack() as stack:
+        try:
+            browser = stack.enter_context(chromium())
+        except NoChromium as error:
+            pytest.skip(str(error))
         yield browser
-        browser.close()
 
 
 @contextmanager
@@ -53,7 +50,7 @@ def opened(browser, url, **context):
 @pytest.fixture
 def page(browser, gateway):
     with opened(browser, gateway + "/") as page:
-        expect(page.locator("#state")).to_have_text("ready", timeout=WAIT_MILLISECONDS)
+        expect(page.locator("#state")).to_have_text("ready")
         yield page
 
 
@@ -194,7 +191,7 @@ def test_the_models_own_instruction_is_compared_with_nothing(page):
 def test_an_error_of_the_api_is_shown_as_it_is_and_is_gone_after_a_success(page):
     ask(page, passages=["x" * (2**21 + 1)])  # more than the gateway takes
     error = page.get_by_role("alert")
-    expect(error).to_contain_text("413", timeout=WAIT_MILLISECONDS)
+    expect(error).to_contain_text("413")
     expect(error).to_contain_text(re.compile(r"expected a body of at most 2097152 bytes; got \d+; split the input"))
     assert page.locator("#ranking li").count() == 0
     ask(page)
@@ -208,17 +205,20 @@ def test_the_key_is_asked_for_and_kept_in_memory_only(browser, server, logs):
         opened(browser, url + "/") as page,
     ):
         key = page.get_by_label("Key of this gateway")
-        expect(page.get_by_role("alert")).to_contain_text("401", timeout=WAIT_MILLISECONDS)
+        expect(page.get_by_role("alert")).to_contain_text("401")
         expect(key).to_be_focused()
         key.fill("guess")
         page.get_by_role("button", name="Use this key").click()
-        expect(page.get_by_role("alert")).to_contain_text("got another; ask its operator", timeout=WAIT_MILLISECONDS)
+        expect(page.get_by_role("alert")).to_contain_text("got another; ask its operator")
         key.fill("sesame")
         key.press("Enter")
         expect(page.get_by_role("alert")).to_be_hidden(timeout=WAIT_MILLISECONDS)
         expect(key).to_be_hidden()
         ask(page)
         rows(page)
+        for tool in ("curl", "openai"):
+            page.get_by_label(tool).check()
+            expect(page.locator("#lines")).to_contain_text("GATEWAY_API_KEY")
         assert "sesame" not in page.content()
         assert page.evaluate("[localStorage.length, sessionStorage.length, document.cookie]") == [0, 0, ""]
         page.reload()
@@ -226,32 +226,26 @@ def test_the_key_is_asked_for_and_kept_in_memory_only(browser, server, logs):
         expect(key).to_have_value("")
 
 
-def test_a_server_that_dies_is_said_to_be_away_and_is_used_again_when_it_is_back(browser, logs, default_checkpoint):
-    address, log = Address(*free_ports(3)), logs / "page-server.log"
-    with gateway_running(logs / "page-gateway.log", address.url) as url, opened(browser, url + "/") as page:
-        state = page.locator("#state")
-        expect(state).to_have_text("waiting for the server", timeout=WAIT_MILLISECONDS)
-        for _ in range(2):
-            with serving(log, address, MINI if default_checkpoint else REPO / "test" / "data" / "toy"):
-                expect(state).to_have_text("ready", timeout=WAIT_MILLISECONDS)
-                expect(page.locator("header")).to_contain_text("dimensions")
+def test_a_server_or_gateway_that_dies_is_said_to_be_away_and_a_server_is_used_again_when_it_is_back(browser, logs):
+    address = Address(*free_ports(3))
+    with ExitStack() as stack:
+        with gateway_running(logs / "page-gateway.log", address.url) as url:
+            page = stack.enter_context(opened(browser, url + "/"))
+            state, error = page.locator("#state"), page.get_by_role("alert")
+            for _ in range(2):
+                with serving(logs / "page-server.log", address, TOY):
+                    expect(state).to_have_text("ready")
+                    expect(page.locator("header")).to_contain_text("dimensions")
+                    ask(page)
+                    rows(page)
+                    expect(error).to_be_hidden()
+                expect(state).to_have_text("waiting for the server")
                 ask(page)
-                rows(page)
-            expect(state).to_have_text("waiting for the server", timeout=WAIT_MILLISECONDS)
-            ask(page)
-            expect(page.get_by_role("alert")).to_contain_text("503", timeout=WAIT_MILLISECONDS)
-            expect(page.get_by_role("button", name="Rank")).to_be_enabled()
-
-
-def test_a_gateway_that_dies_is_said_not_to_answer(browser, server, logs):
-    with gateway_running(logs / "page-gone.log", server.url) as url:
-        tab = opened(browser, url + "/")
-        page = tab.__enter__()
-        expect(page.locator("#state")).to_have_text("ready", timeout=WAIT_MILLISECONDS)
-    expect(page.locator("#state")).to_have_text("the gateway does not answer", timeout=WAIT_MILLISECONDS)
-    ask(page)
-    expect(page.get_by_role("alert")).to_contain_text(f"expected an answer from {url}; got none")
-    tab.__exit__(None, None, None)
+                expect(error).to_contain_text("503")
+                expect(error).to_contain_text("try again")
+        expect(state).to_have_text("the gateway does not answer")
+        ask(page)
+        expect(error).to_contain_text(f"expected an answer from {url}; got none")
 
 
 # --- safety ---
@@ -275,17 +269,24 @@ def test_hostile_texts_are_texts(page):
     assert page.locator("img, main script, #ranking svg").count() == 0
 
 
-def test_the_policy_runs_this_script_and_nothing_else(http, page):
+def test_the_policy_runs_this_script_and_nothing_else(http, browser):
     answer = http.get("/")
     policy = answer.headers["content-security-policy"]
     assert policy.startswith("default-src 'none'; script-src 'sha256-")
     assert "unsafe" not in policy
     assert not re.search(r"\son\w+=|\sstyle=|javascript:|https?:(?!//www.w3.org/)", answer.text)
-    # The browser holds to it: a script, a handler and a style that somebody gets into the page do nothing.
-    with page.expect_console_message(lambda line: "Content Security Policy" in line.text):
-        page.evaluate("() => { const s = document.createElement('style'); s.textContent = '*{}'; document.body.append(s) }")
-    with pytest.raises(Exception, match="TrustedHTML"):
-        page.evaluate("() => { document.body.innerHTML = '<p>' }")
+    # The browser holds to it: what somebody gets into the page does nothing.
+    with browser.new_context() as tab:
+        page = tab.new_page()
+        page.goto(f"{http.base_url}")
+        with page.expect_console_message(lambda line: "inline style violates" in line.text):
+            page.evaluate(
+                "() => document.body.append(Object.assign(document.createElement('style'), {textContent: '*{}'}))"
+            )
+        with pytest.raises(Error, match="TrustedHTML"):
+            page.evaluate("() => { document.body.innerHTML = '<p>' }")
+        with page.expect_console_message(lambda line: "connect-src" in line.text):
+            page.evaluate("() => fetch('http://127.0.0.1:9/').catch(() => {})")
 
 
 # --- lines to copy ---
@@ -293,7 +294,7 @@ def test_the_policy_runs_this_script_and_nothing_else(http, page):
 
 def test_the_lines_to_copy_give_the_same_scores(page, client):
     show_instruction(page)
-    own = "Instruct: It's a \"test\" \\ of $HOME\nQuery: "
+    own = 'Instruct: It\'s a "test" \\ of $HOME\nQuery: '
     page.get_by_label("Put before the question").fill(own)
     passages = [*PASSAGES, "It's 'quoted' and \"double\", costs $5 \\n, and is \N{BREAD}."]
     ask(page, passages=passages)
@@ -315,28 +316,17 @@ def test_the_lines_to_copy_give_the_same_scores(page, client):
     assert [float(question @ vector) for vector in vectors] == expected
 
 
-def test_a_key_stays_out_of_the_lines_to_copy(browser, server, logs):
-    with (
-        gateway_running(logs / "page-lines.log", server.url, GATEWAY_API_KEY="sesame") as url,
-        opened(browser, url + "/") as page,
-    ):
-        page.get_by_label("Key of this gateway").fill("sesame")
-        page.get_by_role("button", name="Use this key").click()
-        for tool in ("curl", "openai"):
-            page.get_by_label(tool).check()
-            expect(page.locator("#lines")).to_contain_text("GATEWAY_API_KEY")
-            assert "sesame" not in page.locator("#lines").text_content()
-
-
 # --- for everybody ---
 
 
 def test_the_keyboard_is_enough(page):
     reached = set()
-    for _ in range(30):
+    while True:
         page.keyboard.press("Tab")
         name = page.evaluate("() => document.activeElement.id || document.activeElement.textContent.trim()")
-        reached.add(name.split("\n")[0])
+        if name in reached:
+            break
+        reached.add(name)
         if name == "question":
             page.keyboard.press("Control+A")
             page.keyboard.type(QUESTION)
@@ -389,9 +379,15 @@ def test_colours_have_contrast_in_light_and_dark(browser, gateway, scheme):
         return (high + 0.05) / (low + 0.05)
 
     assert (luminance("paper") < 0.1) == (scheme == "dark")
-    texts = {"paper": "ink quiet accent good wait bad", "card": "ink quiet accent question bad", "wash": "ink quiet bad question"}
+    texts = {
+        "paper": "ink quiet accent good wait bad",
+        "card": "ink quiet accent question bad",
+        "wash": "ink quiet bad question",
+    }
     texts |= {"bad-wash": "ink bad", "on-accent": "accent question"}
-    too_weak = [(ground, text) for ground, each in texts.items() for text in each.split() if contrast(ground, text) < 4.5]
+    too_weak = [
+        (ground, text) for ground, each in texts.items() for text in each.split() if contrast(ground, text) < 4.5
+    ]
     assert too_weak == []
     assert contrast("field", "card") >= 3
 

@@ -21,8 +21,12 @@ from nv_embed_client.gateway.reply import TRUNCATED_TEXTS, Replies
 from nv_embed_client.gateway.settings import GatewaySettings
 
 
-def create_app(settings: GatewaySettings) -> FastAPI:
-    """One gateway. It connects to Triton when the application starts, and needs it for no answer but embeddings."""
+def create_app(settings: GatewaySettings, url: str | None = None) -> FastAPI:
+    """One gateway. It connects to Triton when the application starts, and needs it for no answer but embeddings.
+
+    Args:
+        url: where people will find it, for the log.
+    """
     metrics = GatewayMetrics()
     names = names_of(settings.model_names, settings.aliases)
     embedder = Embedder(settings, metrics)
@@ -30,7 +34,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with embedder.connected():
+        async with embedder.connected(url):
             yield
 
     app = FastAPI(

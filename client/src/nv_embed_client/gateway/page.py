@@ -24,10 +24,16 @@ def add_to(app: FastAPI, settings: GatewaySettings) -> None:
     # "<" could end the element. JSON has it nowhere but in strings, and there it may be written so.
     facts = orjson.dumps(_facts(settings)).decode().replace("<", "\\u003c")
     html = source.replace(_FACTS, _FACTS.replace("{}", facts))
-    headers = {"Content-Security-Policy": _policy(source), "Cache-Control": "no-cache", "Referrer-Policy": "no-referrer"}
+    headers = {
+        "Content-Security-Policy": _policy(source),
+        "Cache-Control": "no-cache",
+        "Referrer-Policy": "no-referrer",
+        "X-Content-Type-Options": "nosniff",
+    }
 
-    @app.get("/", include_in_schema=False)
+    @app.get("/", summary="A page that ranks texts", response_class=HTMLResponse)
     async def page() -> HTMLResponse:
+        """For people: ranks passages for a question, and shows what an instruction changes."""
         return HTMLResponse(html, headers=headers)
 
 
@@ -37,8 +43,8 @@ def _facts(settings: GatewaySettings) -> dict[str, object]:
     Names of other machines stay here: the page says where Triton is only if that is the gateway's machine.
     """
     host, _, port = settings.triton_url.rpartition(":")
-    is_here = host in ("localhost", "[::1]") or host.startswith("127.")
-    return {"tasks": dict(TASK_INSTRUCTIONS), "grpc_port": int(port) if is_here and settings.triton_tls is None else None}
+    is_here = (host in ("localhost", "[::1]") or host.startswith("127.")) and settings.triton_tls is None
+    return {"tasks": dict(TASK_INSTRUCTIONS), "grpc_port": int(port) if is_here else None}
 
 
 def _policy(source: str) -> str:

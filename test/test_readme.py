@@ -87,7 +87,7 @@ def test_the_file_tree_lists_files_that_exist_and_every_room_of_the_repository()
 
 
 def test_a_started_server_prints_what_the_readme_shows(mini_server):
-    (shown,) = re.findall(r"A started server prints.*?```text\n(.*?)```", text_of("README.md"), re.DOTALL)
+    (shown,) = re.findall(r"A started server\s+prints.*?```text\n(.*?)```", text_of("README.md"), re.DOTALL)
     printed = {masked(line) for line in mini_server.log_text().splitlines()}
     for line in shown.splitlines():
         assert masked(line) in printed

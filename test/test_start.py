@@ -75,6 +75,8 @@ def test_the_gateway_serves_beside_the_server_is_started_again_alone_and_stops_w
     server = start(tmp_path / "log.txt", toy, settings)
     eventually(gateway.answers)
     assert f"http://127.0.0.1:{gateway.port}/v1" in server.log_text()
+    assert f"a page to try it:  http://127.0.0.1:{gateway.port}/\n" in server.log_text()
+    eventually(lambda: f"; try it at http://127.0.0.1:{gateway.port}/\n" in server.log_text())
     np.testing.assert_allclose(gateway.embed(["a", "b"]), server.embed_documents(["a", "b"]), atol=1e-5)
     with pytest.raises(urllib.error.HTTPError, match="401") as refused:
         dataclasses.replace(gateway, key="guess").embed(["a"])

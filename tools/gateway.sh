@@ -39,5 +39,6 @@ add_gateway() {
   prepare_venv "$GATEWAY_VENV" "$repo/tools/requirements-gateway.txt"
   if [[ $RESTART == always ]]; then gateway=("$repo/tools/supervise.sh" "${gateway[@]}"); fi
   command=("$GATEWAY_VENV/bin/python" -I "$repo/tools/with_gateway.py" "${#gateway[@]}" "${gateway[@]}" "${command[@]}")
-  printf '%s\n' "OpenAI's embeddings API, once the model is loaded:  http://$GATEWAY_HOST:$GATEWAY_PORT/v1" >&2
+  printf '%s\n' "Once the model is loaded, a page to try it:  http://${GATEWAY_HOST/#0.0.0.0/localhost}:$GATEWAY_PORT/" \
+    "OpenAI's embeddings API:                     http://$GATEWAY_HOST:$GATEWAY_PORT/v1" >&2
 }

@@ -73,9 +73,22 @@ def test_the_models_are_listed_and_each_is_found(openai_client, client):
     assert [model.id for model in listed] == names
     assert {model.dimension for model in listed} == {client.dimension()}
     assert {model.max_model_len for model in listed} == {MAX_SEQUENCE_TOKENS}
+    assert {model.query_prompt for model in listed} == {client.model_info().query_prompt}
+    assert {model.root for model in listed} == {"nv-embed-v2"}
     assert [openai_client.models.retrieve(model.id) for model in listed] == listed
     with pytest.raises(openai.NotFoundError, match=r"got 'text-embedding-3-small'; see /v1/models"):
         openai_client.models.retrieve("text-embedding-3-small")
+
+
+def test_each_vector_says_how_many_tokens_its_text_had_if_it_is_asked(http, client):
+    texts = ["one", "a longer text of some words", "word " * 2 * MAX_SEQUENCE_TOKENS]
+    answer = post(http, input=texts, token_count=True).json()
+    counts = [each["token_count"] for each in answer["data"]]
+    assert counts == client.embed(texts, token_counts=True).token_counts.tolist()
+    assert counts[2] == MAX_SEQUENCE_TOKENS
+    assert answer["usage"]["prompt_tokens"] == sum(counts)
+    for body in ({}, {"token_count": False}, {"token_count": None}):
+        assert not any("token_count" in each for each in post(http, input=texts, **body).json()["data"])
 
 
 def test_the_models_own_dimensions_are_accepted_and_no_others(openai_client, http, client):
@@ -126,6 +139,7 @@ def test_more_texts_than_one_request_of_triton_come_in_order(http, client):
         ({"dimensions": "384"}, ["integer"], "dimensions"),
         ({"embedding_type": "int4"}, ["'float', 'float16', 'int8'"], "embedding_type"),
         ({"is_truncated": 1}, ["boolean"], "is_truncated"),
+        ({"token_count": "yes"}, ["boolean"], "token_count"),
         ({"modality": "image"}, ["'text'"], "modality"),
         ({"encoding_format": "int8"}, ["'float' or 'base64'"], "encoding_format"),
         ({"truncate": "START"}, ["'END' or 'NONE'", "got 'START'", "cut its start yourself"], "truncate"),
@@ -246,8 +260,8 @@ def test_a_model_that_the_server_lacks_is_404_and_the_log_says_so_at_the_start(s
         assert post(http).status_code == 200
         assert_refused(http.get("/health/ready"), 503, "has loaded nv-embed-v2, absent;")
         listed = {model["id"]: set(model) for model in http.get("/v1/models").json()["data"]}
-        assert listed["absent"] == {"id", "object", "created", "owned_by"}
-        assert listed["nv-embed-v2"] == {*listed["absent"], "dimension", "max_model_len"}
+        assert listed["absent"] == {"id", "object", "created", "owned_by", "root"}
+        assert listed["nv-embed-v2"] == {*listed["absent"], "dimension", "max_model_len", "query_prompt"}
     with gateway_client(log, server.url, "--model-name", "absent") as http:
         for answer in (http.post("/embed", json={"inputs": "a"}), http.get("/info")):
             assert (answer.status_code, answer.json()["error_type"]) == (424, "Backend")
@@ -274,13 +288,13 @@ def test_an_api_key_guards_what_costs_something(server, logs):
         closed = ("/v1/models", "/v1/models/nv-embed-v2", "/v1/metadata", "/info")
         for path in closed:
             assert http.get(path, headers=right).status_code == 200, path
-        for path in (*closed, "/v1/models/", "//v1//models", "/v1/health", "/"):
+        for path in (*closed, "/v1/models/", "//v1//models", "/v1/health"):
             assert http.get(path).status_code == 401, path
         for path in ("/embed", "/"):
             assert http.post(path, json={"inputs": "a"}).status_code == 401
             assert http.post(path, json={"inputs": "a"}, headers=right).status_code == 200
         health = ("/health", "/health/live", "/health/ready", "/v1/health/live", "/v1/health/ready")
-        for path in (*health, "/metrics", "/docs", "/openapi.json"):
+        for path in (*health, "/", "/metrics", "/docs", "/openapi.json"):
             assert http.get(path).status_code == 200, path
         api = str(http.base_url.join("v1"))
         with openai.OpenAI(base_url=api, api_key="correct horse") as client:

@@ -24,7 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = _parser().parse_args(arguments)
     try:
         settings = _settings(parsed)
-        app = create_app(settings)
+        # A browser cannot open 0.0.0.0 everywhere.
+        app = create_app(settings, f"http://{parsed.host.replace('0.0.0.0', 'localhost')}:{parsed.port}/")
     except InvalidInput as error:
         print(f"nv-embed-gateway: {error}", file=sys.stderr)
         return 2

@@ -12,7 +12,7 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from nv_embed_client.gateway import docs_page, health, openai_api, openapi, refusals, tei
+from nv_embed_client.gateway import docs_page, health, openai_api, openapi, page, refusals, tei
 from nv_embed_client.gateway.embedder import Embedder
 from nv_embed_client.gateway.metrics import GatewayMetrics
 from nv_embed_client.gateway.middleware import AnswerDefects, GuardBody, Measure, Normalize, RequireKey
@@ -21,8 +21,12 @@ from nv_embed_client.gateway.reply import TRUNCATED_TEXTS, Replies
 from nv_embed_client.gateway.settings import GatewaySettings
 
 
-def create_app(settings: GatewaySettings) -> FastAPI:
-    """One gateway. It connects to Triton when the application starts, and needs it for no answer but embeddings."""
+def create_app(settings: GatewaySettings, url: str | None = None) -> FastAPI:
+    """One gateway. It connects to Triton when the application starts, and needs it for no answer but embeddings.
+
+    Args:
+        url: where people will find it, for the log.
+    """
     metrics = GatewayMetrics()
     names = names_of(settings.model_names, settings.aliases)
     embedder = Embedder(settings, metrics)
@@ -30,7 +34,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with embedder.connected():
+        async with embedder.connected(url):
             yield
 
     app = FastAPI(
@@ -64,15 +68,17 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     app.include_router(tei.operations(settings, embedder, replies))
     app.include_router(health.operations(settings, embedder, metrics))
 
-    async def page() -> dict[str, Any]:
+    page.add_to(app, settings)
+
+    async def description() -> dict[str, Any]:
         return openapi.page(app, settings, names, await embedder.known_infos())
 
     @app.get("/openapi.json", include_in_schema=False)
     async def page_for_programs() -> JSONResponse:
-        return JSONResponse(await page())
+        return JSONResponse(await description())
 
     @app.get("/docs", include_in_schema=False)
     async def page_for_people() -> HTMLResponse:
-        return HTMLResponse(docs_page.html(await page()), headers=docs_page.HEADERS)
+        return HTMLResponse(docs_page.html(await description()), headers=docs_page.HEADERS)
 
     return app

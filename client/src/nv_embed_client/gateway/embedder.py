@@ -45,8 +45,12 @@ class Embedder:
         self._clients: dict[str, AsyncNVEmbedClient] = {}  # by the names of their models
 
     @contextlib.asynccontextmanager
-    async def connected(self) -> AsyncIterator[None]:
-        """As long as this lasts it can embed; a server that is absent is asked again at each request."""
+    async def connected(self, url: str | None = None) -> AsyncIterator[None]:
+        """As long as this lasts it can embed; a server that is absent is asked again at each request.
+
+        Args:
+            url: of the gateway's page, for the log.
+        """
         settings = self._settings
         transport = GrpcTransport(settings.connection(settings.default_model))
         async with contextlib.AsyncExitStack() as stack:
@@ -60,14 +64,14 @@ class Embedder:
                     transport=transport.for_model(name),
                 )
                 self._clients[name] = await stack.enter_async_context(client)
-            saying = asyncio.gather(*(self._say(name, transport.for_model(name)) for name in settings.model_names))
+            saying = asyncio.gather(*(self._say(name, transport.for_model(name), url) for name in settings.model_names))
             try:
                 yield
             finally:
                 saying.cancel()
                 await asyncio.gather(saying, return_exceptions=True)
 
-    async def _say(self, name: str, transport: Transport) -> None:
+    async def _say(self, name: str, transport: Transport, url: str | None) -> None:
         """Log once what the server says about a model, as soon as there is a server."""
         async with AsyncNVEmbedClient(transport=transport, retry=_PATIENCE) as client:
             try:
@@ -75,9 +79,10 @@ class Embedder:
             except NVEmbedError as error:
                 refusals.of_client_error(error, name, (), _PATIENCE_SECONDS)  # logs it
             else:
+                hint = "" if url is None else f"; try it at {url}"
                 logger.info(
-                    "model %s: dimension %d, texts of up to %d tokens, fingerprint %s",
-                    name, info.dimension, info.max_sequence_tokens, info.fingerprint,
+                    "model %s: dimension %d, texts of up to %d tokens, fingerprint %s%s",
+                    name, info.dimension, info.max_sequence_tokens, info.fingerprint, hint,
                 )  # fmt: skip
 
     async def embed(

@@ -22,9 +22,13 @@ def operations(settings: GatewaySettings, names: dict[str, Named], embedder: Emb
     router = APIRouter()
 
     def described(name: str, info: ModelInfo | None) -> dict[str, Any]:
-        told = {"id": name, "object": "model", "created": 0, "owned_by": "nvidia"}
+        told = {"id": name, "object": "model", "created": 0, "owned_by": "nvidia", "root": names[name].model}
         if info is not None:
-            told |= {"dimension": info.dimension, "max_model_len": info.max_sequence_tokens}
+            told |= {
+                "dimension": info.dimension,
+                "max_model_len": info.max_sequence_tokens,
+                "query_prompt": info.query_prompt,
+            }
         return told
 
     def known(name: str) -> str:
@@ -62,6 +66,8 @@ def operations(settings: GatewaySettings, names: dict[str, Named], embedder: Emb
             told = {"object": "embedding", "index": index, "embedding": embedding}
             if body.is_truncated and result.is_truncated is not None:
                 told["is_truncated"] = bool(result.is_truncated[index])
+            if body.token_count and result.token_counts is not None:
+                told["token_count"] = int(result.token_counts[index])
             return told
 
         usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}

@@ -72,13 +72,13 @@ def page(
     dimensions = {model: info.dimension for model, info in infos.items() if info is not None}
     page = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
     for path, operations in page["paths"].items():
-        for operation in operations.values():
+        for method, operation in operations.items():
             answers = operation["responses"]
             if path not in paths.TEI:
                 answers.pop("422", None)  # FastAPI's own; such requests are answered 400, as OpenAI does
             if settings.api_key is None:
                 answers.pop("401", None)
-            elif path not in paths.OPEN:
+            elif not paths.is_open(method.upper(), path):
                 operation["security"] = [{"key": []}]
     if settings.api_key is not None:
         page["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}

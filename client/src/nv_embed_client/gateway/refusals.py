@@ -187,7 +187,10 @@ def of_http_exception(error: HTTPException, method: str, path: str) -> Refusal:
         "clients end with /v1",
         405: f"expected another method here; got {method}; see /docs",
     }.get(error.status_code, str(error.detail))
-    return Refusal(error.status_code, message, headers=error.headers)
+    headers = dict(error.headers or {})
+    if error.status_code == 405 and path == "/":
+        headers["Allow"] = "GET, POST"  # two operations, of which the framework names one
+    return Refusal(error.status_code, message, headers=headers)
 
 
 async def handle(request: Request, error: Exception) -> Response:

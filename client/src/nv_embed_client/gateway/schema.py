@@ -141,6 +141,9 @@ class EmbeddingsRequest(BaseModel):
     is_truncated: Annotated[
         bool | None, Field(description="Have each vector say whether its text was too long and was cut.")
     ] = None
+    token_count: Annotated[
+        bool | None, Field(description="Have each vector say how many tokens of its text the network saw.")
+    ] = None
     modality: Annotated[
         Literal["text"] | list[Literal["text"]] | None,
         Field(description="Of all texts or of each, as NVIDIA's NIM has it."),
@@ -183,6 +186,13 @@ class Embedding(BaseModel):
     index: Annotated[int, Field(description="Of the text within `input`.")]
     embedding: Annotated[list[float] | str, Field(description="Of length 1, if it is float; a string with `base64`.")]
     is_truncated: Annotated[bool, Field(description="Whether its text was cut; only if the request asks.")] = False
+    token_count: Annotated[
+        int,
+        Field(
+            description="Tokens of its text as the network saw it, instruction and special tokens included, after "
+            "truncation; only if the request asks."
+        ),
+    ] = 0
 
 
 class Usage(BaseModel):
@@ -208,12 +218,17 @@ class Model(BaseModel):
     object: Literal["model"]
     created: int
     owned_by: str
+    root: Annotated[str, Field(description="The model on the server that the name stands for, as vLLM names it.")]
     dimension: Annotated[
         int | None, Field(description="Numbers of a vector; absent while the server does not say.")
     ] = None
     max_model_len: Annotated[
         int | None,
         Field(description="Tokens of the longest text that is not cut, as vLLM names it; absent like the other."),
+    ] = None
+    query_prompt: Annotated[
+        str | None,
+        Field(description="Stands before a query whose request names no instruction; absent like the others."),
     ] = None
 
 

@@ -22,7 +22,7 @@ def operations(settings: GatewaySettings, names: dict[str, Named], embedder: Emb
     router = APIRouter()
 
     def described(name: str, info: ModelInfo | None) -> dict[str, Any]:
-        told = {"id": name, "object": "model", "created": 0, "owned_by": "nvidia"}
+        told = {"id": name, "object": "model", "created": 0, "owned_by": "nv-embed-gateway"}
         if info is not None:
             told |= {"dimension": info.dimension, "max_model_len": info.max_sequence_tokens}
         return told

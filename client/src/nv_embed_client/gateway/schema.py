@@ -207,7 +207,7 @@ class Model(BaseModel):
     id: str
     object: Literal["model"]
     created: int
-    owned_by: str
+    owned_by: Annotated[str, Field(description="Who offers the model; whose it is, the server does not know.")]
     dimension: Annotated[
         int | None, Field(description="Numbers of a vector; absent while the server does not say.")
     ] = None

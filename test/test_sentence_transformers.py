@@ -20,6 +20,7 @@ import torch
 import tritonclient.grpc as triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from model_folders import config_with, fill
 from nv_embed.compute.loading import load_engine, load_engines
 from nv_embed.errors import CheckpointError, DeviceError, InvalidRequest
 from nv_embed.models import kind_of, library_model, read_checkpoint
@@ -711,17 +712,10 @@ def server_of_all(folders, minilm, tmp_path_factory):
     repository = tmp_path_factory.mktemp("repository")
     settings = {family: {"model_path": str(folders[family])} for family in SERVED}
     settings["minilm"] = {"model_path": str(minilm), "query_prompt": "query: ", "document_prompt": "passage: "}
-    pbtxt = (ROOT / "model_repository/nv-embed-v2/config.pbtxt").read_text("utf-8")
-    head, _, _ = pbtxt.partition("# Settings.")
     for name, values in settings.items():
-        model = repository / name
-        model.mkdir()
-        (model / "1").symlink_to(ROOT / "model_repository/nv-embed-v2/1")
-        lines = "".join(
-            f"parameters {{ key: {json.dumps(key)} value {{ string_value: {json.dumps(value)} }} }}\n"
-            for key, value in ({"device": "cpu", "target_batch_milliseconds": "20"} | values).items()
-        )
-        (model / "config.pbtxt").write_text(head.replace('name: "nv-embed-v2"', f'name: "{name}"') + lines, "utf-8")
+        (repository / name).mkdir()
+        config = config_with(name, {"device": "cpu", "target_batch_milliseconds": "20"} | values)
+        fill(repository / name, config, str(ROOT / "model_repository/nv-embed-v2/1"))
     ports = Ports(*free_ports(3))
     command = [sys.executable, ROOT / "tools/pip_triton.py"]
     arguments = [

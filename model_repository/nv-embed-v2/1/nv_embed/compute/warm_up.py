@@ -10,7 +10,7 @@ import numpy as np
 
 from nv_embed.compute.engine import Engine
 from nv_embed.errors import CheckpointError, DeviceError, DeviceLost, OutOfDeviceMemory
-from nv_embed.sequence import SequenceType
+from nv_embed.sequence import TokenSequence
 
 logger = logging.getLogger(__name__)
 
@@ -20,8 +20,8 @@ _MOST_TOKENS = 65536  # of a batch: beyond it no device gains, while a query wai
 
 
 def warm_up(
-    engine: Engine[SequenceType],
-    sequence: SequenceType,
+    engine: Engine,
+    sequence: TokenSequence,
     target_seconds: float,
     fewest_tokens: int,
     most_tokens: int | None = None,

@@ -96,6 +96,12 @@ case $RUNTIME in
     if [[ $DEVICE == *cuda* ]] && ! has_gpu; then
       refuse "DEVICE=$DEVICE: expected an NVIDIA GPU, found none. DEVICE=cpu computes without one."
     fi
+    for i in ${added[@]+"${!added[@]}"}; do
+      if [[ ${added_devices[i]} == *cuda* ]] && ! has_gpu; then
+        refuse "Model ${added[i]}, device ${added_devices[i]}: expected an NVIDIA GPU, found none." \
+          "Set device to cpu in $shared/${added[i]}/config.pbtxt, or remove that folder."
+      fi
+    done
     ;;
   *) refuse "RUNTIME: expected auto, native, docker or pip, got '$RUNTIME'." ;;
 esac

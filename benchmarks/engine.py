@@ -207,7 +207,7 @@ def batches(texts: Sequence[TokenSequence], budget: int, *, is_padded: bool) -> 
     yield batch
 
 
-def embed_packed(engine: Engine[TokenSequence], texts: Sequence[TokenSequence], budget: int) -> None:
+def embed_packed(engine: Engine, texts: Sequence[TokenSequence], budget: int) -> None:
     """As the server does: on a GPU one thread starts a batch while the other one waits for its own."""
     waiting = batches(texts, budget, is_padded=False)
     with ThreadPoolExecutor(1 if engine.device.type == "cpu" else 2) as threads:
@@ -215,7 +215,7 @@ def embed_packed(engine: Engine[TokenSequence], texts: Sequence[TokenSequence], 
             work.result()
 
 
-def embed_all(engine: Engine[TokenSequence], waiting: Iterator[list[TokenSequence]]) -> None:
+def embed_all(engine: Engine, waiting: Iterator[list[TokenSequence]]) -> None:
     while engine.compute(lambda: next(waiting, None)):  # which never runs in two threads at a time
         pass
 
@@ -226,7 +226,7 @@ def embed_padded(baseline: PaddedNetwork, texts: Sequence[TokenSequence], budget
 
 
 def check_alike(
-    engine: Engine[TokenSequence], baseline: PaddedNetwork, config: NVEmbedCheckpoint, seed: int, least_cosine: float
+    engine: Engine, baseline: PaddedNetwork, config: NVEmbedCheckpoint, seed: int, least_cosine: float
 ) -> None:
     """Two networks that do not compute the same are not worth a comparison."""
     texts = sequences([40, 25, 33], config.vocab_size, seed, NUM_MASKED)
@@ -297,7 +297,7 @@ def operations(config: NVEmbedCheckpoint, lengths: Sequence[int]) -> float:
 
 
 def measure_mix(
-    engine: Engine[TokenSequence], baseline: PaddedNetwork | None, config: NVEmbedCheckpoint,
+    engine: Engine, baseline: PaddedNetwork | None, config: NVEmbedCheckpoint,
     texts: list[TokenSequence], budget: int, ceiling: float, passes: int,
 ) -> dict[str, Any]:  # fmt: skip
     device = engine.device
@@ -327,7 +327,7 @@ def measure_mix(
 
 
 def measure_query(
-    engine: Engine[TokenSequence], baseline: PaddedNetwork | None, config: NVEmbedCheckpoint, device: torch.device
+    engine: Engine, baseline: PaddedNetwork | None, config: NVEmbedCheckpoint, device: torch.device
 ) -> dict[str, float]:
     """Median milliseconds of one short query alone."""
     texts = sequences([QUERY_TOKENS], config.vocab_size, 0, NUM_MASKED)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,44 @@ def test_a_model_has_the_given_parameters_and_all_else_of_the_default_one(reposi
     code = repository / "model_repository" / "a-1.b_C" / "1"
     assert os.readlink(code) == "../nv-embed-v2/1"
     assert (code / "model.py").is_file()
+
+
+@pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="this machine has a GPU")
+@pytest.mark.parametrize("has_gpu", [True, False])
+def test_the_device_is_the_cpu_unless_this_machine_has_a_gpu_or_another_is_given(repository, toy, tmp_path, has_gpu):
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\nexit {0 if has_gpu else 1}\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    command = [sys.executable, repository / "tools" / "add_model", f"device-{has_gpu}", toy]
+    environ = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environ)
+    device = config_of(repository, f"device-{has_gpu}").parameters["device"].string_value
+    if has_gpu:
+        assert device == ""  # the default
+        assert done.stdout.endswith("(nv_embed) on cuda:0\n")
+    else:
+        assert device == "cpu"
+        assert done.stdout.endswith(" on cpu, because this machine has no GPU; device=cuda:0 is for one that has\n")
+    subprocess.run([*command[:2], f"given-{has_gpu}", toy, "device=cuda:1"], check=True, env=environ)
+    assert config_of(repository, f"given-{has_gpu}").parameters["device"].string_value == "cuda:1"
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="needs a second file system")
+def test_two_file_systems_are_refused_with_what_makes_one_of_them(toy, tmp_path):
+    repository = checkout(tmp_path / "copy")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
+        if os.stat(other).st_dev == os.stat(repository).st_dev:
+            pytest.skip("needs a second file system")
+        (repository / ".served").symlink_to(other)
+        done = add(repository, "new", toy)
+        assert done.returncode == 2
+        assert (
+            f"add_model: expected {repository}/.served and {repository}/model_repository on the same fi" in done.stderr
+        )
+        assert "make" in done.stderr
+        (repository / "on").mkdir()
+        (repository / ".served").unlink()
+        (repository / ".served").symlink_to(repository / "on")  # as the message says
+        assert add(repository, "new", toy).returncode == 0
 
 
 def test_the_path_of_a_checkpoint_is_absolute_and_without_links(repository, toy, tmp_path):

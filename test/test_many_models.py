@@ -99,6 +99,7 @@ def test_another_kind_is_served_under_its_folders_name_beside_what_was_added(tmp
     server = start(tmp_path / "log.txt", folder, settings, command=[repository / "serve.sh"])
     for is_restarted in (False, True):
         if is_restarted:
+            shutil.rmtree(repository / "model_repository" / "added")  # for the next start by hand
             (pid,) = (pid for pid, line in descendants(server.process.pid).items() if "/bin/tritonserver --" in line)
             os.kill(pid, signal.SIGKILL)
             eventually(lambda: "starting again" in server.log_text())

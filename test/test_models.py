@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from nv_embed.compute.loading import load_engine, load_engines
 from nv_embed.compute.warm_up import warm_up
 from nv_embed.errors import CheckpointError, DeviceError
 from nv_embed.models.protocol import Network, mean_shares, parameter
+from nv_embed.sequence import TokenSequence
 from nv_embed.tokenizer import Template, Tokenizer
 from safetensors.torch import save_file
 from serving import ROOT
@@ -110,20 +110,8 @@ def test_weights_of_another_model_are_refused(bag):
 # --- what a library computes: texts in, vectors out ------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Text:
-    text: str
-
-    @property
-    def num_tokens(self):
-        return max(len(self.text.split()), 1)
-
-    def digest(self):
-        return blake2b(self.text.encode(), digest_size=16).digest()
-
-
 class Letters:
-    """How often each letter comes, by "a library" that knows no packed tokens."""
+    """How often each letter comes, by "a library" that knows no packed tokens; a token is a byte."""
 
     pooling = "mean"
     dimension, hidden_size, longest_text, dtype = 26, 26, None, "float32"
@@ -137,14 +125,15 @@ class Letters:
         return self
 
     def encode(self, texts, instruction, *, truncate=True, first_index=0):
-        return [Text(instruction + text) for text in texts]
+        ids = [np.frombuffer((instruction + text).encode() or b"\0", np.uint8).astype(np.int32) for text in texts]
+        return [TokenSequence(own, 0) for own in ids]
 
     def load(self, folder, device, dtype):
         return self
 
     def embed(self, sequences, work):
-        counts = [[1 + own.text.count(chr(97 + letter)) for letter in range(26)] for own in sequences]
-        return functional.normalize(torch.tensor(counts, dtype=torch.float32), dim=-1)
+        counts = [1 + (own.input_ids[:, None] == np.arange(97, 123)).sum(axis=0) for own in sequences]
+        return functional.normalize(torch.tensor(np.stack(counts), dtype=torch.float32), dim=-1)
 
 
 def test_what_a_library_computes_is_served_by_the_same_engine(tmp_path):

@@ -272,6 +272,7 @@ def test_the_longest_text_is_what_the_files_say_the_first_of_which_counts(folder
     assert longest("sentence_bert_config.json", max_seq_length=None) == 256
     assert longest("tokenizer_config.json", model_max_length=200) == 200
     assert longest("tokenizer_config.json", model_max_length=int(1e30)) == 256
+    assert longest("sentence_bert_config.json", tokenizer_args={"model_max_length": 70}, max_seq_length=50) == 70
     (folder / "sentence_bert_config.json").unlink()
     assert longest("config.json", max_position_embeddings=300) == 300
     (folder / "tokenizer_config.json").unlink()
@@ -323,6 +324,19 @@ def write_modules(folder, kinds):
         ("tokenizer_config.json", {"split_special_tokens": True}, "split_special_tokens: expected false; got True"),
         ("sentence_bert_config.json", {"do_lower_case": True}, "do_lower_case: expected false; got True"),
         ("sentence_bert_config.json", {"max_seq_length": 0}, "max_seq_length: expected a whole number"),
+        ("sentence_bert_config.json", {"transformer_task": "fill-mask"}, "transformer_task: expected \"feature-extrac"),
+        ("sentence_bert_config.json", {"modality_config": {"message": {}}}, "modality_config: expected {\"text\": .*"),
+        ("sentence_bert_config.json", {"module_output_name": "scores"}, "module_output_name: expected \"token_emb"),
+        ("sentence_bert_config.json", {"processing_kwargs": {"text": {"max_length": 9}}}, "processing_kwargs: expect"),
+        ("sentence_bert_config.json", {"query_length": 9}, "query_length: expected nothing beside .*; got 9"),
+        ("sentence_bert_config.json", {"tokenizer_kwargs": {"x": 1}}, "tokenizer_kwargs: expected nothing beside"),
+        ("sentence_bert_config.json", {"config_kwargs": {"is_causal": True}}, "config_kwargs.is_causal: expected noth"),
+        ("sentence_bert_config.json", {"config_args": {"num_hidden_layers": 1}}, "config_args.num_hidden_layers: exp"),
+        ("sentence_bert_config.json", {"model_kwargs": {"variant": "fp16"}}, "model_kwargs.variant: expected nothing"),
+        ("sentence_bert_config.json", {"model_args": {"subfolder": "x"}}, "model_args.subfolder: expected nothing"),
+        ("sentence_bert_config.json", {"processor_kwargs": {"truncation_side": "left"}}, "kwargs.truncation_side: exp"),
+        ("sentence_bert_config.json", {"tokenizer_args": {"add_eos_token": True}}, "args.add_eos_token: expected noth"),
+        ("sentence_bert_config.json", {"model_kwargs": "x"}, "model_kwargs: expected a JSON object; got 'x'"),
         ("1_Pooling/config.json", {"include_prompt": False}, "include_prompt: expected true; got False"),
     ],
 )  # fmt: skip
@@ -350,6 +364,29 @@ def test_another_rotation_of_positions_is_refused_by_name(folder, key, value, wo
     changed(folder, rope_parameters=rope)
     with pytest.raises(CheckpointError, match=rf"config\.json: rope_parameters\.{key}: {words}.*; take config.json"):
         read_checkpoint(folder)
+
+
+def test_what_changes_no_vector_may_be_said(folder, sequences, expected):
+    changed(
+        folder, "sentence_bert_config.json", transformer_task="feature-extraction", unpad_inputs=False,
+        modality_config={"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
+        module_output_name="token_embeddings", processing_kwargs={}, query_length=None,
+        config_kwargs={"is_causal": False}, model_args={"attn_implementation": "eager", "torch_dtype": "bfloat16"},
+        processor_kwargs={"padding_side": "left"},
+    )  # fmt: skip
+    np.testing.assert_allclose(load(folder).embed(sequences), expected, atol=TOLERANCE)
+
+
+def test_an_adapter_that_would_be_left_out_is_refused(folder):
+    (folder / "adapter_config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"got adapter_config\.json; merge the adapter into them"):
+        read_checkpoint(folder)
+
+
+def test_layers_that_the_config_leaves_out_are_named(folder):
+    changed(folder, num_hidden_layers=2)
+    with pytest.raises(CheckpointError, match=r"9 tensors differ.*\n.*unexpected layers\.2\.input_layernorm\.weight"):
+        load(folder)
 
 
 def is_native(folder):

@@ -18,8 +18,9 @@ import pytest
 import tiny_models
 import torch
 import tritonclient.grpc as triton
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from model_folders import config_with, fill
 from nv_embed.compute.loading import load_engine, load_engines
 from nv_embed.errors import CheckpointError, DeviceError, InvalidRequest
 from nv_embed.models import kind_of, library_model, read_checkpoint
@@ -151,6 +152,65 @@ def test_a_huge_text_has_the_tokens_that_the_library_gives_it(folders, reference
     (sequence,) = tokenizer.encode([text], "")
     assert sequence.input_ids.tolist() == references["bert_cls"].preprocess([text])["input_ids"][0].tolist()
     assert sequence.is_truncated == (text.count("air") > 1)
+
+
+PARTS = st.sampled_from([" ", "y", "\0", "air ", "wateryz ", "ж"])
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@settings(deadline=None, max_examples=50)
+@given(parts=st.lists(st.tuples(PARTS, st.integers(1, 6000)), min_size=1, max_size=4), limit=st.integers(3, 400))
+def test_a_text_is_cut_to_the_same_tokens_as_if_it_were_read_whole(side, parts, limit):
+    text = "".join(part * times for part, times in parts)
+    whole = tiny_models.words("[CLS]", "[SEP]", "[PAD]", "[UNK]")
+    whole.enable_truncation(limit, direction=side)
+    expected = whole.encode(text)
+    tokenizer = LibraryTokenizer(tiny_models.words("[CLS]", "[SEP]", "[PAD]", "[UNK]"), limit, cut_side=side)
+    (sequence,) = tokenizer.encode([text], "")
+    assert sequence.input_ids.tolist() == expected.ids
+    assert sequence.is_truncated == bool(expected.overflowing)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_of_a_text_that_seems_endless_no_more_than_a_book_is_read(monkeypatch, side):
+    monkeypatch.setattr(library_model, "MOST_CHARACTERS", 50_000)
+    tokenizer = LibraryTokenizer(tiny_models.words("[CLS]", "[SEP]", "[PAD]", "[UNK]"), 24, cut_side=side)
+    text = "air" + " " * 50_000 + "water"
+    for padded in (text[:50_000], text):
+        ends = padded.split() if padded is not text else ["air"] if side == "right" else ["water"]
+        (sequence, other) = tokenizer.encode([padded, "air"], "")
+        assert sequence.input_ids.tolist() == tokenizer.encode([" ".join(ends)], "")[0].input_ids.tolist()
+        assert (sequence.is_truncated, other.is_truncated) == (padded is text, False)
+    with pytest.raises(InvalidRequest, match="as 'truncate' is 'NONE'; got text 1 with more than 50000 char"):
+        tokenizer.encode(["air", text], "", truncate=False)
+
+
+@pytest.mark.parametrize(
+    ("family", "values"),
+    [
+        ("qwen3", {"config_kwargs": {"rms_norm_eps": 0.5}}),
+        ("qwen3", {"tokenizer_args": {"model_max_length": 60}, "max_seq_length": 90}),
+        ("bert_cls", {"processor_kwargs": {"truncation_side": "left"}, "do_lower_case": True}),
+    ],
+)
+def test_what_the_folder_has_the_library_load_with_counts_here_too(copy, references, family, values):
+    folder = copy(family)
+    change(folder / "sentence_bert_config.json", **values)
+    library = reference(folder)
+    assert read_checkpoint(folder).longest_text == library.max_seq_length
+    expected = vectors(library, TEXTS, is_query=False)
+    assert np.abs(expected - vectors(references[family], TEXTS, is_query=False)).max() > 0.01
+    engine, tokenizer = load(folder)
+    np.testing.assert_allclose(engine.embed(tokenizer.encode(TEXTS, "")), expected, atol=1e-5)
+
+
+def test_a_table_in_8_bits_as_model2vec_saves_it_needs_no_scale(copy, folders):
+    folder = copy("model2vec")
+    with_tensor("embeddings", lambda table: (table * 127 / table.abs().max()).round().to(torch.int8))(folder)
+    engine, tokenizer = load(folder)
+    exact, _ = load(folders["model2vec"])
+    sequences = tokenizer.encode(TEXTS, "")
+    assert (engine.embed(sequences) * exact.embed(sequences)).sum(axis=1).min() > 0.999
 
 
 def test_the_last_token_that_plain_loading_loses_is_there(folders):
@@ -334,6 +394,27 @@ def without_tensor(folder):
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
+def with_tensor(name, change_tensor):
+    """Of a file in the folder or in one of its own; changed in place, or another one in its place."""
+
+    def change_file(folder):
+        inner, _, tensor = name.rpartition("/")
+        path = folder / inner / "model.safetensors"
+        tensors = load_file(path)
+        changed = change_tensor(tensors[tensor])
+        save_file(tensors | {tensor: tensors[tensor] if changed is None else changed}, path, {"format": "pt"})
+
+    return change_file
+
+
+def nan_row(tensor):
+    tensor[3] = torch.nan
+
+
+def in_8_bits(tensor):
+    return tensor.to(torch.float8_e4m3fn)
+
+
 def only_pickled(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
@@ -377,9 +458,47 @@ def with_keys(name, **values):
             "rope_scaling: expected other types",
         ),
         ("bert_cls", without_tensor, r"got none for encoder\.layer\.1\.output\.dense\.weight; take all files"),
-        ("bert_cls", only_pickled, r"expected model\.safetensors; got none; .* from pytorch_model\.bin with"),
+        ("bert_cls", only_pickled, r"or model\.safetensors; got only pytorch_model\.bin; download .*save_pretrained"),
         ("bert_cls", cut_short, "expected a complete safetensors file; got one of .* that is cut short or damaged"),
-        ("static", only_pickled, r"expected model\.safetensors; got none"),
+        ("static", only_pickled, r"or model\.safetensors; got only pytorch_model\.bin"),
+        (
+            "static",
+            with_tensor("embedding.weight", nan_row),
+            "got NaN or infinity in row 3 of 0.embedding.weight; down",
+        ),
+        ("model2vec", with_tensor("weights", nan_row), "got NaN or infinity in row 3 of 0.embedding.weight; down"),
+        ("gemma3", with_tensor("embed_tokens.weight", nan_row), r"infinity in row 3 of 0\.model\.embed_tokens\.weight"),
+        (
+            "static",
+            with_tensor("embedding.weight", in_8_bits),
+            "got F8_E4M3 in embedding.weight, whose scale is not kno",
+        ),
+        ("gemma3", with_tensor("2_Dense/linear.weight", in_8_bits), "2_Dense: .* got F8_E4M3 in linear.weight, whose"),
+        (
+            "bert_cls",
+            with_tensor("encoder.layer.0.output.dense.weight", in_8_bits),
+            r"expected weights in .*; got F8_E4M3 in encoder\.layer\.0\.output\.dense\.weight, whose scale",
+        ),
+        (
+            "bert_cls",
+            with_keys("config.json", num_hidden_layers=1),
+            r"describe all layers in the weights; got encoder\.layer\.1\.attention\..* beside them; take all files",
+        ),
+        (
+            "qwen3",
+            with_keys("config.json", text_config={"rope_scaling": {"rope_type": "dynamic"}}),
+            "text_config.rope_scaling: expected other types",
+        ),
+        (
+            "qwen3",
+            with_keys("sentence_bert_config.json", config_kwargs={"rope_scaling": {"rope_type": "longrope"}}),
+            "rope_scaling: expected other types",
+        ),
+        (
+            "qwen3",
+            with_keys("sentence_bert_config.json", model_args={"quantization_config": {"load_in_8bit": True}}),
+            "model_args.quantization_config: expected nothing, .*plain",
+        ),
         ("static", with_keys("config_sentence_transformers.json", model_type="SparseEncoder"), "got 'SparseEncoder'"),
         (
             "bert_cls",
@@ -593,17 +712,10 @@ def server_of_all(folders, minilm, tmp_path_factory):
     repository = tmp_path_factory.mktemp("repository")
     settings = {family: {"model_path": str(folders[family])} for family in SERVED}
     settings["minilm"] = {"model_path": str(minilm), "query_prompt": "query: ", "document_prompt": "passage: "}
-    pbtxt = (ROOT / "model_repository/nv-embed-v2/config.pbtxt").read_text("utf-8")
-    head, _, _ = pbtxt.partition("# Settings.")
     for name, values in settings.items():
-        model = repository / name
-        model.mkdir()
-        (model / "1").symlink_to(ROOT / "model_repository/nv-embed-v2/1")
-        lines = "".join(
-            f"parameters {{ key: {json.dumps(key)} value {{ string_value: {json.dumps(value)} }} }}\n"
-            for key, value in ({"device": "cpu", "target_batch_milliseconds": "20"} | values).items()
-        )
-        (model / "config.pbtxt").write_text(head.replace('name: "nv-embed-v2"', f'name: "{name}"') + lines, "utf-8")
+        (repository / name).mkdir()
+        config = config_with(name, {"device": "cpu", "target_batch_milliseconds": "20"} | values)
+        fill(repository / name, config, str(ROOT / "model_repository/nv-embed-v2/1"))
     ports = Ports(*free_ports(3))
     command = [sys.executable, ROOT / "tools/pip_triton.py"]
     arguments = [

@@ -8,6 +8,8 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -461,6 +463,63 @@ def test_starts_at_once_make_one_repository(copy, other):
     assert len({process.communicate()[0] for process in starts}) == 1
     assert {process.returncode for process in starts} == {0}
     assert len(list((copy / ".served").iterdir())) == 1
+
+
+def test_a_model_that_is_removed_stays_in_the_repository_of_a_running_server(state, copy, other):
+    add(copy, "added", other("added"), "device=cpu")
+    (copy / "model_repository" / "lost+found").mkdir()
+    folder = other("bge")
+    repository, models, _ = state(script=copy / "serve.sh", MODEL_PATH=folder)
+    assert models == {"added": True, "bge": True}
+    shutil.rmtree(copy / "model_repository" / "added")
+    assert all((Path(repository) / name / "1" / "model.py").is_file() for name in ("added", "bge"))
+    another, models, _ = state(script=copy / "serve.sh", MODEL_PATH=folder)
+    assert models == {"bge": True}
+    add(copy, "added", folder, "device=cpu", "cache_mebibytes=0")
+    third, models, _ = state(script=copy / "serve.sh", MODEL_PATH=folder)
+    assert models == {"added": True, "bge": True}
+    assert len({repository, another, third}) == 3
+
+
+@pytest.mark.skipif(not shutil.which("flock"), reason="without it nothing is locked or removed")
+def test_repositories_that_nobody_uses_are_removed_after_a_day(serve, copy, other, tmp_path):
+    (tmp_path / "bin").mkdir()
+    running = tmp_path / "bin" / "tritonserver"
+    running.write_text('#!/bin/sh\necho "$1"\nread -r line <"$WAIT" || true\n')
+    running.chmod(0o755)
+    wait = tmp_path / "wait"
+    os.mkfifo(wait)
+    yesterday = time.time() - 25 * 60 * 60
+
+    def age():
+        for folder in (copy / ".served").iterdir():
+            os.utime(folder, (yesterday, yesterday))
+
+    def names():
+        return sorted(folder.name.rpartition("-")[0] for folder in (copy / ".served").iterdir())
+
+    settings = {"script": copy / "serve.sh", "RUNTIME": "native"}
+    with ThreadPoolExecutor(1) as thread:
+        held = thread.submit(serve, MODEL_PATH=other("held"), WAIT=wait, **settings)
+        with wait.open("w") as end:  # as soon as the server waits
+            for name in ("old", "new"):
+                assert serve(MODEL_PATH=other(name), WAIT=os.devnull, **settings).returncode == 0
+                assert names() == (["held", "old"] if name == "old" else ["held", "new"])
+                age()
+            end.write("\n")
+        assert held.result().returncode == 0
+    assert serve(MODEL_PATH=tmp_path / "new", WAIT=os.devnull, **settings).returncode == 0
+    assert names() == ["new"]
+
+
+@pytest.mark.skipif(
+    Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi") is not None, reason="this machine has a GPU"
+)
+def test_a_gpu_that_an_added_model_needs_and_is_not_there_is_said_before_anything_is_installed(serve, copy, other, toy):
+    add(copy, "on-gpu", other("on-gpu"), "device=cpu,cuda:0")
+    done = serve(script=copy / "serve.sh", RUNTIME="pip", MODEL_PATH=toy)
+    assert_refused(done, "Model on-gpu, device cpu,cuda:0: expected an NVIDIA GPU, found none.")
+    assert f"Set device to cpu in {copy}/model_repository/on-gpu/config.pbtxt, or remove that folder." in done.stderr
 
 
 def test_docker_mounts_what_every_model_and_every_link_needs(serve, recorded, copy, other, tmp_path):

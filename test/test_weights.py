@@ -17,6 +17,7 @@ import torch
 from nv_embed.compute import devices, loading
 from nv_embed.compute.engine import Engine
 from nv_embed.compute.loading import load_engine, load_engines
+from nv_embed.compute.warm_up import warm_up
 from nv_embed.compute.weights import checkpoint_shapes, fill_network
 from nv_embed.errors import CheckpointError, DeviceError
 from nv_embed.models import read_checkpoint
@@ -112,6 +113,53 @@ def test_one_report_names_all_missing_unexpected_and_misshapen_tensors(checkpoin
     assert f"missing {names[1]}" in message
     assert "unexpected surplus.weight [2, 3]" in message
     assert re.search(rf"misshapen {re.escape(names[2])}: expected \[.*\], got \[5, 7\]", message)
+
+
+def change_tensor(folder: Path, name: str, value: torch.Tensor | float, row: int | None = None) -> None:
+    """Put another tensor in the place of one, or a number into a row of it."""
+    (path,) = (path for path in folder.glob("*.safetensors") if name in load_file(path))
+    tensors = load_file(path)
+    if row is None:
+        tensors[name] = value
+    else:
+        tensors[name][row] = value
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_token_whose_row_is_no_numbers_is_refused_before_a_text_has_it(checkpoint, value):
+    change_tensor(checkpoint, "embedding_model.embed_tokens.weight", value, row=777)
+    with pytest.raises(
+        CheckpointError, match=r"got NaN or infinity in row 777 of embedding_model\.embed_tokens\.weight; download them"
+    ):
+        load(checkpoint)
+
+
+def test_a_layer_that_makes_no_numbers_is_refused_when_the_engine_warms_up(checkpoint):
+    change_tensor(checkpoint, "embedding_model.layers.1.mlp.down_proj.weight", math.nan, row=5)
+    with pytest.raises(
+        CheckpointError, match="expected weights that make vectors of finite numbers; got NaN or infini"
+    ):
+        warm_up(load(checkpoint), TokenSequence(np.arange(1, 30, dtype=np.int32), 3), 1e-6, 512)
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [(torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3")])
+def test_numbers_that_would_need_a_scale_are_refused(checkpoint, dtype, kind):
+    name = "embedding_model.layers.0.self_attn.v_proj.weight"
+    shape = next(load_file(path)[name].shape for path in checkpoint.glob("*.safetensors") if name in load_file(path))
+    change_tensor(checkpoint, name, torch.ones(shape).to(dtype))
+    with pytest.raises(
+        CheckpointError, match=f"1 tensors differ.*\n.*unusable {name}: .*got {kind}, whose scale is not"
+    ):
+        load(checkpoint)
+
+
+def test_layers_that_the_config_leaves_out_are_named(checkpoint):
+    config = json.loads((checkpoint / "config.json").read_text("utf-8"))
+    config["text_config"]["num_hidden_layers"] = 1
+    (checkpoint / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"\n  unexpected embedding_model\.layers\.1\.input_layernorm\.weight"):
+        load(checkpoint)
 
 
 def test_a_missing_shard_is_named(checkpoint):

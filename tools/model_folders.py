@@ -59,9 +59,9 @@ def config_with(name: str, parameters: Mapping[str, str]) -> str:
     )
 
 
-def fill(folder: Path, config: str, code: str) -> None:
+def fill(folder: Path, config: str | bytes, code: str) -> None:
     """Make a model of an empty folder; `code` is where its link to the shared code leads."""
-    (folder / "config.pbtxt").write_text(config, encoding="utf-8")
+    (folder / "config.pbtxt").write_bytes(config if isinstance(config, bytes) else config.encode())
     (folder / "1").symlink_to(code)
 
 

@@ -17,13 +17,14 @@ name_of() {
 #   models               ... or, if this is not empty, what it has under this path; links there lead ...
 #   shared               ... to what MODEL_REPOSITORY was before
 #   added                names of the models that were added
-#   checkpoints          ... and their folders
+#   checkpoints          ... their folders
+#   added_devices        ... and devices
 #   devices              of all models
 #   kinds                of all checkpoints; none if this project's own networks suffice without a look
 # NAME: of the model at MODEL_PATH if it is not NV-Embed-v2.
 look_at_models() {
-  local python found folder is_alone=yes
-  NV_EMBED_MODEL_NAME=nv-embed-v2 shared=$MODEL_REPOSITORY models='' added=() checkpoints=() devices=$DEVICE kinds=()
+  local python found folder is_alone=yes lock
+  NV_EMBED_MODEL_NAME=nv-embed-v2 shared=$MODEL_REPOSITORY models='' added=() checkpoints=() added_devices=() devices=$DEVICE kinds=()
   for folder in "$MODEL_REPOSITORY"/*/; do
     if [[ $folder != */nv-embed-v2/ && -d $folder ]]; then is_alone=no; fi
   done
@@ -36,8 +37,14 @@ if sys.version_info < (3, 10): sys.exit("Expected Python 3.10 or later, found " 
   wait $! || exit 2
   NV_EMBED_MODEL_NAME=${found[0]} MODEL_REPOSITORY=${found[1]} models=${found[2]} kinds=("${found[3]}")
   found=("${found[@]:4}")
+  # Held as long as this process, which becomes the server or its supervisor, so that no other start removes it.
+  if [[ -n $models ]] && command -v flock >/dev/null; then
+    exec {lock}<"$MODEL_REPOSITORY"
+    flock --shared "$lock"
+  fi
   while ((${#found[@]})); do
     added+=("${found[0]}") kinds+=("${found[1]}") devices+=,${found[2]} checkpoints+=("${found[3]}")
+    added_devices+=("${found[2]}")
     found=("${found[@]:4}")
   done
 }

@@ -10,8 +10,14 @@ name, kind, device and checkpoint. The kind is empty if it is not known: the mod
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import os
+import shutil
 import sys
+import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 
 from model_folders import (
@@ -29,6 +35,8 @@ from nv_embed.errors import StartupError
 from nv_embed.models import kind_of
 from nv_embed.settings import DECLARED
 
+UNUSED_SECONDS = 24 * 60 * 60
+
 
 def known_kind(folder: str) -> str:
     """Empty if it is not known."""
@@ -43,22 +51,29 @@ def repository_of(name: str, repository: Path) -> Path:
     added, and `shared`, which leads to their own repository.
 
     Its name says what is in it, so it is never changed: starts at the same time, and a server that is started again,
-    find what they expect. Raises Refusal.
+    find what they expect, also when a model was removed meanwhile. Raises Refusal.
     """
     if not NAME.fullmatch(name):
         raise Refusal(f"expected a folder named as a model can be ({NAME_IN_WORDS}); got {name!r}; rename it")
-    folders = sorted(path.name for path in repository.iterdir() if path.is_dir())
-    if name in folders:
+    if (repository / name).is_dir():
         raise Refusal(
             f"expected a folder named as no other model; got {name!r}; rename it, or remove {repository / name}"
         )
     source = repository / DEFAULT.name
     if not (source / "config.pbtxt").is_file():
         raise Refusal(f"expected its code and config.pbtxt in {source}; got no such file; correct MODEL_REPOSITORY")
-    others = [folder for folder in folders if folder != DEFAULT.name]
+    # What has no such file is no model, such as a file system's lost+found.
+    try:
+        others = {path.parent.name: path.read_bytes() for path in sorted(repository.glob("*/config.pbtxt"))}
+    except OSError as error:
+        raise Refusal(f"expected to read {error.filename}; got: {error.strerror}; correct its permissions") from None
+    del others[DEFAULT.name]
     config = config_of(name, source)
     contents = repr((str(repository), others, config))
     folder = SERVED / f"{name}-{hashlib.sha256(contents.encode(errors='surrogateescape')).hexdigest()[:12]}"
+    if folder.is_dir():
+        with suppress(OSError):  # somebody else's
+            os.utime(folder)
     if folder.is_dir():
         return folder
     try:
@@ -67,14 +82,38 @@ def repository_of(name: str, repository: Path) -> Path:
             models = unfinished / "models"
             (models / name).mkdir(parents=True)
             fill(models / name, config, f"../../shared/{DEFAULT.name}/1")
-            for other in others:
-                (models / other).symlink_to(f"../shared/{other}")
+            for other, content in others.items():
+                if "model_path" in parameters_of(repository / other) and (repository / other / "1").is_symlink():
+                    (models / other).mkdir()
+                    fill(models / other, content, f"../../shared/{DEFAULT.name}/1")
+                else:  # none that tools/add_model made
+                    (models / other).symlink_to(f"../shared/{other}")
     except OSError as error:
         if not folder.is_dir():  # else another start was faster
             raise Refusal(
                 f"expected to make {folder}; got: {error.strerror}; have the owner of {SERVED.parent} start this once"
             ) from None
     return folder
+
+
+def remove_unused() -> None:
+    """Remove repositories that no start has asked for in a day, and no server serves: serve.sh holds a lock on its own.
+
+    Without the program flock there are no locks, so nothing is removed.
+    """
+    if not shutil.which("flock"):
+        return
+    for folder in SERVED.iterdir():
+        with suppress(OSError):  # in use, somebody else's, or another start was faster
+            if time.time() - folder.stat().st_mtime < UNUSED_SECONDS:
+                continue
+            place = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                with tempfile.TemporaryDirectory(dir=SERVED, prefix="unused-") as parent:
+                    folder.rename(Path(parent, folder.name))  # nobody meets half of it
+            finally:
+                os.close(place)
 
 
 def main() -> None:
@@ -85,6 +124,7 @@ def main() -> None:
             fields = [DEFAULT.name, str(repository), "", kind]
         else:
             fields = [name, str(repository_of(name, repository)), "/models", kind]
+            remove_unused()
     except Refusal as error:
         sys.exit(f"serve.sh: MODEL_PATH: {error}.")
     for folder in sorted(repository.iterdir()):

@@ -69,7 +69,7 @@ def test_it_finds_what_answers_a_question_and_its_neighbours_are_the_teachers(tw
 def test_its_card_names_the_teacher_and_what_the_licence_may_forbid(twin, texts):
     card = (twin / "README.md").read_text(encoding="utf-8")
     assert "`nv-embed-v2`" in card
-    assert "licence may bind this twin" in card
+    assert "The licence of its teacher, nv-embed-v2, may bind this twin, too. Read the licence" in card
     assert "$" not in card
     assert (twin / "model.safetensors").stat().st_mode == (twin / "tokenizer.json").stat().st_mode
 
@@ -152,6 +152,22 @@ def test_more_dimensions_than_the_teachers_are_refused(tmp_path):
         pytest.raises(ValueError, match="teacher's 4 dim"),
     ):
         distill(client, tmp_path / "twin", [f"text {i}" for i in range(50)], dimensions=5)
+
+
+def test_a_wrong_model_name_is_named_with_what_to_do_and_leaves_no_folder_behind(server, tmp_path, capsys):
+    (tmp_path / "texts").write_text("one\nanother\n", encoding="utf-8")
+    words = ["--texts", str(tmp_path / "texts"), "--dimensions", "1", "--url", server.url, "--model-name", "absent"]
+    assert main(["distill", str(tmp_path / "more" / "twin"), *words]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("nv-embed: expected the name of a model that the server has; got: ")
+    assert "'absent'" in error
+    assert error.endswith(
+        'correct it: the server\'s metrics, by default at port 8002, name each model as model="..."\n'
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["texts"]
+    (tmp_path / "empty").mkdir()
+    assert main(["distill", str(tmp_path / "empty"), *words]) == 1
+    assert (tmp_path / "empty").is_dir(), "it was there before"
 
 
 @pytest.mark.slow  # it is tried again for some seconds

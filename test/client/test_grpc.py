@@ -123,8 +123,13 @@ def test_the_whole_call_ends_at_its_deadline(call):
 
 
 def test_an_unknown_model_is_an_error_at_once(call):
+    for method in ("dimension", "model_info"):
+        with pytest.raises(ModelNotFound, match=r"expected the name of a model .*'absent'.*; correct it: .* metrics"):
+            call(method, settings={"model_name": "absent"})
     with pytest.raises(ModelNotFound, match="absent"):
         call("embed_query", "text", settings={"model_name": "absent"})
+    with pytest.raises(DeadlineExceeded, match="check the address, the model's name and"):
+        call("wait_until_ready", 0.1, settings={"model_name": "absent"})
 
 
 def test_an_absent_server_is_not_ready_and_waiting_for_it_ends(kind):

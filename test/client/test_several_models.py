@@ -10,6 +10,7 @@ import numpy as np
 import openai
 import pytest
 from conftest import MINI, REPO, TOY, Address, eventually, gateway_client, gateway_running, running
+from model_folders import config_with, fill
 from nv_embed_client import (
     AsyncNVEmbedClient,
     GrpcTransport,
@@ -32,18 +33,12 @@ NEMOTRON = REPO / "test" / "data" / "nemotron-toy"  # with prompts of its own
 
 def add_model(repository: Path, name: str, **settings: str) -> None:
     """A model as an operator adds one: a configuration, and a link to the code of the first."""
-    config = (REPO / "model_repository/nv-embed-v2/config.pbtxt").read_text("utf-8")
-    config = config.replace('name: "nv-embed-v2"', f'name: "{name}"')
-    for setting, value in settings.items():
-        config, count = re.subn(rf'(key: "{setting}" value {{ string_value: )"[^"]*"', rf'\1"{value}"', config)
-        assert count == 1
     folder = repository / name
     folder.mkdir(parents=True)
-    (folder / "config.pbtxt").write_text(config, "utf-8")
+    fill(folder, config_with(name, settings), "../nv-embed-v2/1")
     if name == "nv-embed-v2":
+        (folder / "1").unlink()
         shutil.copytree(REPO / "model_repository/nv-embed-v2/1", folder / "1")
-    else:
-        (folder / "1").symlink_to("../nv-embed-v2/1")
 
 
 def triton(repository: Path, address: Address, log: Path):

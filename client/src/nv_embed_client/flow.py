@@ -138,8 +138,8 @@ def wait_until_ready(deadline: Deadline, where: str) -> Flow[None]:
         remaining = deadline.remaining_seconds()
         if remaining <= 0:
             raise DeadlineExceeded(
-                f"expected a ready model at {where}; got none in time (the last answer: {reason}); check the address "
-                "and the server's log, or wait longer: large weights take minutes to load"
+                f"expected a ready model at {where}; got none in time (the last answer: {reason}); check the address, "
+                "the model's name and the server's log, or wait longer: large weights take minutes to load"
             )
         yield Sleep(min(pause, remaining))
         attempt += 1

@@ -188,6 +188,9 @@ def error_of(code: str, message: str) -> NVEmbedError:
         case "CANCELLED":
             return Unavailable(f"the server is stopping: {message}")
         case "NOT_FOUND":
-            return ModelNotFound(message)
+            return ModelNotFound(
+                f"expected the name of a model that the server has; got: {message}; correct it: the server's metrics, "
+                'by default at port 8002, name each model as model="..."'
+            )
         case _:
             return ServerFailure(f"{code}: {message}")

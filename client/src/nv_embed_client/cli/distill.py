@@ -39,7 +39,7 @@ def run(parsed: argparse.Namespace) -> int:
     """Make the twin and say where it is; returns the exit code."""
     if parsed.texts is None and parsed.vocabulary is None:
         raise InvalidInput.of(expected="--texts, --vocabulary or both", got="neither", remedy="add one")
-    from nv_embed_client.distill import LICENCE, distill  # needs the extra
+    from nv_embed_client.distill import distill, licence_note  # needs the extra
 
     with NVEmbedClient(parsed.url, parsed.model_name) as client:
         twin = distill(
@@ -51,5 +51,5 @@ def run(parsed: argparse.Namespace) -> int:
             progress=True,
         )
     print(f"{parsed.out}: {twin}")
-    print(LICENCE)
+    print(licence_note(parsed.model_name))
     return 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from string import Template
 
@@ -13,10 +15,6 @@ from nv_embed_client import __version__
 from nv_embed_client.distill.fit import Rows
 from nv_embed_client.errors import InvalidInput
 
-LICENCE = (
-    "The teacher's licence may bind this twin, too: that of NV-Embed-v2, CC-BY-NC-4.0, allows no commercial use. "
-    "Read the licence of what you served before you use this folder or pass it on."
-)
 _CARD = Template("""\
 ---
 library_name: model2vec
@@ -55,12 +53,22 @@ capitals from small letters.
 """)
 
 
-def prepared(out: Path) -> Path:
-    """The folder, made, so that a wrong path does not cost the work.
+def licence_note(teacher: str) -> str:
+    """What whoever uses a twin should know; `teacher`: as its server names it."""
+    return (
+        f"The licence of its teacher, {teacher}, may bind this twin, too. Read the licence of the model that was "
+        "served under this name before you use this folder or pass it on."
+    )
+
+
+@contextmanager
+def prepared(out: Path) -> Iterator[Path]:
+    """The folder, made before the work, so that a wrong path does not cost it. If the work fails, none is left behind.
 
     Raises:
         InvalidInput: it cannot be made, or it has files.
     """
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
         empty = next(out.iterdir(), None) is None
@@ -74,14 +82,23 @@ def prepared(out: Path) -> Path:
             got=f"{str(out)!r} with files in it",
             remedy="choose another, or empty it",
         )
-    return out
+    try:
+        yield out
+    except BaseException:
+        with suppress(OSError):  # it has files by now
+            for folder in made:
+                folder.rmdir()
+        raise
 
 
-def write(out: Path, tokenizer: Tokenizer, rows: Rows, **facts: object) -> None:
-    """The files; `facts`: what else the model card says."""
+def write(out: Path, tokenizer: Tokenizer, rows: Rows, *, teacher: str, **facts: object) -> None:
+    """The files; `teacher`: as its server names it; `facts`: what else the model card says."""
     model = StaticModel(np.ascontiguousarray(rows), tokenizer, normalize=True, max_length=None)
     model.save_pretrained(out)
     # safetensors lets nobody else read its file; a server may run as somebody else.
     (out / "model.safetensors").chmod((out / "tokenizer.json").stat().st_mode)
-    card = _CARD.substitute(facts, num_tokens=len(rows), dimensions=rows.shape[1], licence=LICENCE, version=__version__)
+    card = _CARD.substitute(
+        facts, teacher=teacher, num_tokens=len(rows), dimensions=rows.shape[1], licence=licence_note(teacher),
+        version=__version__,
+    )  # fmt: skip
     (out / "README.md").write_text(card, encoding="utf-8")  # over model2vec's, which names a licence of its own

@@ -87,36 +87,38 @@ def distill(
             got=f"{given}, single tokens included",
             remedy="give more, or ask for fewer dimensions",
         )
-    path = folder.prepared(Path(out))
-    teacher_dimensions = client.dimension()
-    if dimensions > teacher_dimensions:
-        raise InvalidInput.of(
-            expected=f"at most the teacher's {teacher_dimensions} dimensions",
-            got=str(dimensions),
-            remedy="ask for fewer",
+    with folder.prepared(Path(out)) as path:
+        teacher_dimensions = client.dimension()
+        if dimensions > teacher_dimensions:
+            raise InvalidInput.of(
+                expected=f"at most the teacher's {teacher_dimensions} dimensions",
+                got=str(dimensions),
+                remedy="ask for fewer",
+            )
+        targets = _reduced(client, asked, dimensions, progress)
+        alone = targets[-len(tokens) :]
+        alone[UNKNOWN_ID] = (
+            0  # then it makes no difference that model2vec leaves it out and sentence-transformers does not
         )
-    targets = _reduced(client, asked, dimensions, progress)
-    alone = targets[-len(tokens) :]
-    alone[UNKNOWN_ID] = 0  # then it makes no difference that model2vec leaves it out and sentence-transformers does not
 
-    kept_out = min(_MAX_KEPT_OUT, len(own) // 20)
-    bags = fit.bags(_ids(tokenizer, asked[: -len(tokens)]), len(tokens))
-    rows = fit.fitted_rows(bags[kept_out:], targets[kept_out : -len(tokens)], alone)
-    guessed = fit.unit(bags[:kept_out] @ rows)
-    cosine = float((guessed * targets[:kept_out]).sum(axis=1).mean()) if kept_out else float("nan")
-    twin = Twin(len(tokens), dimensions, bags.shape[0] - kept_out, kept_out, cosine)
-    folder.write(
-        path,
-        tokenizer,
-        rows,
-        teacher=client.model_name,
-        teacher_dimensions=teacher_dimensions,
-        date=datetime.now(timezone.utc).date(),
-        taught=twin.num_taught,
-        kept_out=kept_out,
-        cosine=f"{cosine:.3f}",
-    )
-    return twin
+        kept_out = min(_MAX_KEPT_OUT, len(own) // 20)
+        bags = fit.bags(_ids(tokenizer, asked[: -len(tokens)]), len(tokens))
+        rows = fit.fitted_rows(bags[kept_out:], targets[kept_out : -len(tokens)], alone)
+        guessed = fit.unit(bags[:kept_out] @ rows)
+        cosine = float((guessed * targets[:kept_out]).sum(axis=1).mean()) if kept_out else float("nan")
+        twin = Twin(len(tokens), dimensions, bags.shape[0] - kept_out, kept_out, cosine)
+        folder.write(
+            path,
+            tokenizer,
+            rows,
+            teacher=client.model_name,
+            teacher_dimensions=teacher_dimensions,
+            date=datetime.now(timezone.utc).date(),
+            taught=twin.num_taught,
+            kept_out=kept_out,
+            cosine=f"{cosine:.3f}",
+        )
+        return twin
 
 
 def _distinct(texts: Iterable[str]) -> list[str]:

@@ -22,7 +22,9 @@ def operations(settings: GatewaySettings, names: dict[str, Named], embedder: Emb
     router = APIRouter()
 
     def described(name: str, info: ModelInfo | None) -> dict[str, Any]:
-        told = {"id": name, "object": "model", "created": 0, "owned_by": "nvidia", "root": names[name].model}
+        told = {
+            "id": name, "object": "model", "created": 0, "owned_by": "nv-embed-gateway", "root": names[name].model,
+        }  # fmt: skip
         if info is not None:
             told |= {
                 "dimension": info.dimension,

@@ -217,7 +217,7 @@ class Model(BaseModel):
     id: str
     object: Literal["model"]
     created: int
-    owned_by: str
+    owned_by: Annotated[str, Field(description="Who offers the model; whose it is, the server does not know.")]
     root: Annotated[str, Field(description="The model on the server that the name stands for, as vLLM names it.")]
     dimension: Annotated[
         int | None, Field(description="Numbers of a vector; absent while the server does not say.")

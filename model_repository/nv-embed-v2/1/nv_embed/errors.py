@@ -16,7 +16,8 @@ NVEmbedError
 
 from __future__ import annotations
 
-import textwrap
+# Of a library's error.
+_START_CHARACTERS, _END_CHARACTERS = 300, 200
 
 
 class NVEmbedError(Exception):
@@ -73,6 +74,12 @@ class ComputeFailed(RequestError):
 
 
 def in_short(error: BaseException) -> str:
-    """What a library's error says first, in a line: its name where it says nothing."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return textwrap.shorten(lines[0], 240, placeholder=" ...")
+    """What a library's error says, in a line: the start and the end of a long one, and its name where it says nothing.
+
+    Some libraries say first what they did, and in later lines what was wrong with it.
+    """
+    text = " ".join(str(error).split()) or type(error).__name__
+    if len(text) <= _START_CHARACTERS + _END_CHARACTERS:
+        return text
+    start, end = text[:_START_CHARACTERS].rpartition(" ")[0], text[-_END_CHARACTERS:].partition(" ")[2]
+    return f"{start or text[:_START_CHARACTERS]} ... {end or text[-_END_CHARACTERS:]}"

@@ -4,28 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-
-
-class SequenceLike(Protocol):
-    """All that the scheduler knows of a sequence."""
-
-    @property
-    def num_tokens(self) -> int:
-        """What it costs."""
-
-    @property
-    def is_truncated(self) -> bool:
-        """Whether its text was too long and was cut."""
-
-    def digest(self) -> bytes:
-        """16 bytes; another sequence has the same only if it has the same vector."""
-
-
-SequenceType = TypeVar("SequenceType", bound=SequenceLike)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,6 +19,7 @@ class TokenSequence:
 
     @property
     def num_tokens(self) -> int:
+        """What it costs."""
         return len(self.input_ids)
 
     def digest(self) -> bytes:

@@ -19,7 +19,7 @@ from nv_embed.compute.host import free_memory
 from nv_embed.compute.pieces import Pieces, Whole
 from nv_embed.errors import DeviceError, DeviceLost, OutOfDeviceMemory, in_short
 from nv_embed.models.protocol import Work
-from nv_embed.sequence import SequenceType
+from nv_embed.sequence import TokenSequence
 
 # Words of errors when memory runs out and torch's own allocator is not what noticed: of the CUDA runtime and what torch
 # compiled, of cuBLAS, of cuBLAS in a new thread, on a CPU.
@@ -34,9 +34,9 @@ class Computed:
     seconds: float  # that the device spent on them, pauses left out
 
 
-NextBatch: TypeAlias = Callable[[], Sequence[SequenceType] | None]
+NextBatch: TypeAlias = Callable[[], Sequence[TokenSequence] | None]
 # Sequences to [S, dimension] float32 on the device.
-Embed: TypeAlias = Callable[[Sequence[SequenceType], Work], Tensor]
+Embed: TypeAlias = Callable[[Sequence[TokenSequence], Work], Tensor]
 
 
 class Cpu:
@@ -52,9 +52,7 @@ class Cpu:
         """In bytes."""
         return free_memory()
 
-    def compute(
-        self, next_batch: NextBatch[SequenceType], embed: Embed[SequenceType], pause: Callable[[], None]
-    ) -> Computed | None:
+    def compute(self, next_batch: NextBatch, embed: Embed, pause: Callable[[], None]) -> Computed | None:
         """See `Engine.compute`."""
         sequences = next_batch()
         if not sequences:
@@ -91,9 +89,7 @@ class Gpu:
         """In bytes."""
         return torch.cuda.mem_get_info(self.torch_device)[0]
 
-    def compute(
-        self, next_batch: NextBatch[SequenceType], embed: Embed[SequenceType], pause: Callable[[], None]
-    ) -> Computed | None:
+    def compute(self, next_batch: NextBatch, embed: Embed, pause: Callable[[], None]) -> Computed | None:
         """See `Engine.compute`; never pauses."""
         with self._turn:
             try:
@@ -114,7 +110,7 @@ class Gpu:
             return Computed(on_host.numpy(), begun.elapsed_time(ended) / 1000)
 
     @contextmanager
-    def _errors(self, sequences: Sequence[SequenceType]) -> Iterator[None]:
+    def _errors(self, sequences: Sequence[TokenSequence]) -> Iterator[None]:
         """In the terms of this project."""
         try:
             yield
@@ -169,6 +165,6 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
-def _too_many(sequences: Sequence[SequenceType], device: torch.device) -> OutOfDeviceMemory:
+def _too_many(sequences: Sequence[TokenSequence], device: torch.device) -> OutOfDeviceMemory:
     num_tokens = sum(sequence.num_tokens for sequence in sequences)
     return OutOfDeviceMemory(f"{num_tokens} tokens, which the memory of {device} does not hold")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Generic
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +14,7 @@ from nv_embed.compute.devices import Computed, Device, NextBatch
 from nv_embed.compute.packing import pack
 from nv_embed.compute.pieces import nothing
 from nv_embed.models.protocol import Model, Network, Work
-from nv_embed.sequence import SequenceType, TokenSequence
+from nv_embed.sequence import TokenSequence
 
 
 class PackedModel:
@@ -33,10 +32,10 @@ class PackedModel:
         return vectors
 
 
-class Engine(Generic[SequenceType]):
+class Engine:
     """One model on one device, for any number of threads."""
 
-    def __init__(self, model: Model[SequenceType], device: Device) -> None:
+    def __init__(self, model: Model, device: Device) -> None:
         self.model = model
         self._device = device
 
@@ -45,7 +44,7 @@ class Engine(Generic[SequenceType]):
         """Where it computes."""
         return self._device.torch_device
 
-    def compute(self, next_batch: NextBatch[SequenceType], pause: Callable[[], None] = nothing) -> Computed | None:
+    def compute(self, next_batch: NextBatch, pause: Callable[[], None] = nothing) -> Computed | None:
         """Ask for the next batch when the device is about to be free, and compute it; None when there was none.
 
         On a CPU the batches of several threads are computed beside each other, on a GPU one after the other.
@@ -63,7 +62,7 @@ class Engine(Generic[SequenceType]):
         """
         return self._device.compute(next_batch, self.model.embed, pause)
 
-    def embed(self, sequences: Sequence[SequenceType]) -> npt.NDArray[np.float32]:
+    def embed(self, sequences: Sequence[TokenSequence]) -> npt.NDArray[np.float32]:
         """One batch: [len(sequences), dimension]; `sequences` are not empty."""
         computed = self.compute(lambda: sequences)
         assert computed is not None

@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -40,7 +39,7 @@ def load_engine(
     compile_layers: str = "auto",
     max_sequence_tokens: int = 0,
     num_batches: int = 1,
-) -> Engine[Any]:
+) -> Engine:
     """Load a checkpoint.
 
     Args:
@@ -88,7 +87,7 @@ def load_engines(
     max_sequence_tokens: int,
     attention: str = "auto",
     compile_layers: str = "auto",
-) -> list[Engine[Any]]:
+) -> list[Engine]:
     """What threads compute with: an entry for each of them, see `load_engine`.
 
     Entries for the same device are the same engine. A GPU has two: one thread starts a batch while the other one waits

@@ -6,9 +6,11 @@ import logging
 import math
 import time
 
+import numpy as np
+
 from nv_embed.compute.engine import Engine
-from nv_embed.errors import DeviceError, DeviceLost, OutOfDeviceMemory
-from nv_embed.sequence import SequenceType
+from nv_embed.errors import CheckpointError, DeviceError, DeviceLost, OutOfDeviceMemory
+from nv_embed.sequence import TokenSequence
 
 logger = logging.getLogger(__name__)
 
@@ -18,8 +20,8 @@ _MOST_TOKENS = 65536  # of a batch: beyond it no device gains, while a query wai
 
 
 def warm_up(
-    engine: Engine[SequenceType],
-    sequence: SequenceType,
+    engine: Engine,
+    sequence: TokenSequence,
     target_seconds: float,
     fewest_tokens: int,
     most_tokens: int | None = None,
@@ -34,6 +36,7 @@ def warm_up(
         most_tokens: nothing larger is tried, unless `fewest_tokens` is, because the device keeps the memory.
 
     Raises:
+        CheckpointError: the vectors are no numbers.
         DeviceError: the device computes nothing, breaks, or has no memory for it beside the weights.
     """
 
@@ -49,7 +52,11 @@ def warm_up(
         return min(embed(num_tokens) for _ in range(3))
 
     try:
-        embed(0)
+        if not np.isfinite(engine.embed([sequence])).all():
+            raise CheckpointError(
+                "expected weights that make vectors of finite numbers; got NaN or infinity; download them again, or "
+                "set dtype to 'bfloat16' or 'float32' if the numbers exceed the range of 'float16'"
+            )
         num_tokens, largest = fewest_tokens, most_tokens or _MOST_TOKENS
         seconds = measure(num_tokens)
         while seconds < target_seconds / 2 and 2 * num_tokens <= largest:

@@ -6,21 +6,19 @@ device ever holds the weights twice.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nv_embed.compute.precision import Rounding
 from nv_embed.errors import CheckpointError
 from nv_embed.models.protocol import Network
+from nv_embed.models.shards import check_finite, listed, not_plain, opened
 
 logger = logging.getLogger(__name__)
 
@@ -37,10 +35,9 @@ def load_network(folder: Path, network: Network, device: torch.device, rounding:
     """Fill a network on the meta device from a checkpoint folder; see `fill_network`.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or tensors are; one report names them all.
+        CheckpointError: a file is missing or damaged, or tensors are; one report names those of each kind.
     """
-    with ExitStack() as stack:
-        tensors = _open(folder, stack)
+    with opened(folder) as tensors:
         if all(name.startswith(network.optional_prefix) for name in tensors):
             tensors = {name.removeprefix(network.optional_prefix): source for name, source in tensors.items()}
         _check_complete(tensors, checkpoint_shapes(network))
@@ -72,6 +69,8 @@ def fill_network(
             child.to_empty(device=device)
     for name, place in network.places():
         progress.copy(tensors[name], place)
+        # Every text meets every number of the layers, so that warming up would fail. It does not meet every token.
+        check_finite(name, place)
     network.fold(read)
     if rounding:
         rounding.begin()
@@ -107,58 +106,24 @@ class _Progress:
             logger.info("loading weights: %.1f of %.1f GB", self.num_bytes / 1e9, self.total_bytes / 1e9)
 
 
-# --- files ----------------------------------------------------------------------------------------------
-
-
-def _open(folder: Path, stack: ExitStack) -> dict[str, Any]:
-    """Memory-map every shard; name -> unread slice. `safe_open` has no public type for a slice."""
-    tensors: dict[str, Any] = {}
-    for path in _shards(folder):
-        path.open("rb").close()  # an OSError says what keeps this user from it; the library's do not
-        try:
-            shard = stack.enter_context(safe_open(path, framework="pt"))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{path}: expected a complete safetensors file; got one of {path.stat().st_size} bytes that is cut "
-                f"short or damaged ({error}); download it again"
-            ) from None
-        tensors |= {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118 - no mapping
-    return tensors
-
-
-def _shards(folder: Path) -> list[Path]:
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if not index.is_file():
-        if not single.is_file():
-            raise CheckpointError(
-                f"{folder}: expected {index.name} and its shards, or {single.name}; got neither; model_path must hold "
-                "the whole published checkpoint"
-            )
-        return [single]
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(
-            f"{index}: expected JSON with a 'weight_map'; got something else; download it again"
-        ) from None
-    if missing := [name for name in names if not (folder / name).is_file()]:
-        raise CheckpointError(
-            f"{folder}: {len(missing)} of {len(names)} shards missing: {', '.join(missing)}; download them"
-        )
-    return [folder / name for name in names]
-
-
 def _check_complete(tensors: dict[str, Any], expected: dict[str, tuple[int, ...]]) -> None:
     found = {name: tuple(source.get_shape()) for name, source in tensors.items()}
-    problems = [f"missing {name} {list(expected[name])}" for name in expected if name not in found]
-    problems += [f"unexpected {name} {list(found[name])}" for name in found if name not in expected]
-    problems += [
-        f"misshapen {name}: expected {list(shape)}, got {list(found[name])}"
-        for name, shape in expected.items()
-        if found.get(name, shape) != shape
-    ]
-    if problems:
+    problems = (
+        [f"missing {name} {list(expected[name])}" for name in expected if name not in found],
+        [f"unexpected {name} {list(found[name])}" for name in found if name not in expected],
+        [
+            f"misshapen {name}: expected {list(shape)}, got {list(found[name])}"
+            for name, shape in expected.items()
+            if found.get(name, shape) != shape
+        ],
+        [
+            f"unusable {name}: expected float16, bfloat16 or float32, got {kind}, whose scale is not known"
+            for name, kind in not_plain(tensors).items()
+            if name in expected
+        ],
+    )
+    if any(problems):
         raise CheckpointError(
-            f"the weights are not those config.json describes, {len(problems)} tensors differ; take all files from the "
-            "same checkpoint:\n  " + "\n  ".join(problems)
+            f"the weights are not those config.json describes, {sum(map(len, problems))} tensors differ; take all "
+            "files from the same checkpoint:\n  " + "\n  ".join(listed(lines, "\n  ") for lines in problems if lines)
         )

@@ -45,6 +45,10 @@ class Section:
         value = self.raw.get(key)
         return Section(default if value is None and default is not None else value, self._name_of(key), self._file)
 
+    def overlaid(self, other: Section) -> Section:
+        """The same, with the values of another one in the place of its own."""
+        return Section(self.raw | other.raw, self.name, self._file)
+
     def integer(self, key: str, default: int | None = None) -> int:
         """A size, at least 1; `default` where it is absent or null."""
         value = self.raw.get(key)

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ SAMPLES = (
 )
 _MOST_SAMPLE_REPEATS = 2000  # more than 50,000 tokens: longer than what published models take
 _MOST_SAMPLE_TOKENS = 1024
+MOST_CHARACTERS = 2**21  # of a text: more than most books. Tokenizing them takes seconds, in which other texts wait
+_FIRST_CHARACTERS_PER_TOKEN = 8  # of a longer text, at first: more than most texts have
 _MOST_DISTANCE = {torch.float32: 1e-4, torch.float16: 0.1, torch.bfloat16: 0.1}  # of two vectors of length 1
 _REQUIREMENTS = "model_repository/nv-embed-v2/requirements-sentence-transformers.txt"
 # Older ones compute EmbeddingGemma, and decoders with `is_causal` false, as if no token saw a later one.
@@ -75,6 +77,19 @@ def spoil_missing(network: Any) -> list[str]:
     return [name for name, _ in missing]
 
 
+class _Tokens(NamedTuple):
+    """Of a text."""
+
+    ids: list[int]
+    is_full: bool  # whether it has as many as it may have, and would have more
+    is_truncated: bool
+
+    @classmethod
+    def of(cls, encoding: Encoding, *, is_cut: bool = False) -> _Tokens:
+        is_full = bool(encoding.overflowing)
+        return cls(encoding.ids, is_full, is_full or is_cut)
+
+
 class LibraryTokenizer:
     """A library's tokenizer, whose truncation is set once, because threads share it. See `TextEncoder`."""
 
@@ -105,17 +120,17 @@ class LibraryTokenizer:
         tokenizer.no_padding()
         tokenizer.enable_truncation(max_sequence_tokens, direction=cut_side)
         self.max_sequence_tokens = max_sequence_tokens
-        # Most huge texts are cut before they are tokenized, which bounds time and memory.
         vocabulary = tokenizer.get_vocab()
-        longest_token = max(map(len, vocabulary), default=1)
         self._without_row = frozenset(each for each in vocabulary.values() if each >= num_rows)
-        self._max_characters = max_sequence_tokens * longest_token + CUT_MARGIN_CHARACTERS
-        self._may_cut_characters = cut_side == "right"
+        self._keeps_start = cut_side == "right"
 
     def encode(
         self, texts: Sequence[str], instruction: str, *, truncate: bool = True, first_index: int = 0
     ) -> list[TokenSequence]:
         """Tokenize instruction + text, cut as the library cuts: its special tokens stay.
+
+        A text is also cut to `MOST_CHARACTERS`, if these have fewer tokens than a text may have: it may be a run of
+        spaces, or one word, of any length. The library has no such limit.
 
         Args:
             texts: any number of texts.
@@ -134,11 +149,11 @@ class LibraryTokenizer:
         sequences = []
         for index, (encoding, of_text) in enumerate(zip(encodings, own, strict=True), start=first_index):
             limit = self.max_sequence_tokens
-            is_truncated = bool(encoding.overflowing)
-            if is_truncated:
+            if encoding.is_truncated:
                 if not truncate:
-                    raise too_long(index, limit, "more than that")
-                if self._may_cut_characters and (room := self._encode([instruction])[0]) and len(room.ids) >= limit:
+                    got = "more than that" if encoding.is_full else f"more than {MOST_CHARACTERS} characters"
+                    raise too_long(index, limit, got)
+                if self._keeps_start and (room := self._encode([instruction])[0]) and len(room.ids) >= limit:
                     raise nothing_left(index, limit, len(room.ids))
             if self._empty_ids.issuperset(of_text.ids) or self._empty_ids.issuperset(encoding.ids):
                 raise InvalidRequest.of(
@@ -154,20 +169,40 @@ class LibraryTokenizer:
                 )
             if len(encoding.ids) <= num_masked:
                 raise nothing_left(index, limit, num_masked)
-            sequences.append(TokenSequence(np.array(encoding.ids, dtype=np.int32), num_masked, is_truncated))
+            input_ids = np.array(encoding.ids, dtype=np.int32)
+            sequences.append(TokenSequence(input_ids, num_masked, encoding.is_truncated))
         return sequences
 
-    def _encode(self, texts: list[str]) -> list[Encoding]:
-        short = [text[: self._max_characters] for text in texts] if self._may_cut_characters else texts
-        encodings = self._encode_whole(short)
-        for i, (text, part) in enumerate(zip(texts, short, strict=True)):
-            # A token can stand for more characters than it has: for a run of spaces, or for a long unknown word.
-            if len(part) < len(text) and not encodings[i].overflowing:
-                (encodings[i],) = self._encode_whole([text])
-        return encodings
+    def _encode(self, texts: list[str]) -> list[_Tokens]:
+        """As if each were tokenized whole, up to `MOST_CHARACTERS`, but reading no more than can be reached."""
+        size = min(self.max_sequence_tokens * _FIRST_CHARACTERS_PER_TOKEN + CUT_MARGIN_CHARACTERS, MOST_CHARACTERS)
+        short = [text for text in texts if len(text) <= size]
+        of_short = iter(self._encode_whole(short))
+        return [self._encode_long(text, size) if len(text) > size else _Tokens.of(next(of_short)) for text in texts]
 
     def _encode_whole(self, texts: list[str]) -> list[Encoding]:
         return self._tokenizer.encode_batch_fast(texts, add_special_tokens=self._adds_special_tokens)
+
+    def _encode_long(self, text: str, size: int) -> _Tokens:
+        """Tokenize twice as much again and again, until the last token is far from the cut.
+
+        How many characters a token stands for has no bound: it may stand for a run of spaces, or for an unknown word.
+        """
+        while True:
+            part = text[:size] if self._keeps_start else text[-size:]
+            (encoding,) = self._encode_whole([part])
+            is_whole = len(part) == len(text)
+            if is_whole or size >= MOST_CHARACTERS or (encoding.overflowing and self._is_far_from_cut(part)):
+                return _Tokens.of(encoding, is_cut=not is_whole)
+            size = min(2 * size, MOST_CHARACTERS)
+
+    def _is_far_from_cut(self, part: str) -> bool:
+        encoding = self._tokenizer.encode(part, add_special_tokens=self._adds_special_tokens)  # slow: it has offsets
+        places = [place for place, own in zip(encoding.offsets, encoding.special_tokens_mask, strict=True) if not own]
+        num_read = max((stop for _, stop in places), default=0)
+        if not self._keeps_start:
+            num_read = len(part) - min((start for start, _ in places), default=len(part))
+        return num_read + CUT_MARGIN_CHARACTERS <= len(part)
 
     def _num_instruction_tokens(self, instruction: str) -> int:
         """Leading tokens that are not pooled. Tokenized alone, because the library does so, too."""

@@ -13,9 +13,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from nv_embed.errors import CheckpointError
 from nv_embed.models.config_file import Section
 from nv_embed.models.mistral import MistralNetwork, MistralSizes, read_sizes, rms_norm, rotary
-from nv_embed.models.pipeline import mean_pooling, read_prompts
+from nv_embed.models.pipeline import (
+    loading_arguments,
+    longest_text,
+    mean_pooling,
+    read_prompts,
+    read_transformer,
+)
 from nv_embed.models.protocol import PackedBatch, Read, Work, mean_shares
 from nv_embed.tokenizer import Template, Tokenizer
 
@@ -24,6 +31,16 @@ _ROPE_KEYS = (
     "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "truncate", "attention_factor", "mscale",
     "mscale_all_dim", "llama_4_scaling_beta",
     "apply_yarn_scaling", "max_position_embeddings",  # which change nothing
+)  # fmt: skip
+# What sentence-transformers may be told of how it loads and feeds the network, in sentence_bert_config.json.
+_TRANSFORMER = {
+    "do_lower_case": False, "module_output_name": "token_embeddings", "transformer_task": "feature-extraction",
+    "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
+}  # fmt: skip
+# What it may pass on to transformers. `longest_text` reads model_max_length.
+_ARGUMENTS = (
+    "attn_implementation", "dtype", "low_cpu_mem_usage", "model_max_length", "padding_side", "torch_dtype",
+    "trust_remote_code", "use_cache", "use_fast", "use_safetensors",
 )  # fmt: skip
 # Absent keys mean these to transformers.
 _HEAD_DIM, _LONGEST_TEXT = 128, 262144
@@ -81,6 +98,10 @@ class NemotronCheckpoint(MistralSizes):
         whole.require("model_type", "SentenceTransformer", is_optional=True)
         if whole.raw.get("truncate_dim") is not None:
             whole.refuse("truncate_dim", "null: vectors are not cut")
+        _check_loading(folder, config)
+        limited = config
+        if config.raw.get("max_position_embeddings") is None:
+            limited = config.overlaid(Section({"max_position_embeddings": _LONGEST_TEXT}))
         query, document = read_prompts(whole)
         return cls(
             **asdict(sizes),
@@ -88,7 +109,7 @@ class NemotronCheckpoint(MistralSizes):
             dtype=config.dtype(),
             query_instruction=query,
             document_instruction=document,
-            longest_text=_longest_text(folder, config),
+            longest_text=longest_text(folder, limited) or _LONGEST_TEXT,
         )
 
     @property
@@ -145,23 +166,30 @@ def _read_yarn(config: Section, rope_theta: float) -> Yarn:
     )
 
 
-def _longest_text(folder: Path, config: Section) -> int:
-    """In tokens, prompt and special tokens included."""
-    longest = config.integer("max_position_embeddings", _LONGEST_TEXT)
-    tokenizer = Section({})
+def _check_loading(folder: Path, config: Section) -> None:
+    """Raise CheckpointError for what makes sentence-transformers load or feed the model in another way."""
+    if (folder / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{folder}: expected weights that need no adapter; got adapter_config.json; merge the adapter into them, "
+            "and save them without it"
+        )
     if (path := folder / "tokenizer_config.json").exists():
         tokenizer = Section.of_file(path)
         tokenizer.require("truncation_side", "right", is_optional=True)
         tokenizer.require("split_special_tokens", False, is_optional=True)
-    if (path := folder / "sentence_bert_config.json").exists():
-        transformer = Section.of_file(path)
-        transformer.require("do_lower_case", False, is_optional=True)
-        if transformer.raw.get("max_seq_length") is not None:
-            return transformer.integer("max_seq_length")
-    limit = tokenizer.raw.get("model_max_length", longest)
-    if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit >= 1:
-        tokenizer.refuse("model_max_length", "a number of tokens")
-    return int(min(longest, limit))  # it is 1e30 where there is no limit
+    transformer = read_transformer(folder)
+    for key, value in _TRANSFORMER.items():
+        transformer.require(key, value, is_optional=True)
+    parts = [loading_arguments(transformer, part) for part in ("config", "model", "processor")]
+    known = {"max_seq_length", "unpad_inputs", *_TRANSFORMER, *(part.name for part in parts)}
+    for key, value in transformer.raw.items():
+        if key not in known and value not in (None, {}):
+            transformer.refuse(key, f"nothing beside {', '.join(sorted(known))}")
+    for part in parts:
+        for key, value in part.raw.items():
+            is_said = part is parts[0] and key in config.raw and config.raw[key] == value
+            if key not in _ARGUMENTS and not is_said:
+                part.refuse(key, f"nothing beside {', '.join(_ARGUMENTS)}, which change no vector")
 
 
 # --- network --------------------------------------------------------------------------------------------

@@ -54,6 +54,9 @@ class NVEmbedCheckpoint(MistralSizes):
         config.require("add_eos", True)
         config.require("padding_side", "right")
         config.require("mask_type", "b")
+        for section in (config, config.section("text_config")):
+            if section.raw.get("quantization_config") is not None:
+                section.refuse("quantization_config", "null, because only plain weights are known here")
         sizes = read_sizes(config.section("text_config"))
         latent = config.section("latent_attention_config", {})
         for name in ("hidden_dim", "latent_dim"):

@@ -11,6 +11,10 @@ from nv_embed.models.config_file import Section, read_json
 
 logger = logging.getLogger(__name__)
 
+# Of whose names the file of the Transformer module may have one. The library takes the first.
+_NETWORKS = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+_NO_LIMIT = 2**31
+
 
 def read_modules(folder: Path) -> list[tuple[str, str]]:
     """Class and folder of each module in `modules.json`, such as ('x.y.Pooling', '1_Pooling'); none without that file.
@@ -57,6 +61,56 @@ def pooling_modes(config: Section) -> list[str]:
         keys = [key for key, value in config.raw.items() if key.startswith("pooling_mode_") and value is True]
         modes = [re.sub(r"^pooling_mode_|_tokens?$", "", key) for key in keys]
     return [str(mode) for mode in modes] or ["mean"] if isinstance(modes, list) else [str(modes)]
+
+
+def read_transformer(folder: Path) -> Section:
+    """How the Transformer module in a folder is loaded, from the file that the library takes; empty without one.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    for path in (folder / f"sentence_{network}_config.json" for network in _NETWORKS):
+        if path.is_file() and (section := Section.of_file(path)).raw:
+            return section
+    return Section({}, file=str(folder / f"sentence_{_NETWORKS[0]}_config.json"))
+
+
+def loading_arguments(transformer: Section, part: str) -> Section:
+    """What transformers is given to load a part with: 'config', 'model' or 'processor', which is the tokenizer.
+
+    Args:
+        transformer: see `read_transformer`.
+        part: which.
+    """
+    older = {"config": "config_args", "model": "model_args", "processor": "tokenizer_args"}[part]
+    return transformer.section(older if older in transformer.raw else f"{part}_kwargs", {})
+
+
+def longest_text(folder: Path, config: Section) -> int | None:
+    """In tokens, prompt and special tokens included, as the library finds it; None if no file says it.
+
+    Args:
+        folder: of the Transformer module.
+        config: its config.json.
+
+    Raises:
+        CheckpointError: a length is none.
+    """
+    transformer = read_transformer(folder)
+    arguments = loading_arguments(transformer, "processor")
+    for section, key in ((arguments, "model_max_length"), (transformer, "max_seq_length")):
+        if section.raw.get(key) is not None:
+            return section.integer(key)
+    limits = []
+    tokenizer = Section.of_file(path) if (path := folder / "tokenizer_config.json").is_file() else Section({})
+    for section, key in ((tokenizer, "model_max_length"), (config, "max_position_embeddings")):
+        if section.raw.get(key) not in (None, -1):  # as XLNet's config says that it has no limit
+            limit = section.raw[key]  # 1e30 where there is no limit
+            if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit >= 1:
+                section.refuse(key, "a number of tokens")
+            limits.append(limit)
+    shortest = min(limits, default=_NO_LIMIT)
+    return int(shortest) if shortest < _NO_LIMIT else None
 
 
 def read_prompts(config: Section) -> tuple[str, str]:

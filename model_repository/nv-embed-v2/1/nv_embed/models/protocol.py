@@ -10,15 +10,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nv_embed.sequence import SequenceLike, SequenceType, TokenSequence
-
-Taken = TypeVar("Taken", bound=SequenceLike, contravariant=True)
+from nv_embed.sequence import TokenSequence
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -187,12 +185,12 @@ class Network(nn.Module):
         raise NotImplementedError
 
 
-class TextEncoder(Protocol[SequenceType]):
+class TextEncoder(Protocol):
     """Texts to sequences."""
 
     def encode(
         self, texts: Sequence[str], instruction: str, *, truncate: bool = True, first_index: int = 0
-    ) -> list[SequenceType]:
+    ) -> list[TokenSequence]:
         """Tokenize texts, each behind the instruction; see `nv_embed.tokenizer.Tokenizer.encode`."""
 
 
@@ -231,25 +229,25 @@ class Described(Protocol):
 class Checkpoint(Described, Protocol):
     """What `config.json` says, and what kind of checkpoint it is."""
 
-    def tokenizer(self, folder: Path, max_sequence_tokens: int) -> TextEncoder[TokenSequence]:
+    def tokenizer(self, folder: Path, max_sequence_tokens: int) -> TextEncoder:
         """Read the folder's tokenizer; raises CheckpointError."""
 
     def network(self) -> Network:
         """Without values, on whatever device is current."""
 
 
-class Model(Protocol[Taken]):
+class Model(Protocol):
     """What an engine runs on a device."""
 
-    def embed(self, sequences: Sequence[Taken], work: Work) -> Tensor:
+    def embed(self, sequences: Sequence[TokenSequence], work: Work) -> Tensor:
         """[S, dimension] float32 rows of length 1, in the order of the sequences. A row does not depend on others."""
 
 
 @runtime_checkable
-class LibraryCheckpoint(Described, Protocol[SequenceType]):
-    """A folder that another library loads. Its sequences hold what that library reads."""
+class LibraryCheckpoint(Described, Protocol):
+    """A folder that another library loads."""
 
-    def tokenizer(self, folder: Path, max_sequence_tokens: int) -> TextEncoder[SequenceType]:
+    def tokenizer(self, folder: Path, max_sequence_tokens: int) -> TextEncoder:
         """Read the folder's tokenizer; raises CheckpointError."""
 
     @property
@@ -259,8 +257,8 @@ class LibraryCheckpoint(Described, Protocol[SequenceType]):
     def num_parameters(self) -> int:
         """Numbers in the files of weights; raises CheckpointError if one is missing or damaged."""
 
-    def load(self, folder: Path, device: torch.device, dtype: torch.dtype) -> Model[SequenceType]:
+    def load(self, folder: Path, device: torch.device, dtype: torch.dtype) -> Model:
         """Read its weights; raises CheckpointError. `load` may be called once for each device."""
 
 
-AnyCheckpoint: TypeAlias = Checkpoint | LibraryCheckpoint[Any]
+AnyCheckpoint: TypeAlias = Checkpoint | LibraryCheckpoint

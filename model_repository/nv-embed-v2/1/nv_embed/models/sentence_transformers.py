@@ -8,46 +8,38 @@ batches with those that the library gives to one text at a time.
 
 from __future__ import annotations
 
-import json
 import logging
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import normalizers
 
 from nv_embed.errors import CheckpointError, DeviceError, in_short
 from nv_embed.models.config_file import Section, read_json
 from nv_embed.models.library_model import LibraryModel, LibraryTokenizer, import_library, spoil_missing
-from nv_embed.models.pipeline import pooling_modes, read_modules, read_prompts
+from nv_embed.models.modules import (
+    WITH_WEIGHTS,
+    Module,
+    check_network,
+    check_plain,
+    check_weights,
+    dimension_after,
+    known_modules,
+    network_config,
+    optional,
+    widths,
+)
+from nv_embed.models.pipeline import loading_arguments, longest_text, pooling_modes, read_prompts, read_transformer
+from nv_embed.models.shards import check_finite, opened, shapes
 
 logger = logging.getLogger(__name__)
 
-_FIRST = ("Transformer", "StaticEmbedding")
-_NEXT = ("Pooling", "Dense", "LayerNorm", "Dropout", "Normalize")
-_WITH_WEIGHTS = (*_FIRST, "Dense", "LayerNorm")
-_NO_CODE = "nothing, because it names code of the checkpoint's own, for which the library may put another model's"
-
 
 # --- what the files say ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Module:
-    """One entry of modules.json."""
-
-    kind: str  # the last part of its type
-    folder: Path
-
-    def config(self) -> Section:
-        """Its config.json; raises CheckpointError."""
-        return Section.of_file(self.folder / "config.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,22 +61,19 @@ class SentenceTransformersCheckpoint:
     @classmethod
     def of_folder(cls, folder: Path) -> SentenceTransformersCheckpoint:
         """Raises CheckpointError for what is missing or damaged, or would be computed wrongly in silence."""
-        modules = _known_modules(folder)
-        whole = _optional(folder / "config_sentence_transformers.json")
+        modules = known_modules(folder)
+        whole = optional(folder / "config_sentence_transformers.json")
         whole.require("model_type", "SentenceTransformer", is_optional=True)
         query, document = read_prompts(whole)
-        first, longest_text, config = modules[0], None, Section({})
+        first, longest, config = modules[0], None, Section({})
         if first.kind == "Transformer":
-            config = first.config()
-            _check_network(config)
-            tokenizer = _optional(first.folder / "tokenizer_config.json")
-            if tokenizer.raw.get("auto_map") is not None:
-                tokenizer.refuse("auto_map", _NO_CODE)
-            longest_text = _longest_text(first, config)
-        hidden_size, intermediate_size = _widths(first, config)
+            config = network_config(first)
+            check_network(first, config)
+            longest = longest_text(first.folder, config)
+        hidden_size, intermediate_size = widths(first, config)
         dimension = hidden_size
         for module in modules:
-            dimension = _dimension_after(module, dimension)
+            dimension = dimension_after(module, dimension)
         return cls(
             modules=modules,
             dimension=min(dimension, whole.integer("truncate_dim", dimension)),
@@ -94,7 +83,7 @@ class SentenceTransformersCheckpoint:
                 mode for module in modules if module.kind == "Pooling" for mode in pooling_modes(module.config())
             )
             or "mean",
-            longest_text=longest_text,
+            longest_text=longest,
             hidden_size=hidden_size,
             numbers_per_token=6 * hidden_size + 3 * intermediate_size if intermediate_size else 2,
             dtype=config.dtype() if config.raw.get("dtype") or config.raw.get("torch_dtype") else "float32",
@@ -106,13 +95,14 @@ class SentenceTransformersCheckpoint:
 
     def num_parameters(self) -> int:
         """Numbers in the files of weights; raises CheckpointError if one is missing or damaged."""
-        weighted = [module for module in self.modules if module.kind in _WITH_WEIGHTS]
-        return sum(int(np.prod(shape)) for module in weighted for _, shape in _shapes(module))
+        weighted = [module for module in self.modules if module.kind in WITH_WEIGHTS]
+        return sum(int(np.prod(shape)) for module in weighted for shape in shapes(module.folder).values())
 
     def tokenizer(self, folder: Path, max_sequence_tokens: int) -> LibraryTokenizer:
         """Read the folder's tokenizer; raises CheckpointError."""
         first = self.modules[0]
         if first.kind == "StaticEmbedding":
+            check_plain(first)
             table = _rust_tokenizer(first)
             limit = min((table.truncation or {}).get("max_length", max_sequence_tokens), max_sequence_tokens)
             num_rows, empty_ids = _table_rows(first)
@@ -120,10 +110,13 @@ class SentenceTransformersCheckpoint:
         import_library()
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-        settings = _settings(first).raw
-        arguments = settings.get("processor_kwargs") or settings.get("tokenizer_args") or {}
+        transformer = read_transformer(first.folder)
         # Last what no folder may set.
-        arguments |= _special_token_arguments(first) | {"local_files_only": True, "trust_remote_code": False}
+        arguments = (
+            loading_arguments(transformer, "processor").raw
+            | _special_token_arguments(first)
+            | {"local_files_only": True, "trust_remote_code": False}
+        )
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(first.folder), **arguments)
         except Exception as error:  # of any kind, from whatever class the folder names
@@ -133,9 +126,10 @@ class SentenceTransformersCheckpoint:
                 f"{first.folder}: expected a tokenizer that the tokenizers library runs; got a "
                 f"{type(tokenizer).__name__}; take a folder with tokenizer.json"
             )
-        sizes = first.config().section("text_config", first.config().raw)
+        config = network_config(first)
+        sizes = config.section("text_config", config.raw)
         rust = tokenizer.backend_tokenizer
-        if settings.get("do_lower_case"):
+        if transformer.raw.get("do_lower_case"):
             rust.normalizer = normalizers.Sequence([normalizers.Lowercase(), *filter(None, [rust.normalizer])])
         rust.encode_special_tokens = tokenizer.split_special_tokens
         return LibraryTokenizer(
@@ -169,6 +163,13 @@ class SentenceTransformersCheckpoint:
                 model_kwargs={"dtype": dtype, "use_safetensors": True} if is_network else {},
                 processor_kwargs=_special_token_arguments(first) if is_network else {},
             )  # fmt: skip
+            for module in self.modules[is_network:]:
+                if module.kind in WITH_WEIGHTS:
+                    check_plain(module)
+            if is_network:
+                check_weights(first, library.transformers_model)
+            for name, tensor in library.named_parameters():
+                check_finite(name, tensor)
             missing = spoil_missing(library.transformers_model) if is_network else []
             # A network is in this precision already, but for what it computes in float32, such as rotary frequencies.
             # Rounded, those would turn the vectors of long texts.
@@ -195,125 +196,15 @@ class SentenceTransformersCheckpoint:
 # --- its files -------------------------------------------------------------------------------------------
 
 
-def _known_modules(folder: Path) -> tuple[Module, ...]:
-    """Raises CheckpointError for a kind that is not known here: its vectors might depend on neighbours or on tasks."""
-    modules: list[Module] = []
-    for name, inner in read_modules(folder):
-        kinds = _NEXT if modules else _FIRST
-        library, _, kind = name.rpartition(".")
-        if not library.startswith("sentence_transformers.") or kind not in kinds:
-            raise CheckpointError(
-                f"{folder / 'modules.json'}: expected as {'a further' if modules else 'the first'} module "
-                f"sentence_transformers' {' or '.join(kinds)}; got {name!a}, which is not known here; take another"
-            )
-        if not (folder / inner).resolve().is_relative_to(folder.resolve()):
-            raise CheckpointError(
-                f"{folder / 'modules.json'}: expected paths within the checkpoint; got {inner!a}; download it again"
-            )
-        modules.append(Module(kind, folder / inner))
-    if not modules:
-        raise CheckpointError(f"{folder / 'modules.json'}: expected modules; got none; download the file again")
-    return tuple(modules)
-
-
-def _optional(path: Path) -> Section:
-    return Section.of_file(path) if path.is_file() else Section({}, file=str(path))
-
-
-def _settings(first: Module) -> Section:
-    """sentence_bert_config.json, or the same with another network's name."""
-    found = sorted(first.folder.glob("sentence_*_config.json"))
-    return Section.of_file(found[0]) if found else Section({})
-
-
-def _check_network(config: Section) -> None:
-    """Raise CheckpointError for what the library would compute in another way than the checkpoint's authors did."""
-    for key, expected in (
-        ("auto_map", _NO_CODE),
-        ("quantization_config", "nothing, because only plain weights are known here"),
-    ):
-        if config.raw.get(key) is not None:
-            config.refuse(key, expected)
-    for key in ("rope_parameters", "rope_scaling"):
-        if re.search(r'"(dynamic|longrope)"', json.dumps(config.raw.get(key))):
-            config.refuse(key, "other types than dynamic and longrope, whose vectors depend on the texts beside them")
-
-
-def _longest_text(first: Module, config: Section) -> int | None:
-    """As the library finds it: what the folder says, else the least of what tokenizer and network say."""
-    settings = _settings(first)
-    if settings.raw.get("max_seq_length") is not None:
-        return settings.integer("max_seq_length")
-    tokenizer = _optional(first.folder / "tokenizer_config.json").raw
-    sizes = [tokenizer.get("model_max_length"), config.raw.get("max_position_embeddings")]
-    return min((int(size) for size in sizes if isinstance(size, int | float) and 0 < size < 2**31), default=None)
-
-
-def _widths(first: Module, config: Section) -> tuple[int, int]:
-    """Of the token vectors, and within the layers."""
-    if first.kind == "StaticEmbedding":
-        rows = {name: shape for name, shape in _shapes(first) if name in ("embedding.weight", "embeddings")}
-        if [len(shape) for shape in rows.values()] != [2]:
-            raise CheckpointError(
-                f"{first.folder}: expected one table named embedding.weight or embeddings; got {rows}; take all files "
-                "from the same checkpoint"
-            )
-        ((_, width),) = rows.values()
-        return width, 0
-    sizes = config.section("text_config", config.raw)
-    names = [key for key in ("hidden_size", "d_model", "dim", "n_embd") if sizes.raw.get(key)]
-    width = sizes.integer(names[0] if names else "hidden_size")
-    inner = [key for key in ("intermediate_size", "d_ff", "hidden_dim", "n_inner") if sizes.raw.get(key)]
-    return width, sizes.integer(inner[0]) if inner else 4 * width
-
-
-def _dimension_after(module: Module, dimension: int) -> int:
-    """Numbers of a vector behind a module; raises CheckpointError if it names code of its own."""
-    if module.kind == "Dense":
-        config = module.config()
-        activation = config.raw.get("activation_function")
-        if activation is not None and not str(activation).startswith("torch."):
-            config.refuse("activation_function", "one of torch's, because the library puts Tanh in another's place")
-        return config.integer("out_features")
-    if module.kind == "Pooling":
-        return dimension * len(pooling_modes(module.config()))
-    return dimension
-
-
-def _shapes(module: Module) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every tensor; raises CheckpointError for a file that is missing or damaged."""
-    folder = module.folder
-    index = folder / "model.safetensors.index.json"
-    files = {folder / "model.safetensors"}
-    if index.is_file():
-        files = {folder / str(name) for name in Section.of_file(index).section("weight_map").raw.values()}
-    for path in sorted(files):
-        if not path.is_file():
-            raise CheckpointError(
-                f"{folder}: expected {path.name}; got none; download it, or write one from pytorch_model.bin with "
-                "sentence-transformers' save_pretrained"
-            )
-        try:
-            with safe_open(path, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - no mapping
-                    yield name, tuple(tensors.get_slice(name).get_shape())
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"{path}: expected a complete safetensors file; got one of {path.stat().st_size} bytes that is cut "
-                f"short or damaged ({error}); download it again"
-            ) from None
-
-
 def _table_rows(table: Module) -> tuple[int, frozenset[int]]:
     """Rows of a table of token vectors, and those that are zero, so that a text of them alone has no vector."""
-    with safe_open(table.folder / "model.safetensors", framework="pt") as file:
-        names = file.keys()
-        rows = file.get_tensor("embeddings" if "embeddings" in names else "embedding.weight").any(dim=1)
+    with opened(table.folder) as tensors:
+        rows = tensors["embeddings" if "embeddings" in tensors else "embedding.weight"][:].any(dim=1)
         try:
-            if "mapping" in names:  # as model2vec saves rows that tokens share, and what a token's row is multiplied by
-                rows = rows[file.get_tensor("mapping").long()]
-            if "weights" in names:
-                rows &= file.get_tensor("weights") != 0
+            if "mapping" in tensors:  # model2vec saves rows that tokens share, and what a token's row is multiplied by
+                rows = rows[tensors["mapping"][:].long()]
+            if "weights" in tensors:
+                rows &= tensors["weights"][:] != 0
         except (IndexError, RuntimeError) as error:
             raise _does_not_load(table.folder, error) from None
     return len(rows), frozenset((~rows).nonzero().flatten().tolist())
@@ -333,7 +224,7 @@ def _special_token_arguments(first: Module) -> dict[str, bool]:
 
     Both arguments, because one alone would drop the other's token.
     """
-    asks = _optional(first.folder / "tokenizer_config.json").raw.get("add_eos_token") is True
+    asks = optional(first.folder / "tokenizer_config.json").raw.get("add_eos_token") is True
     if not asks or not (first.folder / "tokenizer.json").is_file():
         return {}
     rust = _rust_tokenizer(first)

@@ -10,7 +10,7 @@ from nv_embed.requests import EmbedRequest
 from nv_embed.scheduling.answers import Outcome, Reply
 from nv_embed.scheduling.fair_queue import Flow
 from nv_embed.scheduling.vector_cache import Vector
-from nv_embed.sequence import SequenceLike
+from nv_embed.sequence import TokenSequence
 
 
 @dataclass(slots=True, eq=False)
@@ -43,7 +43,7 @@ class Text:
 
     request: Request
     index: int
-    sequence: SequenceLike
+    sequence: TokenSequence
     key: bytes
     vector: Vector | None = None
 
@@ -57,7 +57,7 @@ class Batch:
     oldest_arrival: float = math.inf
 
     @property
-    def sequences(self) -> list[SequenceLike]:
+    def sequences(self) -> list[TokenSequence]:
         """One for each entry."""
         return [texts[0].sequence for texts in self.entries]
 

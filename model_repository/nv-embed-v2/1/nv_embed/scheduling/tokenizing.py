@@ -13,7 +13,7 @@ from nv_embed.errors import ComputeFailed, RequestError
 from nv_embed.metrics import Metric, Recorder
 from nv_embed.scheduling.shared_ledger import SharedLedger
 from nv_embed.scheduling.states import Request, Text
-from nv_embed.sequence import SequenceLike
+from nv_embed.sequence import TokenSequence
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ class Tokenizer(Protocol):
 
     def encode(
         self, texts: Sequence[str], instruction: str, *, truncate: bool, first_index: int
-    ) -> Sequence[SequenceLike]:
+    ) -> Sequence[TokenSequence]:
         """Tokenize; raises InvalidRequest."""
 
 

@@ -13,6 +13,9 @@ from nv_embed_client.model_info import ModelInfo
 S = TypeVar("S")
 
 _REST_SECONDS = 1.0
+# So much more on their way than another server has: it hangs, or is far slower. Below that each gets its turn, because
+# how many are on their way to equal servers differs by chance.
+_MANY_TIMES, _MANY = 8, 32
 _LOYALTY_SECONDS = 5.0  # less than a request is tried for
 
 logger = logging.getLogger("nv_embed_client")
@@ -36,8 +39,8 @@ class _Standing:
 class Fleet(Generic[S]):
     """The servers of one client. Its owner guards it with a lock.
 
-    A request goes to the good server with the fewest requests on their way; among equals, to the one that was chosen
-    longest ago. A server becomes good when it answers the question what its model is, and stays so until it refuses a
+    Requests go to the good servers in turn, so each gets the same number. One that keeps very many more of them waiting
+    than another is passed over, so that it does not hold up everybody. A server becomes good when it answers the question what its model is, and stays so until it refuses a
     request. Then it rests, is asked again, and so on.
 
     All servers must have the same model, because vectors of two models cannot be compared. One with another model
@@ -92,13 +95,18 @@ class Fleet(Generic[S]):
             without: servers that are out of question.
         """
         possible = [
-            (standing.num_on_their_way, standing.last_chosen, number, server, standing)
-            for number, (server, standing) in enumerate(self._standings.items())
+            (server, standing)
+            for server, standing in self._standings.items()
             if (standing.is_good or not self._has_choice) and server not in without
         ]
         if not possible:
             return None
-        _, _, _, server, standing = min(possible, key=lambda each: each[:3])
+        least = min(standing.num_on_their_way for _, standing in possible)
+        most = _MANY_TIMES * least + _MANY
+        server, standing = min(
+            ((server, standing) for server, standing in possible if standing.num_on_their_way <= most),
+            key=lambda each: each[1].last_chosen,
+        )
         self._num_chosen += 1
         standing.last_chosen = self._num_chosen
         standing.num_on_their_way += 1

@@ -121,8 +121,6 @@ class Load:
     def _note(self, rows: npt.NDArray[Any], expected: npt.NDArray[np.float32], began: float) -> None:
         seconds = time.monotonic() - began
         wrong = len(rows) if rows.shape != expected.shape else int((np.abs(rows - expected).max(axis=1) > 1e-4).sum())
-        if seconds > 2:
-            progress(f"{seconds:.1f} s for {len(rows)} rows {self._client._link._fleet._standings}")
         with self._lock:
             self.requests += 1
             self.rows += len(expected)

@@ -109,10 +109,10 @@ class GrpcTransport(Transport):
         self._servers: weakref.WeakSet[Server] = weakref.WeakSet()
         self._waiting: list[Sent] = []  # until it is known where to
         self._is_looking_up = False
-        self._look_up_at = 0.0
-        self._look_up_error: Unavailable | None = None
         self._looked_up_at = 0.0
+        self._look_up_error: Unavailable | None = None
         self._found({place: [place] for place in self._places if isinstance(place, Address)}, None)
+        self._look_up_at = 0.0  # at once, if there are names
 
     def _send(self, method: str, message: Any, read: Callable[[Any], Any], timeout_seconds: float) -> Future[Any]:
         if self._pid != os.getpid():
@@ -235,9 +235,8 @@ class GrpcTransport(Transport):
             self._servers.update(servers.values())
             self._fleet.replace((server, server.address.target) for server in servers.values())
             self._is_looking_up = False
-            if len(found) == len(self._places):
-                self._looked_up_at = time.monotonic()
-            self._look_up_at = time.monotonic() + (_LOOK_UP_SECONDS if error is None else _SOON_SECONDS)
+            self._looked_up_at = time.monotonic()
+            self._look_up_at = self._looked_up_at + (_LOOK_UP_SECONDS if error is None else _SOON_SECONDS)
             self._look_up_error = error
 
 

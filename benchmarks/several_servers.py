@@ -303,9 +303,7 @@ def main() -> int:
     for case in cases:
         with tempfile.TemporaryDirectory() as folder:
             results.append(run(case, parsed.seconds, Path(folder)))
-    print(
-        f"{'case':<9} {'requests':>8} {'errors':>6} {'wrong':>5} {'longest':>8}  share of least / most, before and after"
-    )
+    print(f"{'case':<9} {'requests':>8} {'errors':>6} {'wrong':>5} {'longest':>8}  least / largest share, twice")
     for each in results:
         print(
             f"{each['case']:<9} {each['requests']:>8} {each['errors']:>6} {each['wrong_rows']:>5} "

@@ -40,8 +40,10 @@ class Fleet(Generic[S]):
     """The servers of one client. Its owner guards it with a lock.
 
     Requests go to the good servers in turn, so each gets the same number. One that keeps very many more of them waiting
-    than another is passed over, so that it does not hold up everybody. A server becomes good when it answers the question what its model is, and stays so until it refuses a
-    request. Then it rests, is asked again, and so on.
+    than another is passed over, so that it does not hold up everybody.
+
+    A server becomes good when it answers the question what its model is. It stays so until it refuses a request. Then
+    it rests, is asked again, and so on.
 
     All servers must have the same model, because vectors of two models cannot be compared. One with another model
     than the first good server is left out while a server with that model is good, or has just been.

@@ -54,9 +54,9 @@ def test_mutual_tls_and_a_restricted_protocol(certificates, logs):
             client.embed_query("a")
         # The certificate is for localhost, and has no address.
         elsewhere = by_name.replace("localhost", "127.0.0.1")
-        with NVEmbedClient(elsewhere, tls=tls, headers=key, retry=RetryPolicy(max_attempts=2)) as client:
-            with pytest.raises(Unavailable):
-                client.embed_query("a")
+        few = RetryPolicy(max_attempts=2)
+        with NVEmbedClient(elsewhere, tls=tls, headers=key, retry=few) as client, pytest.raises(Unavailable):
+            client.embed_query("a")
         with NVEmbedClient(address.url, tls=tls) as client:
             start = time.monotonic()
             with pytest.raises(AccessDenied, match="headers"):

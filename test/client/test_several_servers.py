@@ -7,6 +7,7 @@ import logging
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
@@ -83,9 +84,12 @@ def test_when_no_server_is_there_the_error_says_so(server):
         assert nobody.is_ready() is False
         with pytest.raises(Unavailable, match="attempt 2, the last"):
             nobody.embed_query("a")
-    with NVEmbedClient("dns:///absent.invalid:8001", retry=ONCE) as unnamed:
-        with pytest.raises(Unavailable, match=r"servers behind the name of 'dns:///absent\.invalid:8001'"):
-            unnamed.embed_query("a")
+    message = r"servers behind the name of 'dns:///absent\.invalid:8001'"
+    with (
+        NVEmbedClient("dns:///absent.invalid:8001", retry=ONCE) as unnamed,
+        pytest.raises(Unavailable, match=message),
+    ):
+        unnamed.embed_query("a")
 
 
 def test_a_name_is_used_with_every_address_that_it_has(server, client):
@@ -95,23 +99,38 @@ def test_a_name_is_used_with_every_address_that_it_has(server, client):
 
 
 def test_what_waits_for_a_server_that_fell_silent_moves_to_another(server):
-    with contextlib.closing(LoadBalancer(server.grpc)) as balancer:
-        with NVEmbedClient(f"{balancer.url},{server.url}", retry=ONCE) as both:
-            both.embed(TEXTS, max_texts_per_request=4)
-            assert balancer.num_connections == 1
-            balancer.silent = True
-            balancer.forget()
-            assert len(both.embed(TEXTS, max_texts_per_request=4).embeddings) == len(TEXTS)
+    with (
+        contextlib.closing(LoadBalancer(server.grpc)) as balancer,
+        NVEmbedClient(f"{balancer.url},{server.url}", retry=ONCE) as both,
+    ):
+        both.embed(TEXTS, max_texts_per_request=4)
+        assert balancer.num_connections == 1
+        balancer.silent = True
+        balancer.forget()
+        assert len(both.embed(TEXTS, max_texts_per_request=4).embeddings) == len(TEXTS)
 
 
-def test_vectors_of_two_models_are_never_mixed(server, client, logs, caplog):
-    other = Address(*free_ports(3))
-    with serving(logs / "other-model.log", other, TOY):
-        with NVEmbedClient(f"{server.url},{other.url}") as both, caplog.at_level(logging.WARNING, "nv_embed_client"):
-            dimensions = {both.embed_query(text).shape[1] for text in TEXTS}
-            eventually(lambda: both.embed_query("a") is not None and "is left out" in caplog.text)
-            assert dimensions == {both.dimension()}
-            assert {both.embed_query(text).shape[1] for text in TEXTS} == dimensions
+def test_vectors_of_two_models_are_never_mixed(server, aged, caplog):
+    caplog.set_level(logging.WARNING, "nv_embed_client")
+    with NVEmbedClient(f"{server.url},{aged.url}") as both:
+        dimensions = {both.embed_query(text).shape[1] for text in TEXTS}
+        eventually(lambda: both.embed_query("a") is not None and "is left out" in caplog.text)
+        dimensions |= {both.embed_query(text).shape[1] for text in TEXTS}
+        assert dimensions == {both.dimension()}
+
+
+def test_a_connection_of_the_maximum_age_is_replaced_without_an_error(aged):
+    with (
+        contextlib.closing(LoadBalancer(aged.grpc)) as balancer,
+        NVEmbedClient(balancer.url, retry=ONCE) as client,
+        ThreadPoolExecutor() as threads,
+    ):
+        for each in [threads.submit(lambda: ask_until(balancer, client, 4)) for _ in range(4)]:
+            each.result()
+
+
+def ask_until(balancer, client, num_connections):
+    eventually(lambda: client.embed_documents(TEXTS) is not None and balancer.num_connections >= num_connections)
 
 
 class Collector(BaseHTTPRequestHandler):
@@ -135,13 +154,22 @@ class Collector(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def collector():
+@pytest.fixture(scope="module")
+def collector(no_proxy):
     spans = []
     with ThreadingHTTPServer(("127.0.0.1", 0), type("Kept", (Collector,), {"spans": spans})) as listening:
         threading.Thread(target=listening.serve_forever).start()
         yield f"http://127.0.0.1:{listening.server_port}/v1/traces", spans
         listening.shutdown()
+
+
+@pytest.fixture(scope="module")
+def aged(collector, logs):
+    """A server with another model, with traces, and with connections that are old after a second."""
+    address = Address(*free_ports(3))
+    settings = {"TRACE_URL": collector[0], "TRACE_RATE": "999999", "MAX_CONNECTION_SECONDS": "1"}
+    with serving(logs / "aged.log", address, TOY, **settings):
+        yield address
 
 
 def trace_headers():
@@ -156,22 +184,21 @@ def context_of(trace_id):
     return trace.use_span(trace.NonRecordingSpan(parent))
 
 
-def test_a_trace_goes_through_client_gateway_and_server_to_the_collector(collector, logs):
-    url, spans = collector
-    address = Address(*free_ports(3))
-    with serving(logs / "traced.log", address, TOY, TRACE_URL=url, TRACE_RATE="999999"):
-        with NVEmbedClient(address.url, headers=trace_headers) as client:
-            client.wait_until_ready(60)
-            for trace_id in (0xA1, 0xA2):
-                with context_of(trace_id):
-                    client.embed_query("a")
-        with gateway_running(logs / "traced-gateway.log", address.url) as base:
-            headers = {"traceparent": f"00-{0xA3:032x}-{0xABC:016x}-01", "tracestate": "vendor=1"}
-            body = {"model": "nv-embed-v2", "input": "a"}
-            for given in (headers, {"traceparent": "malformed\xff"}):
-                answer = httpx.post(f"{base}/v1/embeddings", json=body, headers=given, timeout=60, trust_env=False)
-                assert answer.status_code == 200
-    # The server has ended, so it has exported everything.
-    requests = [span for span in spans if span["name"] == "InferRequest"]
-    traces = {int(span["traceId"], 16) for span in requests if int(span.get("parentSpanId") or "0", 16) == 0xABC}
-    assert traces == {0xA1, 0xA2, 0xA3}
+def test_a_trace_goes_through_client_gateway_and_server_to_the_collector(aged, collector, logs):
+    def traces():
+        """Those with a request whose parent is the caller's span."""
+        requests = [span for span in collector[1] if span["name"] == "InferRequest"]
+        return {int(span["traceId"], 16) for span in requests if int(span.get("parentSpanId") or "0", 16) == 0xABC}
+
+    with NVEmbedClient(aged.url, headers=trace_headers) as client:
+        client.wait_until_ready(60)
+        for trace_id in (0xA1, 0xA2):
+            with context_of(trace_id):
+                client.embed_query("a")
+    with gateway_running(logs / "traced-gateway.log", aged.url) as base:
+        headers = {"traceparent": f"00-{0xA3:032x}-{0xABC:016x}-01", "tracestate": "vendor=1"}
+        body = {"model": "nv-embed-v2", "input": "a"}
+        for given in (headers, {"traceparent": b"malformed\xff"}):
+            answer = httpx.post(f"{base}/v1/embeddings", json=body, headers=given, timeout=60, trust_env=False)
+            assert answer.status_code == 200
+    eventually(lambda: traces() == {0xA1, 0xA2, 0xA3})

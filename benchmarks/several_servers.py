@@ -295,7 +295,7 @@ def main() -> int:
     """Run the cases; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--cases", default=",".join(CASES), help="of %(default)s")
-    parser.add_argument("--seconds", type=float, default=8.0, help="of each measurement (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement (default: %(default)s)")
     parsed = parser.parse_args()
     cases = parsed.cases.split(",")
     if unknown := set(cases) - set(CASES):

@@ -36,6 +36,6 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=15m --retries=3 \
 # NVIDIA's entry point, which prints what it finds of driver and GPU, becomes the command. -s: fine below another init.
 ENTRYPOINT ["tini", "-s", "--", "/opt/nvidia/nvidia_entrypoint.sh"]
 
-# As serve.sh starts it, too. ADMIN_KEY and SHM_BYTES may be given.
+# As serve.sh starts it, too. ADMIN_KEY, SHM_BYTES, MAX_CONNECTION_SECONDS, TRACE_URL and TRACE_RATE may be given.
 COPY tools/triton_arguments.sh /opt/nv-embed-v2/triton_arguments.sh
 CMD ["bash", "-c", "source /opt/nv-embed-v2/triton_arguments.sh && exec tritonserver --model-repository=/model_repository \"${triton_arguments[@]}\""]

@@ -29,6 +29,9 @@ GATEWAY_API_KEY=${GATEWAY_API_KEY:-}                # what its clients must send
 GATEWAY_ARGUMENTS=${GATEWAY_ARGUMENTS:-}            # more of nv-embed-gateway's arguments, quoted as in a shell
 GATEWAY_VENV=${GATEWAY_VENV:-$repo/.venv-gateway}   # its environment, made on the first start
 ADMIN_KEY=${ADMIN_KEY:-}                            # opens Triton's administrative protocols; none: they stay shut
+MAX_CONNECTION_SECONDS=${MAX_CONNECTION_SECONDS:-60} # age at which gRPC clients connect anew, to find other servers
+TRACE_URL=${TRACE_URL:-}                            # OpenTelemetry collector, http://HOST:4318/v1/traces; none: no traces
+TRACE_RATE=${TRACE_RATE:-1000}                      # of so many requests one is traced, and each with a traceparent
 TLS_CERT=${TLS_CERT:-}                              # gRPC over TLS: the server's certificate, ...
 TLS_KEY=${TLS_KEY:-}                                # ... its key, and ...
 TLS_CLIENT_CA=${TLS_CLIENT_CA:-}                    # ... who signs clients' certificates: then each must show one
@@ -69,6 +72,11 @@ for setting in MODEL_PATH MODEL_REPOSITORY; do
 done
 look_at_models "$name"
 
+for setting in MAX_CONNECTION_SECONDS TRACE_RATE; do
+  [[ ${!setting} =~ ^[1-9][0-9]{0,5}$ ]] || refuse "$setting: expected a whole number from 1 to 999999, got '${!setting}'."
+done
+[[ -z $TRACE_URL || $TRACE_URL =~ ^https?://[!-~]+$ ]] ||
+  refuse "TRACE_URL: expected http://HOST:PORT/v1/traces of an OpenTelemetry collector, got '$TRACE_URL'."
 [[ $RESTART == no || $RESTART == always ]] || refuse "RESTART: expected no or always, got '$RESTART'."
 if [[ $RUNTIME == auto ]]; then
   if command -v tritonserver >/dev/null; then

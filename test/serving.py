@@ -24,7 +24,7 @@ __all__ = ["ROOT", "START_SECONDS", "Ports", "free_ports"]  # from here, too
 MODEL_NAME = "nv-embed-v2"
 SETTINGS = (  # of serve.sh and the model, but for VENV and GATEWAY_VENV, which every test shares
     "NV_EMBED_", "MODEL_", "DEVICE", "RUNTIME", "ADDRESS", "METRICS_", "IMAGE", "SHM_", "TLS_", "ADMIN_KEY", "RESTART",
-    "MAX_DELAY_SECONDS", "GATEWAY_PORT", "GATEWAY_HOST", "GATEWAY_A",
+    "MAX_DELAY_SECONDS", "MAX_CONNECTION_SECONDS", "TRACE_", "GATEWAY_PORT", "GATEWAY_HOST", "GATEWAY_A",
 )  # fmt: skip
 DEADLINE_SECONDS = 180  # for what takes a moment: the machine may be busy with anything
 

@@ -270,6 +270,33 @@ def test_docker_keeps_administration_shut_and_http_private_beside_tls(serve, rec
     assert values(run, "--publish") == [f"127.0.0.1:{http}:8000", f"0.0.0.0:{grpc}:8001", f"0.0.0.0:{metrics}:8002"]
 
 
+@pytest.mark.parametrize(
+    ("setting", "value", "part"),
+    [
+        ("MAX_CONNECTION_SECONDS", "1m", "expected a whole number from 1 to 999999, got '1m'"),
+        ("MAX_CONNECTION_SECONDS", "0", "expected a whole number"),
+        ("TRACE_RATE", "0.5", "expected a whole number"),
+        ("TRACE_URL", "collector:4318", "expected http://HOST:PORT/v1/traces"),
+    ],
+)
+def test_an_age_of_connections_or_a_collector_that_makes_no_sense_is_refused(serve, setting, value, part):
+    done = serve(programs=["tritonserver"], **{setting: value})
+    assert done.returncode == 2
+    assert f"{setting}: {part}" in done.stderr
+
+
+def test_connections_have_an_age_and_traces_go_out_only_if_there_is_a_collector(serve, recorded):
+    assert serve(programs=["tritonserver"], RUNTIME="native").returncode == 0
+    settings = {"MAX_CONNECTION_SECONDS": "5", "TRACE_URL": "http://collector:4318/v1/traces", "TRACE_RATE": "10"}
+    assert serve(programs=["tritonserver"], RUNTIME="native", **settings).returncode == 0
+    plain, traced = recorded()
+    assert "--grpc-max-connection-age=60000" in plain
+    assert not any("trace-config" in argument for argument in plain)
+    assert "--grpc-max-connection-age=5000" in traced
+    assert "--trace-config=opentelemetry,url=http://collector:4318/v1/traces" in traced
+    assert "--trace-config=rate=10" in traced
+
+
 def test_the_images_own_command_gives_tritonserver_the_same_arguments_as_serve_sh(serve, recorded, tmp_path):
     dockerfile = (REPO / "Dockerfile").read_text(encoding="utf-8")
     (source, target), (command,) = (

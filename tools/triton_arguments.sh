@@ -1,6 +1,6 @@
 # shellcheck shell=bash disable=SC2034
 # Sourced by serve.sh and by the image's own command. Sets triton_arguments: what every start gives to tritonserver.
-# Reads ADMIN_KEY and SHM_BYTES.
+# Reads ADMIN_KEY, SHM_BYTES, MAX_CONNECTION_SECONDS, TRACE_URL and TRACE_RATE.
 
 # Each call of these must carry the key: they change the server, or show what others do. A key is drawn here unless
 # given. It stands in the server's command line, so whoever can list this machine's processes can read it.
@@ -23,4 +23,13 @@ triton_arguments=(
   # The server pings too, so that work for a client that vanished ends within 40 s, not two hours.
   --grpc-keepalive-time=30000 --grpc-keepalive-timeout=10000
   --grpc-http2-max-pings-without-data=0
+  # gRPC's own clients look a name up again only when a connection ends. So a connection of this age is ended: what is on
+  # its way is answered first, for up to an hour, and what comes next takes a new connection.
+  "--grpc-max-connection-age=${MAX_CONNECTION_SECONDS:-60}000" --grpc-max-connection-age-grace=3600000
 )
+if [[ -n ${TRACE_URL:-} ]]; then
+  triton_arguments+=(
+    --trace-config=mode=opentelemetry --trace-config=level=TIMESTAMPS "--trace-config=rate=${TRACE_RATE:-1000}"
+    "--trace-config=opentelemetry,url=$TRACE_URL" --trace-config=opentelemetry,resource=service.name=nv-embed
+  )
+fi

@@ -343,7 +343,7 @@ def test_a_nul_is_refused_where_an_encoders_prompt_enters():
         ({"url": "localhost"}, "host:port"),
         ({"url": "local\0host:8001"}, "host:port"),
         ({"url": "localhost:8001 "}, "host:port"),
-        ({"url": "one:8001,other:8001"}, "one server"),
+        ({"url": "one:8001,other:8001,ONE:8001"}, "different servers; got 'ONE:8001' twice"),
         ({"url": "localhost:73537"}, "host:port"),  # 8001 modulo 65,536
         ({"url": "localhost:0"}, "host:port"),
         ({"model_name": "nv-embed-v2\0x"}, "model name.*NUL"),

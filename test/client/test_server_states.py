@@ -46,6 +46,17 @@ def test_mutual_tls_and_a_restricted_protocol(certificates, logs):
         with NVEmbedClient(address.url, tls=tls, headers={"triton-grpc-protocol-x-key": "secret"}) as client:
             client.wait_until_ready(30)
             assert client.embed_documents(["a", "b"]).shape[0] == 2
+        key = {"triton-grpc-protocol-x-key": "secret"}
+        by_name = f"dns:///localhost:{address.grpc}"
+        with NVEmbedClient(by_name, tls=tls, headers=lambda: key) as client:  # a function may tell the headers
+            assert client.embed_documents(["a", "b"]).shape[0] == 2
+        with NVEmbedClient(by_name, tls=tls) as client, pytest.raises(AccessDenied, match="headers"):
+            client.embed_query("a")
+        # The certificate is for localhost, and has no address.
+        elsewhere = by_name.replace("localhost", "127.0.0.1")
+        few = RetryPolicy(max_attempts=2)
+        with NVEmbedClient(elsewhere, tls=tls, headers=key, retry=few) as client, pytest.raises(Unavailable):
+            client.embed_query("a")
         with NVEmbedClient(address.url, tls=tls) as client:
             start = time.monotonic()
             with pytest.raises(AccessDenied, match="headers"):

@@ -1,18 +1,21 @@
-"""What a client is told: where the server is, how to talk to it, and how much to ask of it at once."""
+"""What a client is told: where the servers are, how to talk to them, and how much to ask at once."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 
+from nv_embed_client.addresses import places_of
 from nv_embed_client.errors import InvalidInput
 from nv_embed_client.retry import RetryPolicy
 from nv_embed_client.transport import Transport
 
 DEFAULT_URL = "localhost:8001"
 DEFAULT_MODEL_NAME = "nv-embed-v2"
+Headers: TypeAlias = Mapping[str, str]
 _DEFAULT_RETRY = RetryPolicy()
 
 
@@ -55,34 +58,39 @@ class TLS:
 
 @dataclass(frozen=True, eq=False)
 class Connection:
-    """Where the server is and how to talk to it."""
+    """Where the servers are and how to talk to them."""
 
     url: str = DEFAULT_URL
-    """The server's gRPC address, host:port."""
+    """The server's gRPC address, host:port. Several, separated by commas, share the load; dns:///host:port stands for
+    every server that the name has."""
     model_name: str = DEFAULT_MODEL_NAME
     """As Triton knows it."""
     tls: TLS | None = None
     """None for a connection in the clear; `TLS()` for one checked against the system's certificates."""
-    headers: Mapping[str, str] | None = field(default=None, repr=False)  # may hold keys
-    """Sent with every request, names in lower case: for Triton's restricted protocols, or for a proxy."""
+    headers: Headers | Callable[[], Headers] | None = field(default=None, repr=False)  # may hold keys
+    """Sent with every request, names in lower case: for Triton's restricted protocols, or for a proxy. A function is
+    called for each request, in the caller's thread or task: for a traceparent, or a token that expires."""
 
     def __post_init__(self) -> None:
-        # Neither a space nor a comma. gRPC would take a larger port modulo 65,536.
-        address = re.fullmatch(r"unix:[!-+\--~]+|[!-+\--~]+:([0-9]{1,5})", self.url)
-        if "//" in self.url or not address or (address[1] and not 0 < int(address[1]) < 2**16):
-            raise InvalidInput.of(
-                expected="the gRPC address of one server as host:port",
-                got=repr(self.url),
-                remedy="leave out the scheme, and use Triton's gRPC port, by default 8001",
-            )
+        places_of(self.url)  # raises what is wrong
         if not self.model_name or "\0" in self.model_name:
             raise InvalidInput.of(
                 expected="a model name that is not empty and has no NUL, because Triton would cut it there",
                 got=repr(self.model_name),
                 remedy="use the name that Triton lists",
             )
-        object.__setattr__(self, "headers", dict(self.headers or {}))
-        for name, value in (self.headers or {}).items():
+        if not callable(self.headers):
+            object.__setattr__(self, "headers", dict(self.headers or {}))
+            self.metadata()  # raises what is wrong
+
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """The headers of a request that is sent now, as gRPC wants them.
+
+        Raises:
+            InvalidInput: gRPC would refuse one.
+        """
+        headers = self.headers() if callable(self.headers) else self.headers or {}
+        for name, value in headers.items():
             # gRPC takes only bytes as the value of a name that ends in "-bin".
             if not re.fullmatch(r"[0-9a-z_.-]+", name) or name.endswith("-bin"):
                 raise InvalidInput.of(
@@ -96,6 +104,7 @@ class Connection:
                     got="others",  # the value may be a key
                     remedy="take them out: often it is the line's end of a file that holds a key",
                 )
+        return tuple(headers.items())
 
 
 @dataclass(frozen=True, eq=False)

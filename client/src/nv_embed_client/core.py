@@ -57,7 +57,6 @@ class Core(Settings):
         self._connect()
 
     def _connect(self) -> None:
-        # The one place that turns an address into a transport: one over several servers would be chosen here.
         self._link: Transport = self.transport or GrpcTransport(
             Connection(self.url, self.model_name, self.tls, self.headers)
         )

@@ -1,4 +1,4 @@
-"""The transport that speaks gRPC to Triton.
+"""The transport that speaks gRPC to one Triton or to several.
 
 It uses gRPC's thread-based channels for the async client too, because asyncio channels do not survive a fork: in a
 child of a process that has one open, new ones hang or crash.
@@ -6,98 +6,46 @@ child of a process that has one open, new ones hang or crash.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
-from enum import Enum, auto
-from functools import partial
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import grpc
-from tritonclient.grpc import service_pb2, service_pb2_grpc
+from tritonclient.grpc import service_pb2
 
-from nv_embed_client.errors import AccessDenied, DeadlineExceeded, NVEmbedError, Unavailable
+from nv_embed_client.addresses import Address, Name, places_of
+from nv_embed_client.errors import ServerTooOld, Unavailable
+from nv_embed_client.fleet import Fleet
+from nv_embed_client.line import Metadata, Sent
 from nv_embed_client.model_info import ModelInfo
-from nv_embed_client.proxy import proxy_hint
+from nv_embed_client.server import SILENCE_SECONDS, Server, closed
 from nv_embed_client.transport import Transport
 from nv_embed_client.wire import EmbedRequest, EmbedResult, error_of, model_info_message, model_info_of
 
 if TYPE_CHECKING:
     from nv_embed_client.connection import Connection
 
-_MAX_MESSAGE_BYTES = 2**31 - 1  # gRPC's default of 4 MiB is 255 rows of 4096
-_CHANNEL_ARGUMENTS = (
-    ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
-    # gRPC's default grows to two minutes between attempts to connect: long after a restarted server is back.
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-    # Despite its name, this is how long an attempt to connect may take, TLS included. A refusal is not delayed by it.
-    ("grpc.min_reconnect_backoff_ms", 5000),
-    # Otherwise gRPC gives a new channel the connection of an old one, even a dead one.
-    ("grpc.use_local_subchannel_pool", 1),
-)
-# A connection that has been silent for this long is asked for a sign of life, by a small request. HTTP/2's pings would
-# do the same, but a server with default settings ends a connection that pings too often, and all requests on it.
-_SILENCE_SECONDS = 3.0
-_SIGN_SECONDS = 2.0  # a server that takes longer for it is asked over a new connection too
-
-
-class _Sign(Enum):
-    LIFE = auto()  # the server answered
-    NONE = auto()  # nothing came
-    ENDED = auto()  # gRPC itself says that the connection has ended, or never began
-
-
-@dataclass(eq=False)
-class _Sent:
-    """A request on its way."""
-
-    method: str
-    message: Any
-    read: Callable[[Any], Any]
-    begun: float
-    until: float
-    future: Future[Any] = field(default_factory=Future)
-
-
-class _Line:
-    """One channel, and what is on its way over it."""
-
-    def __init__(self, connection: Connection) -> None:
-        tls, options = connection.tls, list(_CHANNEL_ARGUMENTS)
-        if tls is None:
-            self.channel = grpc.insecure_channel(connection.url, options)
-        else:
-            credentials = grpc.ssl_channel_credentials(
-                tls.read("root_certificates"), tls.read("private_key"), tls.read("certificate_chain")
-            )
-            self.channel = grpc.secure_channel(connection.url, credentials, options)
-        self.stub = service_pb2_grpc.GRPCInferenceServiceStub(self.channel)
-        self.proxy_hint = proxy_hint(connection.url)  # gRPC, too, reads the environment now
-        self.last_sign = time.monotonic()
-        self.in_doubt = False
-        self.calls: dict[_Sent, Any] = {}
+_QUESTION_SECONDS = 5.0  # for a server to say what its model is, connecting included
+_LOOK_UP_SECONDS = 5.0  # between two look-ups of a name that is in use, so that a server that joins is found
+_SOON_SECONDS = 1.0  # the same after a failure
 
 
 class GrpcTransport(Transport):
-    """Connects on first use, anew in each process that uses it, and anew when a connection is found dead.
+    """Connects on first use, and anew in each process that uses it.
 
-    Load balancers, NATs and nodes forget connections without telling anybody. So a connection that is silent while
-    requests wait is asked for a sign of life. If it gives none and a new connection does, the requests move there. A
-    request that ends by its deadline on a connection that was silent all the time also has the next one begin anew.
+    With several servers, each request goes to one of them, see `Fleet`. One that a server refuses goes on at once to
+    the next good server, so it fails only when all have refused it.
     """
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._metadata = tuple((connection.headers or {}).items())
+        self._places = places_of(connection.url)
+        self._metadata: Metadata = ()  # of the latest request; questions have the same
         self._closed = False
-        self._line: _Line | None  # that new requests take
         self._forget_inherited()
 
     def embed(self, request: EmbedRequest, timeout_seconds: float) -> Future[EmbedResult]:
@@ -105,16 +53,16 @@ class GrpcTransport(Transport):
         return self._send("ModelInfer", request.message(self._connection.model_name), request.result, timeout_seconds)
 
     def is_ready(self, timeout_seconds: float) -> Future[bool]:
-        """Ask whether the model is ready; the future ends within `timeout_seconds`."""
+        """Ask whether the model is ready on a server; the future ends within `timeout_seconds`."""
         message = service_pb2.ModelReadyRequest(name=self._connection.model_name)
         return self._send("ModelReady", message, lambda reply: bool(reply.ready), timeout_seconds)
 
     def model_info(self, timeout_seconds: float) -> Future[ModelInfo | None]:
-        """Ask what the model is; the future ends within `timeout_seconds`."""
+        """Ask a server what the model is; the future ends within `timeout_seconds`."""
         return self._send("ModelInfer", model_info_message(self._connection.model_name), model_info_of, timeout_seconds)
 
     def for_model(self, model_name: str) -> Transport:
-        """A transport to another model of the same server, over the connections of this one, which closes them.
+        """A transport to another model of the same servers, over the connections of this one, which closes them.
 
         Raises:
             InvalidInput: the name makes no sense.
@@ -122,156 +70,174 @@ class GrpcTransport(Transport):
         return _SharedTransport(self, model_name)
 
     def check(self) -> float | None:
-        """Doubt each connection that is silent while requests wait on it. Seconds until the next is due."""
+        """Look after the connections, the servers and what waits for one. Seconds until that is due again."""
         if self._pid != os.getpid():
             self._forget_inherited()
+        self._look_around(urgently=False)
+        now = time.monotonic()
         with self._lock:
-            lines = [line for line in self._lines if line.calls and not line.in_doubt]
-        seconds, now = _SILENCE_SECONDS, time.monotonic()
-        for line in lines:
-            due = line.last_sign + _SILENCE_SECONDS - now
-            if due > 0:
-                seconds = min(seconds, due)
-            else:
-                line.in_doubt = True
-                self._ask_for_a_sign(line, partial(self._doubt, line))
-        return seconds
+            servers = list(self._servers)
+            late = [sent for sent in self._waiting if sent.until <= now]
+            for sent in late:
+                self._waiting.remove(sent)
+            dues = [sent.until - now for sent in self._waiting]
+            if (due := self._fleet.due_seconds(now)) is not None:
+                dues.append(due)
+        for sent in late:
+            _end(sent, None, error_of("DEADLINE_EXCEEDED", ""))
+        return min([SILENCE_SECONDS, *dues, *(server.check() for server in servers)])
 
     def close(self) -> None:
-        """End the connection and what is on its way over it."""
+        """End the connections and what is on its way over them."""
         self._closed = True
         # Closing an inherited channel would wait for threads that only the parent has.
         if self._pid != os.getpid():
             self._forget_inherited()
         with self._lock:
-            self._line = None
-            lines = list(self._lines)
-        for line in lines:
-            line.channel.close()
+            servers = list(self._servers)
+        for server in servers:
+            server.close()
+        self._dispatch()
 
     def _forget_inherited(self) -> None:
         self._pid = os.getpid()
-        self._lock = threading.Lock()
-        self._line = None
-        # Older ones too: a request may wait on one that another request has given up.
-        self._lines: weakref.WeakSet[_Line] = weakref.WeakSet()
+        self._lock = threading.Lock()  # guards all below
+        has_names = any(isinstance(place, Name) for place in self._places)
+        self._fleet: Fleet[Server] = Fleet(has_choice=has_names or len(self._places) > 1)
+        self._by_place: dict[Address | Name, dict[Address, Server]] = {}
+        # Also those that a name no longer stands for: requests may be on their way to them.
+        self._servers: weakref.WeakSet[Server] = weakref.WeakSet()
+        self._waiting: list[Sent] = []  # until it is known where to
+        self._is_looking_up = False
+        self._looked_up_at = 0.0
+        self._look_up_error: Unavailable | None = None
+        self._found({place: [place] for place in self._places if isinstance(place, Address)}, None)
+        self._look_up_at = 0.0  # at once, if there are names
 
     def _send(self, method: str, message: Any, read: Callable[[Any], Any], timeout_seconds: float) -> Future[Any]:
         if self._pid != os.getpid():
             self._forget_inherited()
         now = time.monotonic()
-        sent = _Sent(method, message, read, now, now + timeout_seconds)
+        self._metadata = self._connection.metadata()
+        sent = Sent(method, message, read, self._metadata, now, now + timeout_seconds, self._ended)
+        self._look_around(urgently=True)
         with self._lock:
-            if self._line is None and not self._closed:
-                self._line = _Line(self._connection)
-                self._lines.add(self._line)
-            line = self._line
-        if line is None:
-            sent.future.set_exception(_closed())
-        else:
-            self._start(sent, line)
+            self._waiting.append(sent)
+        self._dispatch()
         return sent.future
 
-    def _start(self, sent: _Sent, line: _Line) -> None:
-        method = getattr(line.stub, sent.method)
-        try:
-            call: Any = method.future(sent.message, timeout=sent.until - time.monotonic(), metadata=self._metadata)
-        except ValueError:  # the channel was closed meanwhile
-            if sent.future.set_running_or_notify_cancel():
-                sent.future.set_exception(_closed())
-            return
-        line.calls[sent] = call
-        sent.future.add_done_callback(lambda future: call.cancel() if future.cancelled() else None)
-        call.add_done_callback(lambda ended: self._ended(sent, line, ended))
+    def _dispatch(self) -> None:
+        """Send what waits, unless it is about to be known where to."""
+        starts: list[tuple[Server, Sent]] = []
+        ends: list[tuple[Sent, Exception]] = []
+        with self._lock:
+            waiting = list(self._waiting)
+            self._waiting.clear()
+            for sent in waiting:
+                if sent.future.cancelled():
+                    continue
+                if self._closed:
+                    ends.append((sent, closed()))
+                elif (server := self._fleet.choose(sent.refused_by)) is not None:
+                    starts.append((server, sent))
+                elif self._fleet.may_become_good(sent.refused_by) or (self._is_looking_up and not sent.refused_by):
+                    self._waiting.append(sent)
+                else:
+                    error = next(reversed(sent.refused_by.values()), None) or self._fleet.reason()
+                    ends.append((sent, error or self._look_up_error or _nobody()))
+        for server, sent in starts:
+            server.start(sent)
+        for sent, error in ends:
+            _end(sent, None, error)
 
-    def _ended(self, sent: _Sent, line: _Line, call: Any) -> None:
-        """Runs in a thread of gRPC's."""
-        if line.calls.pop(sent, None) is None:  # it has moved
-            return
-        code = call.code().name
-        if _is_a_sign(code):
-            line.last_sign = time.monotonic()
-        elif code == "DEADLINE_EXCEEDED" and line.last_sign <= sent.begun:
-            self._retire(line)
-        if not sent.future.set_running_or_notify_cancel():
-            return
-        try:
-            if code != "OK":
-                raise self._error_of(code, call.details() or "", line)
-            sent.future.set_result(sent.read(call.result()))
-        except Exception as error:
-            sent.future.set_exception(error)
-
-    def _ask_for_a_sign(self, line: _Line, asked: Callable[[_Sign], None]) -> None:
-        """Ask over `line` whether the server lives; `asked` is called with what came, in a thread of gRPC's."""
-
-        def ended(call: Any) -> None:
-            code = call.code().name
-            # A server that restricts this question answers UNAVAILABLE, and so does gRPC if there is no server.
-            if _is_a_sign(code) or isinstance(error_of(code, call.details() or ""), AccessDenied):
-                asked(_Sign.LIFE)
-            else:
-                asked(_Sign.NONE if code == "DEADLINE_EXCEEDED" else _Sign.ENDED)
-
-        with contextlib.suppress(ValueError):  # closed meanwhile
-            call = line.stub.ServerLive.future(
-                service_pb2.ServerLiveRequest(), timeout=_SIGN_SECONDS, metadata=self._metadata
-            )
-            call.add_done_callback(ended)
-
-    def _trust(self, line: _Line) -> None:
-        line.last_sign = time.monotonic()
-        line.in_doubt = False
-
-    def _doubt(self, line: _Line, sign: _Sign) -> None:
-        if sign is _Sign.NONE:
-            self._compare(line)
+    def _ended(self, server: Server, sent: Sent, value: Any, error: Exception | None) -> None:
+        """A server is done with a request; runs in any thread."""
+        now = time.monotonic()
+        goes_on = isinstance(error, Unavailable) and not sent.future.cancelled() and not self._closed
+        with self._lock:
+            self._fleet.ended(server)
+            if error is not None and (goes_on or sent.unheard):
+                self._fleet.refused(server, error, now)
+                self._look_up_at = min(self._look_up_at, self._looked_up_at + _SOON_SECONDS)
+            if error is not None and goes_on:
+                sent.refused_by[server] = error
+                self._waiting.append(sent)
+        if goes_on:
+            self._dispatch()
         else:
-            self._trust(line)
+            _end(sent, value, error)
 
-    def _compare(self, line: _Line) -> None:
-        """`line` gave no sign. If a new one does and `line`, asked again after that, does not, move to the new one."""
-        try:
-            fresh = _Line(self._connection)
-        except NVEmbedError:  # a certificate is gone
-            self._trust(line)
-            return
+    def _look_around(self, *, urgently: bool) -> None:
+        """Look names up and ask servers whether they are good, if that is due."""
+        now = time.monotonic()
         with self._lock:
-            self._lines.add(fresh)
+            looks_up = now >= self._look_up_at and not self._is_looking_up and not self._closed
+            looks_up = looks_up and any(isinstance(place, Name) for place in self._places)
+            self._is_looking_up = self._is_looking_up or looks_up
+        if looks_up:
+            # The resolver cannot be given up, so nobody waits for this thread when the process ends.
+            threading.Thread(target=self._look_up, args=(self._pid,), name="nv-embed look-up", daemon=True).start()
+        self._ask(urgently=urgently)
 
-        def asked_again(sign: _Sign) -> None:
-            if sign is _Sign.NONE:
-                self._move(line, fresh)
+    def _ask(self, *, urgently: bool) -> None:
+        """Ask those that are not known to be good what their model is."""
+        now = time.monotonic()
+        with self._lock:
+            asked = [] if self._closed else self._fleet.to_ask(now, urgently=urgently)
+        for server in asked:
+            message = model_info_message(self._connection.model_name)
+            until = now + _QUESTION_SECONDS
+            server.start(Sent("ModelInfer", message, model_info_of, self._metadata, now, until, self._told))
+
+    def _told(self, server: Server, _: Sent, info: ModelInfo | None, error: Exception | None) -> None:
+        """A server has said what its model is, or has not; runs in any thread."""
+        with self._lock:
+            if error is None or isinstance(error, ServerTooOld):
+                self._fleet.told(server, info, time.monotonic())
             else:
-                self._trust(line)
+                self._fleet.refused(server, error, time.monotonic())
+        self._dispatch()
 
-        def asked_fresh(sign: _Sign) -> None:
-            if sign is _Sign.LIFE:
-                self._ask_for_a_sign(line, asked_again)
-            else:  # the server answers nobody: a new line does not help
-                self._trust(line)
-
-        self._ask_for_a_sign(fresh, asked_fresh)
-
-    def _move(self, line: _Line, fresh: _Line) -> None:
-        self._retire(line, fresh)
-        for sent, call in list(line.calls.items()):
-            if line.calls.pop(sent, None) is call:
-                call.cancel()
-                self._start(sent, fresh)
-
-    def _retire(self, line: _Line, successor: _Line | None = None) -> None:
-        """Begin nothing more over `line`. What is on its way stays there, and the channel ends with the last of it."""
+    def _silent(self, server: Server) -> None:
+        """A server gives no sign of life; runs in any thread."""
         with self._lock:
-            if self._line is line:
-                self._line = None if self._closed else successor
+            others = len(self._fleet) > 1
+        if others:
+            server.give_up(
+                Unavailable("expected a sign of life while requests wait; got none; look after the server or its host")
+            )
 
-    @staticmethod
-    def _error_of(code: str, details: str, line: _Line) -> NVEmbedError:
-        error = error_of(code, details)
-        if line.proxy_hint is not None and isinstance(error, Unavailable | DeadlineExceeded):
-            return type(error)(f"{error}; {line.proxy_hint}")
-        return error
+    def _look_up(self, pid: int) -> None:
+        found: dict[Address | Name, list[Address]] = {}
+        error, url = None, self._connection.url
+        for place in self._places:
+            try:
+                found[place] = place.servers() if isinstance(place, Name) else [place]
+            except OSError as failed:
+                reason = failed.strerror or failed
+                error = Unavailable(f"expected servers behind the name of {url!r}; got: {reason}; check the name")
+        if pid != os.getpid() or pid != self._pid:  # forked meanwhile: another look-up is under way
+            return
+        self._found(found, error)
+        self._ask(urgently=True)
+        self._dispatch()
+
+    def _found(self, found: dict[Address | Name, list[Address]], error: Unavailable | None) -> None:
+        """Have these servers. Those of a name that could not be looked up stay."""
+        with self._lock:
+            for place, addresses in found.items():
+                known = self._by_place.get(place, {})
+                self._by_place[place] = {
+                    address: known.get(address) or Server(address, self._connection, self._silent)
+                    for address in addresses
+                }
+            servers = {address.target: server for known in self._by_place.values() for address, server in known.items()}
+            self._servers.update(servers.values())
+            self._fleet.replace((server, server.address.target) for server in servers.values())
+            self._is_looking_up = False
+            self._looked_up_at = time.monotonic()
+            self._look_up_at = self._looked_up_at + (_LOOK_UP_SECONDS if error is None else _SOON_SECONDS)
+            self._look_up_error = error
 
 
 class _SharedTransport(GrpcTransport):
@@ -291,10 +257,13 @@ class _SharedTransport(GrpcTransport):
         """The owner does."""
 
 
-def _closed() -> Unavailable:
-    return Unavailable("expected an open connection; got one that was closed; make a new transport")
+def _end(sent: Sent, value: Any, error: Exception | None) -> None:
+    if sent.future.set_running_or_notify_cancel():
+        if error is None:
+            sent.future.set_result(value)
+        else:
+            sent.future.set_exception(error)
 
 
-def _is_a_sign(code: str) -> bool:
-    """Whether this code shows that the connection lives. gRPC itself also gives the others."""
-    return code not in ("UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED")
+def _nobody() -> Unavailable:
+    return Unavailable("expected a server; got none; check the address")

@@ -46,7 +46,8 @@ def _parser() -> argparse.ArgumentParser:
     server.add_argument(
         "--url",
         default=os.environ.get(URL_VARIABLE, DEFAULT_URL),
-        help=f"the server's gRPC address; {URL_VARIABLE} in the environment is another way to say it "
+        help="the server's gRPC address; several with commas, or dns:///host:port for all that a name has; "
+        f"{URL_VARIABLE} in the environment is another way to say it "
         "(default: %(default)s)",
     )
     server.add_argument("--model-name", default=DEFAULT_MODEL_NAME, help="as Triton knows it (default: %(default)s)")

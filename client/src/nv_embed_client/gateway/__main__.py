@@ -67,7 +67,11 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     defaults = GatewaySettings()
-    parser.add_argument("--triton-url", default=defaults.triton_url, help="Triton's gRPC address")
+    parser.add_argument(
+        "--triton-url",
+        default=defaults.triton_url,
+        help="Triton's gRPC address; several with commas, or dns:///host:port",
+    )
     parser.add_argument("--triton-tls", action="store_true", help="connect to Triton with TLS")
     parser.add_argument("--triton-root-certificates", help="PEM file of who may have signed its certificate")
     parser.add_argument("--triton-private-key", help="PEM file, for mutual TLS")

@@ -12,7 +12,7 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from nv_embed_client.gateway import docs_page, health, openai_api, openapi, page, refusals, tei
+from nv_embed_client.gateway import docs_page, health, openai_api, openapi, page, refusals, tei, trace
 from nv_embed_client.gateway.embedder import Embedder
 from nv_embed_client.gateway.metrics import GatewayMetrics
 from nv_embed_client.gateway.middleware import AnswerDefects, GuardBody, Measure, Normalize, RequireKey
@@ -50,6 +50,7 @@ def create_app(settings: GatewaySettings, url: str | None = None) -> FastAPI:
     app.add_middleware(GuardBody, max_body_bytes=settings.max_body_bytes)
     if settings.api_key is not None:
         app.add_middleware(RequireKey, api_key=settings.api_key)
+    app.add_middleware(trace.PassOn)
     app.add_middleware(AnswerDefects)
     if settings.cors_origins:
         app.add_middleware(

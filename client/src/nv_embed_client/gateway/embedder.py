@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Coroutine, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ from fastapi import Request
 from nv_embed_client.async_client import AsyncNVEmbedClient
 from nv_embed_client.embedding_type import EmbeddingType
 from nv_embed_client.errors import NVEmbedError, ServerTooOld
-from nv_embed_client.gateway import refusals
+from nv_embed_client.gateway import refusals, trace
 from nv_embed_client.gateway.metrics import GatewayMetrics
 from nv_embed_client.gateway.names import Named
 from nv_embed_client.gateway.refusals import Refusal
@@ -52,7 +53,9 @@ class Embedder:
             url: of the gateway's page, for the log.
         """
         settings = self._settings
-        transport = GrpcTransport(settings.connection(settings.default_model))
+        connection = settings.connection(settings.default_model)
+        headers = partial(trace.headers_beside, settings.triton_headers)
+        transport = GrpcTransport(replace(connection, headers=headers))
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(transport.close)
             for name in settings.model_names:

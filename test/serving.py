@@ -44,8 +44,9 @@ class Server(StartedServer):
         """Start, without waiting. Settings of the caller's own shell that would change the server are left out."""
         model = {} if model_path is None else {"MODEL_PATH": str(model_path), "DEVICE": "cpu"}
         kept = {name: value for name, value in os.environ.items() if not name.startswith(SETTINGS)}
+        exact = {"NV_EMBED_DTYPE": "float32"}  # 'auto' depends on the processor, and tests compare to 1e-5
         super().__init__(
-            log, model | dict(environ or {}), environ=kept, arguments=arguments, ports=ports, command=command,
+            log, exact | model | dict(environ or {}), environ=kept, arguments=arguments, ports=ports, command=command,
             cwd=log.parent,
         )  # fmt: skip
         # serve.sh names other kinds of checkpoints as their folders; those have this file.
@@ -136,7 +137,9 @@ def checkout(folder: Path, *more: str) -> Path:
 def mark_those_with_servers(items: Iterable[pytest.Function], *starters: str) -> None:
     """Give the marker `server` to each test with a fixture that starts one by its name, or a starter in its body."""
     for item in items:
-        if any("server" in name or name == "start" for name in item.fixturenames) or {*starters} & {*item.function.__code__.co_names}:
+        if any("server" in name or name == "start" for name in item.fixturenames) or {*starters} & {
+            *item.function.__code__.co_names
+        }:
             item.add_marker("server")
 
 

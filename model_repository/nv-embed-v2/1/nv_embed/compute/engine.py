@@ -36,8 +36,9 @@ class PackedModel:
 class Engine(Generic[SequenceType]):
     """One model on one device, for any number of threads."""
 
-    def __init__(self, model: Model[SequenceType], device: Device) -> None:
-        self.model = model
+    def __init__(self, model: Model[SequenceType], device: Device, dtype: str = "float32") -> None:
+        """dtype: in which the model was loaded, as the setting names it."""
+        self.model, self.dtype = model, dtype
         self._device = device
 
     @property

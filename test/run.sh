@@ -10,10 +10,11 @@ repo="$(dirname -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")")"
 VENV=${VENV:-$repo/.venv}                       # the one serve.sh uses
 CLIENT_VENV=${CLIENT_VENV:-$repo/.venv-client}  # the client's: it needs nothing of the server's, and numpy 2
 
-chosen=()
+quick=(-m "not server")
 if [[ ${1:-} == --unit ]]; then
   shift
-  chosen=(-m "not server and not slow")
+  quick=(-m "not server and not slow")
+  unit=yes
 fi
 
 source "$repo/tools/prepare_venv.sh"
@@ -24,27 +25,39 @@ VENV="$(absolute "$VENV")"
 export VENV  # the tests start serve.sh, which must find the same one
 
 cd -- "$repo"
-if (($# > 0)); then exec "$VENV/bin/python" -m pytest ${chosen[@]+"${chosen[@]}"} "$@"; fi
+if (($# > 0)); then exec "$VENV/bin/python" -m pytest ${unit:+"${quick[@]}"} "$@"; fi
 
 prepare_venv "$CLIENT_VENV" "$repo/test/client/requirement.txt"
 CLIENT_VENV="$(absolute "$CLIENT_VENV")"
 
-check_server() {
+check_quickly() {
   "$VENV/bin/ruff" check .
   "$VENV/bin/ruff" format --check .
   "$VENV/bin/mypy"
-  "$VENV/bin/python" -m pytest ${chosen[@]+"${chosen[@]}"}
+  "$VENV/bin/python" -m pytest "${quick[@]}"
 }
 
 check_client() {
   (cd client && "$CLIENT_VENV/bin/mypy")
-  "$CLIENT_VENV/bin/python" -m pytest --config-file test/client/pytest.ini ${chosen[@]+"${chosen[@]}"} test/client
+  "$CLIENT_VENV/bin/python" -m pytest --config-file test/client/pytest.ini ${unit:+"${quick[@]}"} test/client
 }
 
-# Each of these keeps about one core busy.
+check_quickly_and_client() {
+  check_quickly
+  check_client
+}
+
+check_with_servers() { "$VENV/bin/python" -m pytest -m server; }
+
+# Two lanes, because each keeps about one core busy.
+if [[ -n ${unit:-} ]]; then
+  lanes=(check_quickly check_client)
+else
+  lanes=(check_with_servers check_quickly_and_client)
+fi
 said="$(mktemp)"
-check_client >"$said" 2>&1 &
-client=$!
-trap 'kill "$client" 2>/dev/null || true; cat -- "$said"; rm -- "$said"' EXIT
-check_server
-wait "$client"
+"${lanes[1]}" >"$said" 2>&1 &
+second=$!
+trap 'kill "$second" 2>/dev/null || true; cat -- "$said"; rm -- "$said"' EXIT
+"${lanes[0]}"
+wait "$second"

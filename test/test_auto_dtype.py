@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 
 import numpy as np
@@ -88,3 +89,11 @@ def test_auto_on_a_cpu_gives_the_vectors_of_float32_whatever_it_chooses(mini):
     assert (exact.embed(texts) * auto.embed(texts)).sum(axis=1).min() > 0.999
     if not multiplies_bfloat16():
         assert auto.dtype == "float32"
+
+
+def test_a_server_says_in_which_precision_it_computes(start, mini, tmp_path):
+    server = start(tmp_path / "log.txt", mini, {"NV_EMBED_DTYPE": "auto"})
+    answer = server.infer(query=["Why does bread rise?"], parameters={"model_info": True}, outputs=None)
+    dtype = json.loads(answer["model_info"][0])["dtype"]
+    said = f"cpu: dtype {dtype}, because bfloat16 is" in server.log_text()
+    assert said if multiplies_bfloat16() else dtype == "float32"

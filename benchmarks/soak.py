@@ -74,6 +74,7 @@ MEMORY_GROWTH_LIMIT = 0.05
 GRACE_SECONDS = 2  # in which clients find a server that is ready again
 KILL_SHARE = 0.3  # of the requests; the rest judges memory, once its first quarter is over
 LIMITS = {  # of a server started here: small, so that a request can be over them without taking minutes
+    "NV_EMBED_DTYPE": "float32",  # because rows are compared to 1e-5
     "NV_EMBED_MAX_SEQUENCE_TOKENS": "256",
     "NV_EMBED_MAX_REQUEST_DOCUMENTS": "200",
     "NV_EMBED_MAX_REQUEST_BYTES": "400000",

@@ -44,8 +44,9 @@ class Server(StartedServer):
         """Start, without waiting. Settings of the caller's own shell that would change the server are left out."""
         model = {} if model_path is None else {"MODEL_PATH": str(model_path), "DEVICE": "cpu"}
         kept = {name: value for name, value in os.environ.items() if not name.startswith(SETTINGS)}
+        exact = {"NV_EMBED_DTYPE": "float32"}  # 'auto' depends on the processor, and tests compare to 1e-5
         super().__init__(
-            log, model | dict(environ or {}), environ=kept, arguments=arguments, ports=ports, command=command,
+            log, exact | model | dict(environ or {}), environ=kept, arguments=arguments, ports=ports, command=command,
             cwd=log.parent,
         )  # fmt: skip
         # serve.sh names other kinds of checkpoints as their folders; those have this file.

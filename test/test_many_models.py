@@ -21,7 +21,7 @@ PROMPT = 'Ünïcode "q" \\ \n line: '
 
 
 def add(repository: Path, name: str, folder: Path, *parameters: str) -> None:
-    command = [repository / "tools" / "add_model", name, folder, "device=cpu", *parameters]
+    command = [repository / "tools" / "add_model", name, folder, "device=cpu", "dtype=float32", *parameters]
     subprocess.run(command, check=True, stdout=subprocess.PIPE)
 
 

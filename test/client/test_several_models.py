@@ -35,7 +35,7 @@ def add_model(repository: Path, name: str, **settings: str) -> None:
     """A model as an operator adds one: a configuration, and a link to the code of the first."""
     folder = repository / name
     folder.mkdir(parents=True)
-    fill(folder, config_with(name, settings), "../nv-embed-v2/1")
+    fill(folder, config_with(name, {"dtype": "float32", "device": "cpu", **settings}), "../nv-embed-v2/1")
     if name == "nv-embed-v2":
         (folder / "1").unlink()
         shutil.copytree(REPO / "model_repository/nv-embed-v2/1", folder / "1")
@@ -55,8 +55,8 @@ def triton(repository: Path, address: Address, log: Path):
 @pytest.fixture(scope="module")
 def two_model_server(tmp_path_factory, logs):
     repository, address = tmp_path_factory.mktemp("models"), Address(*free_ports(3))
-    add_model(repository, "nv-embed-v2", model_path=str(MINI), device="cpu", max_sequence_tokens="512")
-    add_model(repository, "second", model_path=str(NEMOTRON), device="cpu", max_sequence_tokens="64")
+    add_model(repository, "nv-embed-v2", model_path=str(MINI), max_sequence_tokens="512")
+    add_model(repository, "second", model_path=str(NEMOTRON), max_sequence_tokens="64")
     with triton(repository, address, logs / "two-models.log"):
         yield address
 
@@ -115,7 +115,7 @@ def test_two_clients_share_a_connection_that_outlives_either(two_model_server, f
 def test_a_server_from_before_model_info_is_asked_the_old_way(tmp_path, logs):
     """Its configuration has no such output, so Triton refuses what names it, as it does for an older release."""
     repository, address = tmp_path / "models", Address(*free_ports(3))
-    add_model(repository, "nv-embed-v2", model_path=str(TOY), device="cpu")
+    add_model(repository, "nv-embed-v2", model_path=str(TOY))
     config = repository / "nv-embed-v2" / "config.pbtxt"
     new = r',\s*(#[^\n]*\s*)?{\s*name: "(model_info|is_truncated|embeddings_\w+)".*?}'
     old, count = re.subn(new, "", config.read_text("utf-8"), flags=re.DOTALL)

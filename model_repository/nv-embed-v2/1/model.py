@@ -91,7 +91,6 @@ class TritonPythonModel:
     def _load(self, parameters: dict[str, dict[str, str]]) -> None:
         # These import torch, which takes long. Triton also imports this file only to look at it.
         from nv_embed.compute.loading import load_engines
-        from nv_embed.compute.precision import Precision
         from nv_embed.compute.warm_up import SAMPLE_TEXT, warm_up
         from nv_embed.models import kind_of, read_checkpoint
 
@@ -130,9 +129,8 @@ class TritonPythonModel:
                 warm_up(engine, sample, target_seconds, MIN_BATCH_TOKENS, config.max_batch_tokens)
                 for engine in dict.fromkeys(engines)
             )
-            precisions = (Precision.choose(config.dtype, engine.device, checkpoint).name for engine in engines)
             self._model_info = model_info(
-                replace(config, dtype=",".join(dict.fromkeys(precisions))),
+                replace(config, dtype=",".join(dict.fromkeys(engine.dtype for engine in engines))),
                 name=self._name,
                 kind=kind_of(folder),
                 fingerprint=fingerprint(folder),  # now, because the files are in memory after loading

@@ -137,9 +137,10 @@ class Settings:
         "auto",
         _one_of("auto", "float16", "bfloat16", "float32", "float8", "int8"),
         """Precision: `float16`, `bfloat16`, `float32`, `int8` or `float8`. `auto` is the checkpoint's own precision on
-        a GPU and float32 on a CPU. `int8` stores the matrices of the layers in 8 bits, which needs half the memory of
-        half precision. `float8` also multiplies in 8 bits. It needs a GPU of compute capability 8.9 or later; on a CPU
-        it is only for trials. At startup, `int8` and `float8` compare their vectors with those before rounding.""",
+        a GPU. On a CPU it is bfloat16 if that proves fast and close enough at startup, else float32. `int8`
+        stores the matrices of the layers in 8 bits, which needs half the memory of half precision. `float8` also
+        multiplies in 8 bits. It needs a GPU of compute capability 8.9 or later; on a CPU it is only for trials. At
+        startup, `int8` and `float8` compare their vectors with those before rounding.""",
     )
     attention: str = _setting(
         "auto",

@@ -35,8 +35,9 @@ class PackedModel:
 class Engine:
     """One model on one device, for any number of threads."""
 
-    def __init__(self, model: Model, device: Device) -> None:
-        self.model = model
+    def __init__(self, model: Model, device: Device, dtype: str = "float32") -> None:
+        """dtype: in which the model was loaded, as the setting names it."""
+        self.model, self.dtype = model, dtype
         self._device = device
 
     @property

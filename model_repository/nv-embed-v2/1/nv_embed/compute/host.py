@@ -15,6 +15,7 @@ from pathlib import Path
 
 _ROOT = Path("/")
 _RESERVED = "nv-embed-reserved-"
+_BFLOAT16_FLAGS = {"amx_bf16", "avx512_bf16", "bf16"}  # of Intel and AMD, the last of Arm
 
 
 def most_cores(root: Path = _ROOT) -> float:
@@ -27,6 +28,12 @@ def most_cores(root: Path = _ROOT) -> float:
                 case [str(quota), str(period)] if quota not in ("max", "-1"):  # which say that there is no limit
                     quotas.append(int(quota) / int(period))
     return min(quotas)
+
+
+def multiplies_bfloat16(root: Path = _ROOT) -> bool:
+    """Whether the processor has instructions for it, so that a matrix product need not go through float32."""
+    flags = {word for line in (_read(root / "proc/cpuinfo") or "").splitlines() for word in line.split()}
+    return bool(flags & _BFLOAT16_FLAGS)
 
 
 def free_memory(root: Path = _ROOT) -> int:

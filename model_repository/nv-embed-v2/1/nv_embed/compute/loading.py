@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 
 from nv_embed.compute.attention import choose_attention
+from nv_embed.compute.auto_dtype import faster
 from nv_embed.compute.devices import Device, existing_device
 from nv_embed.compute.engine import Engine, PackedModel
-from nv_embed.compute.host import most_cores, reserve_memory, reserved_memory
-from nv_embed.compute.precision import Precision, Rounding
+from nv_embed.compute.host import most_cores, multiplies_bfloat16, reserve_memory, reserved_memory
+from nv_embed.compute.precision import SAMPLE_TOKENS, SAMPLES, Precision, Rounding
 from nv_embed.compute.weights import load_network
-from nv_embed.errors import DeviceError, in_short
+from nv_embed.errors import DeviceError, InvalidRequest, in_short
 from nv_embed.models.config_file import DTYPES
 from nv_embed.models.protocol import AnyCheckpoint, LibraryCheckpoint
 
@@ -46,7 +47,7 @@ def load_engine(
         folder: of `config.json` and the safetensors files.
         checkpoint: what the config says.
         device: 'cpu' or 'cuda:N'.
-        dtype: see `Precision.choose`.
+        dtype: see `Precision.choose`; 'auto' on a CPU: float32, or bfloat16 if it proves itself, see `faster`.
         attention: see `choose_attention`.
         compile_layers: see `compile_network`.
         max_sequence_tokens: length of the longest texts, for which a CPU must have memory; 0: that is not checked.
@@ -58,14 +59,41 @@ def load_engine(
         CheckpointError: files or tensors are missing, damaged or of another model.
     """
     target = existing_device(device)
-    precision = Precision.choose(dtype, target.torch_device, checkpoint)
-    texts = (num_batches if device == "cpu" else 0, max_sequence_tokens)
+
+    def load(dtype: str, num_texts: int) -> Engine:
+        precision = Precision.choose(dtype, target.torch_device, checkpoint)
+        return _load(folder, checkpoint, target, precision, attention, compile_layers, num_texts, max_sequence_tokens)
+
+    engine = load(dtype, num_batches if device == "cpu" else 0)
+    if dtype != "auto" or device != "cpu" or not multiplies_bfloat16():
+        return engine
+    longest = min(checkpoint.longest_text or SAMPLE_TOKENS, SAMPLE_TOKENS)
+    try:
+        samples = checkpoint.tokenizer(folder, longest).encode(SAMPLES, "")
+        return faster(engine, load("bfloat16", 0), samples)
+    except (DeviceError, InvalidRequest) as error:  # no memory for both; a model that knows no word of the samples
+        logger.info("cpu: dtype float32, because bfloat16 could not be tried: %s", error)
+        return engine
+
+
+def _load(
+    folder: Path,
+    checkpoint: AnyCheckpoint,
+    target: Device,
+    precision: Precision,
+    attention: str,
+    compile_layers: str,
+    num_texts: int,
+    max_sequence_tokens: int,
+) -> Engine:
+    """See `load_engine`; num_texts: of the longest, for which there must be memory."""
+    texts = (num_texts, max_sequence_tokens)
     if isinstance(checkpoint, LibraryCheckpoint):
         _check_library_computes(precision, attention, compile_layers)
         num_bytes = checkpoint.num_parameters() * precision.dtype.itemsize
         _check_memory(target, precision, num_bytes, checkpoint.numbers_per_token, *texts, smallest="bfloat16")
         with _loading(target, precision):
-            return Engine(checkpoint.load(folder, target.torch_device, precision.dtype), target)
+            return Engine(checkpoint.load(folder, target.torch_device, precision.dtype), target, precision.name)
     with torch.device("meta"):
         network = checkpoint.network().to(precision.dtype).eval()
     _check_memory(target, precision, precision.num_bytes(network), network.numbers_per_token, *texts, smallest="int8")
@@ -75,7 +103,7 @@ def load_engine(
     with _loading(target, precision):
         load_network(folder, network, target.torch_device, rounding)
     with target.current():
-        return Engine(PackedModel(network, target.torch_device, compile_layers), target)
+        return Engine(PackedModel(network, target.torch_device, compile_layers), target, precision.name)
 
 
 def load_engines(

@@ -35,7 +35,7 @@ SAMPLES = (
     "had already put a second cup on the table, so she took off her coat, sat down by the window and began, for want "
     "of anything better, to tell him why she had come.",
 )
-_SAMPLE_TOKENS = 512  # more than any sample has
+SAMPLE_TOKENS = 512  # more than any sample has
 _OLDEST_FLOAT8 = (8, 9)  # capability of the first GPUs that multiply it: Ada
 _FLOAT8 = torch.float8_e4m3fn
 
@@ -156,7 +156,7 @@ class Rounding:
     @classmethod
     def of_checkpoint(cls, folder: Path, checkpoint: Checkpoint, network: Network, precision: Precision) -> Rounding:
         """With the sample texts, through the checkpoint's own tokenizer; raises CheckpointError."""
-        return cls(network, precision, checkpoint.tokenizer(folder, _SAMPLE_TOKENS).encode(SAMPLES, ""))
+        return cls(network, precision, checkpoint.tokenizer(folder, SAMPLE_TOKENS).encode(SAMPLES, ""))
 
     def begin(self) -> None:
         """Token vectors are filled."""

@@ -141,6 +141,31 @@ def test_a_text_of_a_megabyte_is_ranked_and_said_to_be_cut(page):
     assert len(page.locator("#lines").text_content()) < 10_000
 
 
+def test_a_ranking_is_stopped_and_another_begins(page):
+    page.get_by_label("Passages", exact=True).fill("\n".join(f"{number} {'word ' * 400}" for number in range(200)))
+    page.get_by_role("button", name="Rank").click()
+    page.get_by_role("button", name="Stop").click()
+    expect(page.get_by_role("status").filter(has_text="Stopped.")).to_be_visible()
+    ask(page)
+    assert len(rows(page)) == 3
+
+
+def test_one_of_several_models_is_chosen(browser, server, logs):
+    names = ("--model-name", "nv-embed-v2", "--model-name", "absent")
+    with (
+        gateway_running(logs / "page-models.log", server.url, *names) as url,
+        opened(browser, url + "/") as page,
+    ):
+        page.get_by_label("Model").select_option("absent")
+        expect(page.get_by_role("heading", level=1)).to_have_text("absent")
+        ask(page)
+        expect(page.get_by_role("alert")).to_contain_text("404")
+        expect(page.get_by_role("alert")).to_contain_text("got 'absent', which it does not have")
+        page.get_by_label("Model").select_option("nv-embed-v2")
+        ask(page)
+        assert len(rows(page)) == 3
+
+
 # --- the instruction ---
 
 
@@ -308,6 +333,11 @@ def test_the_lines_to_copy_give_the_same_scores(page, client):
         done = subprocess.run([*command, lines], capture_output=True, text=True, check=True, timeout=120, env=environ)
         return done.stdout
 
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.get_by_role("button", name="Copy").click()
+    expect(page.get_by_role("status").filter(has_text="Copied.")).to_be_visible()
+    copied = page.evaluate("() => navigator.clipboard.readText()")
+    assert copied == page.locator("#lines").text_content()
     for tool in ("openai", "client"):
         printed = output(tool, sys.executable, "-c")
         assert [float(number) for number in re.findall(r"-?\d+\.\d*(?:e-?\d+)?", printed)] == expected

@@ -101,7 +101,9 @@ def run(parsed: argparse.Namespace) -> int:
             try:
                 for rows, outcome in rows_with_outcomes:
                     for position, error in sorted(outcome.errors.items()):
-                        tqdm.write(f"nv-embed: {rows.places[position]}: {error}", file=sys.stderr)
+                        place = rows.places[position]
+                        message = str(error) if place in str(error) else f"{place}: {error}"
+                        tqdm.write(f"nv-embed: {message}", file=sys.stderr)
                     output.write(rows, outcome)
                     counts["failed"] += len(outcome.errors)
                     counts["cut"] += int(outcome.is_truncated.sum())

@@ -32,7 +32,7 @@ class _Writer(Protocol):
 class Output:
     """A file that gets its name once all is written; until then, and after a failure, it is called NAME.partial.
 
-    Used in a `with` block. If there is a failure before the first row, nothing is left. `-` is the standard output, as JSON lines.
+    Used in a `with` block. A failure before the first row leaves nothing. `-` is the standard output, as JSON lines.
     """
 
     def __init__(self, path: str, width: int, dtype: np.dtype[Any], metadata: dict[str, str]) -> None:
@@ -65,6 +65,7 @@ class Output:
                 got=f"{path!r}: {error.strerror}",
                 remedy="give another with --out",
             ) from None
+        self.num_rows = 0
         self._writer: _Writer
         match suffix:
             case ".npy":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import io
 import os
-import signal
 import sys
 from collections.abc import Sequence
 
@@ -14,6 +13,7 @@ from nv_embed_client.connection import DEFAULT_MODEL_NAME, DEFAULT_URL
 from nv_embed_client.errors import InvalidInput, NVEmbedError, Unavailable
 
 URL_VARIABLE = "TRITON_URL"
+_CLOSED_PIPE = 141  # as a shell names the end by SIGPIPE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,7 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # Whoever read has read enough, as `head` does. What Python flushes at its end must go somewhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+        return _CLOSED_PIPE
+    except OSError as error:
+        print(
+            f"nv-embed: expected files that can be read and written; got {error}; see to it, and start again",
+            file=sys.stderr,
+        )
+        return 1
     except KeyboardInterrupt:
         return 130
 

@@ -11,6 +11,7 @@ import orjson
 
 from nv_embed_client.cli.instruction import add_instruction, instruction_in
 from nv_embed_client.cli.printing import one_line
+from nv_embed_client.cli.texts import text_argument
 from nv_embed_client.client import NVEmbedClient
 from nv_embed_client.errors import InvalidInput
 
@@ -28,7 +29,7 @@ def add_to(commands: Commands, server: argparse.ArgumentParser) -> None:
         description="Print the cosine of each two texts. With --query the first text is a question, and the others are "
         "printed with their scores, the best first.",
     )
-    parser.add_argument("texts", metavar="TEXT", nargs="+", help="two or more")
+    parser.add_argument("texts", metavar="TEXT", nargs="+", type=text_argument, help="two or more")
     parser.add_argument("--query", action="store_true", help="the first text is a query")
     parser.add_argument("--json", action="store_true", help="print JSON: a list of scores for each text, in order")
     add_instruction(parser)

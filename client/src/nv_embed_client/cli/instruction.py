@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from nv_embed_client.cli.texts import text_argument
 from nv_embed_client.errors import InvalidInput
 from nv_embed_client.instructions import TASK_INSTRUCTIONS, checked_instruction, instruction_of
 
@@ -12,11 +13,15 @@ def add_instruction(parser: argparse.ArgumentParser) -> None:
     """Add `--instruction` and `--task`, at most one of which may be given."""
     group = parser.add_mutually_exclusive_group()
     group.add_argument(
-        "--instruction", metavar="TEXT", help="the whole text before each text, in place of the model's own"
+        "--instruction",
+        metavar="TEXT",
+        type=text_argument,
+        help="the whole text before each text, in place of the model's own",
     )
     group.add_argument(
         "--task",
         metavar="TASK",
+        type=text_argument,
         help="what the queries ask for, such as 'Given a claim, retrieve documents that refute the claim', which is "
         f"put into NV-Embed's template; or the name of a published task: {', '.join(TASK_INSTRUCTIONS)}",
     )

@@ -12,6 +12,7 @@ import orjson
 from nv_embed_client.cli.index import add_store
 from nv_embed_client.cli.instruction import add_instruction, instruction_in
 from nv_embed_client.cli.printing import one_line, place
+from nv_embed_client.cli.texts import text_argument
 from nv_embed_client.client import NVEmbedClient
 from nv_embed_client.errors import InvalidInput
 
@@ -28,11 +29,9 @@ def add_to(commands: Commands, server: argparse.ArgumentParser) -> None:
         help="search what was indexed",
         description="Print the passages of an index that fit a question best: score, place and text, a line for each.",
     )
-    parser.add_argument("question", metavar="QUESTION")
+    parser.add_argument("question", metavar="QUESTION", type=text_argument)
     parser.add_argument("--top", type=int, default=5, metavar="N", help="passages to print (default: %(default)s)")
-    parser.add_argument(
-        "--json", action="store_true", help="print JSON lines with score, file, line and the whole text"
-    )
+    parser.add_argument("--json", action="store_true", help="print JSON lines: score, file, line, text")
     add_store(parser)
     add_instruction(parser)
     parser.set_defaults(run=run, query=True)

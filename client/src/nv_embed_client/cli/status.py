@@ -29,7 +29,7 @@ def add_to(commands: Commands, server: argparse.ArgumentParser) -> None:
         "status",
         parents=[server],
         help="say whether the server is ready, and what it serves",
-        description="Say whether the model is ready, what it is, and its limits. The exit code is 1 if it is not ready.",
+        description="Say what the model is, and its limits. If it is not ready, the exit code is 1.",
     )
     parser.add_argument(
         "--metrics-url",

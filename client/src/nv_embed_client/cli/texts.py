@@ -1,7 +1,8 @@
-"""Texts in files, as subcommands read them that need nothing else of a file."""
+"""Texts in files, as subcommands read them that need nothing else of a file, and texts among the arguments."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 from nv_embed_client.cli.rows import rows_of
@@ -20,3 +21,8 @@ def texts_of(path: str) -> Iterator[str]:
                 raise text
             if text := text.strip():
                 yield text
+
+
+def text_argument(word: str) -> str:
+    """An argument that is a text, which is UTF-8 whatever the locale; paths stay as the locale has them."""
+    return os.fsencode(word).decode(errors="surrogateescape")

@@ -103,9 +103,7 @@ class Store:
                 raise InvalidInput.of(
                     expected="a folder that can be made", got=f"{folder!r}: {error.strerror}", remedy="change --store"
                 ) from None
-            self._table = lancedb.connect(self.folder).create_table(_TABLE, schema=self._schema, exist_ok=True)
-        else:
-            self._table = lancedb.connect(self.folder).open_table(_TABLE)
+        self._table = self._opened()
         kept = json.loads((self._table.schema.metadata or {}).get(_MODEL, b"{}"))
         if _compared(kept) != _compared(_identity(model)):
             raise InvalidInput.of(
@@ -114,6 +112,17 @@ class Store:
                 remedy="give the address of a server with that model, or another place with --store, or remove the "
                 "folder and index again",
             )
+
+    def _opened(self) -> Any:
+        try:
+            database = lancedb.connect(self.folder)
+            if os.path.isdir(os.path.join(self.folder, f"{_TABLE}.lance")):
+                return database.open_table(_TABLE)
+            return database.create_table(_TABLE, schema=self._schema)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise InvalidInput.of(
+                expected=f"an index at {self.folder}", got=str(error), remedy="remove that folder and index again"
+            ) from None
 
     def file_of(self, path: str) -> str:
         """The name here of a file with an absolute path."""

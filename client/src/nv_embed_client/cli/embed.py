@@ -140,9 +140,7 @@ def _checked(parts: Iterator[Rows]) -> Iterator[Rows]:
 
 
 def _metadata(info: ModelInfo, parsed: argparse.Namespace, instruction: str | None) -> dict[str, str]:
-    prompt = info.query_prompt if parsed.query else info.document_prompt
-    about = {
-        "model": info.name, "fingerprint": info.fingerprint, "embedding_type": parsed.embedding_type,
-        "instruction": prompt if instruction is None else instruction,
-    }  # fmt: skip
+    if instruction is None:
+        instruction = info.query_prompt if parsed.query else info.document_prompt
+    about = info.identity | {"embedding_type": parsed.embedding_type, "instruction": instruction}
     return {"nv_embed": json.dumps(about, ensure_ascii=False)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ with needs_extra("index"):
     import pyarrow as pa
 
 _TABLE = "passages"
-_MODEL = b"nv_embed_model"  # in the metadata of the table's schema
+_METADATA = b"nv_embed"  # in the metadata of the table's schema
 _IDS_AT_ONCE = 1000
 _OLD_VERSIONS_LIVE = timedelta(minutes=10)  # for a search that still reads one
 
@@ -89,7 +89,7 @@ class Store:
                 pa.field("text", pa.string()),
                 pa.field("vector", pa.list_(pa.float16(), model.dimension)),
             ],
-            metadata={_MODEL: json.dumps(_identity(model))},
+            metadata={_METADATA: json.dumps(model.identity | {"embedding_type": "float16"})},
         )
         if not os.path.isdir(os.path.join(self.folder, f"{_TABLE}.lance")):
             if not create:
@@ -104,11 +104,11 @@ class Store:
                     expected="a folder that can be made", got=f"{folder!r}: {error.strerror}", remedy="change --store"
                 ) from None
         self._table = self._opened()
-        kept = json.loads((self._table.schema.metadata or {}).get(_MODEL, b"{}"))
-        if _compared(kept) != _compared(_identity(model)):
+        kept = json.loads((self._table.schema.metadata or {}).get(_METADATA, b"{}"))
+        if _compared(kept) != _compared(model.identity):
             raise InvalidInput.of(
                 expected=f"the model whose vectors {folder} holds: {_in_words(kept)}",
-                got=_in_words(_identity(model)),
+                got=_in_words(model.identity),
                 remedy="give the address of a server with that model, or another place with --store, or remove the "
                 "folder and index again",
             )
@@ -219,13 +219,8 @@ def _quoted(words: Iterable[str]) -> str:
     return ", ".join("'" + word.replace("'", "''") + "'" for word in words)
 
 
-def _identity(model: ModelInfo) -> dict[str, Any]:
-    told = asdict(model)
-    return {name: told[name] for name in ("name", "fingerprint", "dimension", "document_prompt")}
-
-
 def _compared(identity: dict[str, Any]) -> tuple[Any, ...]:
-    """What must be the same for vectors to be comparable. A model may be served under several names."""
+    """A model may be served under several names."""
     return tuple(identity.get(name) for name in ("fingerprint", "dimension", "document_prompt"))
 
 

@@ -37,7 +37,7 @@ def nv_embed(server, tmp_path, monkeypatch, capsys):
 def counts_of(printed):
     """Files, and passages embedded, copied, unchanged, removed and failed, of a run of `nv-embed index`."""
     line = printed.splitlines()[0]
-    pattern = r"(\d+) files: (\d+) passages embedded, (\d+) copied, (\d+) unchanged, (\d+) removed, (\d+) failed"
+    pattern = r"files: (\d+); passages: (\d+) embedded, (\d+) copied, (\d+) unchanged, (\d+) removed, (\d+) failed"
     return tuple(map(int, re.fullmatch(pattern, line).groups()))
 
 
@@ -56,7 +56,7 @@ def test_a_second_run_embeds_only_what_has_changed_and_forgets_what_is_gone(nv_e
     Path("docs/deep/b.py").unlink()
     assert counts_of(nv_embed("index", "docs")[1]) == (2, 1, 10, 0, 12, 0)
     assert counts_of(nv_embed("index", "docs/d.txt")[1]) == (1, 0, 0, 1, 0, 0)  # the rest stays
-    assert counts_of(nv_embed("index", ".")[1]) == (2, 0, 0, 12, 0, 0)
+    assert counts_of(nv_embed("index", ".")[1]) == (2, 0, 0, 11, 0, 0)
     places = {json.loads(line)["file"] for line in nv_embed("search", "?", "--json", "--top", "99")[1].splitlines()}
     assert {os.path.relpath(place) for place in places} == {"docs/all.md", "docs/d.txt"}
 
@@ -64,7 +64,7 @@ def test_a_second_run_embeds_only_what_has_changed_and_forgets_what_is_gone(nv_e
     Path("docs").rename("moved/docs")
     Path(".nv-embed").rename("moved/.nv-embed")
     os.chdir("moved")
-    assert counts_of(nv_embed("index", "docs")[1]) == (2, 0, 0, 12, 0, 0)
+    assert counts_of(nv_embed("index", "docs")[1]) == (2, 0, 0, 11, 0, 0)
 
 
 def test_search_prints_score_place_and_text_of_the_best(nv_embed, client, default_checkpoint):
@@ -94,7 +94,7 @@ def test_a_passage_that_the_model_would_cut_is_stored_in_parts(nv_embed, client)
     Path("a.txt").write_text(f"first line\n{words}", encoding="utf-8")
     code, printed, _ = nv_embed("index", "a.txt")
     assert (code, counts_of(printed)[1]) == (0, 1)
-    assert "1 passages were too long for the model, and are stored in parts" in printed
+    assert "too long for the model, so stored in parts: 1\n" in printed
     parts = [json.loads(line) for line in nv_embed("search", words[-30:], "--json")[1].splitlines()]
     assert len(parts) > 1
     assert sorted(" ".join(part["text"] for part in parts).split()) == sorted(["first", "line", *words.split()])
@@ -107,7 +107,7 @@ def test_a_passage_that_the_model_would_cut_is_stored_in_parts(nv_embed, client)
 
 def test_what_is_no_text_is_left_out_and_counted(nv_embed):
     for name, content in {
-        "a.txt": b"\xef\xbb\xbfa text", ".hidden": b"x", ".git/config": b"x", "b.png": b"\x89PNG\0", 
+        "a.txt": b"\xef\xbb\xbfa text", ".hidden": b"x", ".git/config": b"x", "b.png": b"\x89PNG\0",
         "c.txt": b"caf\xe9", "e.txt": b"  \n", "store/x": b"x",
     }.items():  # fmt: skip
         Path(name).parent.mkdir(exist_ok=True)

@@ -114,8 +114,7 @@ def run(parsed: argparse.Namespace) -> int:
                 raise
     where = "" if out == "-" else f" in {out}"
     print(
-        f"nv-embed: {output.num_rows} rows{where}: {counts['failed']} failed, {counts['cut']} cut at "
-        f"{info.max_sequence_tokens} tokens",
+        f"nv-embed: rows{where}: {output.num_rows:,}, failed: {counts['failed']:,}, cut: {counts['cut']:,}",
         file=sys.stderr,
     )
     return 1 if counts["failed"] else 0

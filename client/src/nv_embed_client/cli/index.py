@@ -60,10 +60,10 @@ def run(parsed: argparse.Namespace) -> int:
     for place, failure in summary.failures:
         print(f"nv-embed: {place}: {failure}", file=sys.stderr)
     print(
-        f"{summary.files} files: {summary.embedded} passages embedded, {summary.copied} copied, {summary.unchanged} "
-        f"unchanged, {summary.removed} removed, {len(summary.failures)} failed"
+        f"files: {summary.files:,}; passages: {summary.embedded:,} embedded, {summary.copied:,} copied, "
+        f"{summary.unchanged:,} unchanged, {summary.removed:,} removed, {len(summary.failures):,} failed"
     )
     if summary.split:
-        print(f"{summary.split} passages were too long for the model, and are stored in parts")
-    print(f"left out: {files.num_hidden} hidden, {files.num_binary} not text, {len(files.unread)} unreadable")
+        print(f"too long for the model, so stored in parts: {summary.split:,}")
+    print(f"left out: {files.num_hidden:,} hidden, {files.num_binary:,} not text, {len(files.unread):,} unreadable")
     return 1 if files.unread or summary.failures else 0

@@ -88,8 +88,10 @@ class Embedder:
         try:
             result = self._client.embed(texts, **self._options)
         except PartialFailure as error:
-            if not error.complete or any(not _is_of_text(failure.error) for failure in error.failures):
-                raise
+            last = None if error.complete else error.failures[-1].error
+            ended = next((failure.error for failure in error.failures if not _is_of_text(failure.error)), last)
+            if ended is not None:
+                raise ended from error
             for failure in error.failures:
                 outcome.errors.update((positions[index], _unnumbered(failure.error)) for index in failure.indices)
             result = error

@@ -274,6 +274,24 @@ def test_compare_prints_the_cosines_of_all_or_ranks_them_for_a_query(nv_embed, c
     np.testing.assert_allclose([float(line.split()[0]) for line in printed.splitlines()], -np.sort(-scores), atol=1e-3)
 
 
+def test_a_text_that_is_cut_is_named(nv_embed):
+    code, _, (error,) = nv_embed("compare", "short", TOO_LONG)
+    assert code == 0
+    assert error.startswith("nv-embed: expected texts that the model reads to their ends; got longer ones: 2; ")
+    code, _, (error,) = nv_embed("compare", "--query", TOO_LONG, "short", TOO_LONG)
+    assert "got longer ones: 1, 3; " in error
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv", "a.parquet"])
+def test_a_file_without_rows_makes_one_without_rows(name, nv_embed, vectors):
+    write(name, pa.array([], pa.string()))
+    for out in ("b.npy", "b.jsonl", "b.parquet"):
+        assert summary_of(nv_embed("embed", name, "-o", out)[2]) == (0, 0, 0)
+    assert np.load("b.npy").shape == (0, vectors.shape[1])
+    assert Path("b.jsonl").read_bytes() == b""
+    assert pq.read_table("b.parquet").schema.field("embedding").type.list_size == vectors.shape[1]
+
+
 def test_what_could_change_the_terminal_is_not_printed(nv_embed):
     _, printed, _ = nv_embed("compare", "a\x1b[31m red\ntext", "another\r\u202etext")
     assert [line.split("  ")[-1] for line in printed.splitlines()[1:]] == ["a [31m red text", "another text"]

@@ -10,7 +10,7 @@ import numpy as np
 import orjson
 
 from nv_embed_client.cli.instruction import add_instruction, instruction_in
-from nv_embed_client.cli.printing import one_line
+from nv_embed_client.cli.printing import one_line, warn_of_cut
 from nv_embed_client.cli.texts import text_argument
 from nv_embed_client.client import NVEmbedClient
 from nv_embed_client.errors import InvalidInput
@@ -48,11 +48,15 @@ def run(parsed: argparse.Namespace) -> int:
     instruction = instruction_in(parsed)
     with NVEmbedClient(parsed.url, parsed.model_name) as client:
         if parsed.query:
-            query, texts = texts[0], texts[1:]
-            scores = client.embed_query(query, instruction=instruction) @ client.embed_documents(texts).T
+            query = client.embed(texts[:1], input_type="query", instruction=instruction, is_truncated=True)
+            texts = texts[1:]
+            documents = client.embed(texts, is_truncated=True)
+            warn_of_cut(query, documents)
+            scores = query.embeddings @ documents.embeddings.T
         else:
-            vectors = client.embed_documents(texts)
-            scores = vectors @ vectors.T
+            documents = client.embed(texts, is_truncated=True)
+            warn_of_cut(documents)
+            scores = documents.embeddings @ documents.embeddings.T
     if parsed.json:
         rows = scores[0] if parsed.query else scores
         options = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE

@@ -123,7 +123,8 @@ def run(parsed: argparse.Namespace) -> int:
 def _default_out(path: str, format: str) -> str:
     if path == "-":
         return "-"
-    return str(Path(path).with_suffix(f".embeddings{_DEFAULT_ENDINGS[format]}"))
+    stem = Path(path).with_suffix("") if Path(path).suffix in (".txt", *map(".{}".format, FORMATS)) else path
+    return f"{stem}.embeddings{_DEFAULT_ENDINGS[format]}"
 
 
 def _checked(parts: Iterator[Rows]) -> Iterator[Rows]:

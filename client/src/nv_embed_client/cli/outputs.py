@@ -187,12 +187,8 @@ class _Parquet:
         self._writer.write_table(table.cast(self._schema))
 
     def finish(self) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        if self._writer is None:  # there were no rows
-            self._writer = pq.ParquetWriter(self._file, pa.schema([], metadata=self._metadata))
-        self._writer.close()
+        if self._writer is not None:  # else nothing was written, because of a failure
+            self._writer.close()
 
     def _columns(self, rows: Rows) -> pa.RecordBatch:
         import pyarrow as pa

@@ -6,6 +6,8 @@ import os
 import shutil
 import sys
 
+from nv_embed_client.wire import EmbedResult
+
 
 def one_line(text: str, used: int = 0) -> str:
     """A text as the rest of a line, without what could change the terminal's state.
@@ -19,6 +21,17 @@ def one_line(text: str, used: int = 0) -> str:
         return text
     room = max(shutil.get_terminal_size().columns - used, 20)
     return text if len(text) <= room else text[: room - 1] + "…"
+
+
+def warn_of_cut(*results: EmbedResult) -> None:
+    """Say on the standard error which of these texts were cut, counted from 1."""
+    cuts = [cut for result in results if result.is_truncated is not None for cut in result.is_truncated]
+    if numbers := [str(number) for number, cut in enumerate(cuts, 1) if cut]:
+        print(
+            f"nv-embed: expected texts that the model reads to their ends; got longer ones: {', '.join(numbers)}; "
+            "shorten them, because their scores are those of their beginnings",
+            file=sys.stderr,
+        )
 
 
 def place(path: str, line: int) -> str:

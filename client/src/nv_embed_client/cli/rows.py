@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
@@ -59,7 +61,7 @@ def format_of(path: str) -> Format:
 
 
 def rows_of(path: str, text_column: str = "text", format: Format | None = None) -> Iterator[Rows]:
-    """The rows of a file, in order.
+    """The rows of a file, in order, in at least one part.
 
     Args:
         path: `-` is the standard input.
@@ -94,27 +96,27 @@ def rows_of(path: str, text_column: str = "text", format: Format | None = None) 
 def num_rows_of(path: str, format: Format | None = None) -> int | None:
     """About how many rows a file has, for a progress bar; None where only reading it all would tell."""
     format = format or format_of(path)
-    if path == "-" or format in ("csv", "tsv"):
+    if not os.path.isfile(path) or format in ("csv", "tsv"):  # a pipe can be read only once
         return None
     try:
         if format == "parquet":
             return int(_parquet_file(path).metadata.num_rows)
         with open(path, "rb") as file:
-            return sum(block.count(b"\n") for block in iter(lambda: file.read(2**20), b"")) if file.seekable() else None
+            return sum(block.count(b"\n") for block in iter(lambda: file.read(2**20), b""))
     except OSError:
         return None  # `rows_of` says why
 
 
 def _gathered(rows: Iterable[_Row]) -> Iterator[Rows]:
     part: list[_Row] = []
-    num_characters = 0
+    num_characters = num_parts = 0
     for row in rows:
         part.append(row)
         num_characters += len(row.text) if isinstance(row.text, str) else 0
         if len(part) >= _MAX_ROWS or num_characters >= _MAX_CHARACTERS:
             yield _together(part)
-            part, num_characters = [], 0
-    if part:
+            part, num_characters, num_parts = [], 0, num_parts + 1
+    if part or not num_parts:
         yield _together(part)
 
 
@@ -125,6 +127,8 @@ def _together(rows: list[_Row]) -> Rows:
 def _decoded_lines(file: BinaryIO, path: str) -> Iterator[tuple[str, str | InvalidInput]]:
     """The place and the content of each line, without its end."""
     for number, line in enumerate(file, 1):
+        if line == codecs.BOM_UTF8:  # alone: the file is empty
+            continue
         try:
             text: str | InvalidInput = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
         except UnicodeDecodeError as error:
@@ -235,6 +239,8 @@ def _parquet(path: str, text_column: str) -> Iterator[Rows]:
             expected=f"strings in the column {text_column!r}", got=f"{kind} in {path}", remedy="use --text-column"
         )
     number = 0
+    if not file.metadata.num_rows:
+        yield Rows([], [], pa.RecordBatch.from_arrays([pa.array([], each.type) for each in schema], schema=schema))
     try:
         for batch in file.iter_batches(_MAX_ROWS):
             places = [f"row {number + i} of {path}" for i in range(1, len(batch) + 1)]

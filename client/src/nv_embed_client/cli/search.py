@@ -11,7 +11,7 @@ import orjson
 
 from nv_embed_client.cli.index import add_store
 from nv_embed_client.cli.instruction import add_instruction, instruction_in
-from nv_embed_client.cli.printing import one_line, place
+from nv_embed_client.cli.printing import one_line, place, warn_of_cut
 from nv_embed_client.cli.texts import text_argument
 from nv_embed_client.client import NVEmbedClient
 from nv_embed_client.errors import InvalidInput
@@ -46,8 +46,9 @@ def run(parsed: argparse.Namespace) -> int:
 
     with NVEmbedClient(parsed.url, parsed.model_name) as client:
         store = Store(parsed.store, client.model_info(), create=False)
-        query = client.embed_query(parsed.question, instruction=instruction)[0]
-    for hit in store.search(query, parsed.top):
+        query = client.embed([parsed.question], input_type="query", instruction=instruction, is_truncated=True)
+    warn_of_cut(query)
+    for hit in store.search(query.embeddings[0], parsed.top):
         if parsed.json:
             sys.stdout.buffer.write(orjson.dumps(asdict(hit), option=orjson.OPT_APPEND_NEWLINE))
         else:

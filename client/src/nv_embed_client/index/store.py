@@ -98,7 +98,10 @@ class Store:
                     remedy="make one with nv-embed index FOLDER, or name its place with --store",
                 )  # fmt: skip
             try:
-                os.makedirs(self.folder, exist_ok=True)
+                if not os.path.isdir(self.folder):
+                    os.makedirs(self.folder)
+                    with open(os.path.join(self.folder, ".gitignore"), "w") as file:
+                        file.write("*\n")  # it can be made again, and changes with each run
             except OSError as error:
                 raise InvalidInput.of(
                     expected="a folder that can be made", got=f"{folder!r}: {error.strerror}", remedy="change --store"

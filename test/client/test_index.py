@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import MINI
 from corpus import DOCUMENTS, QUERIES
@@ -125,11 +126,24 @@ def test_what_is_no_text_is_left_out_and_counted(nv_embed):
 
 def indexed(folder, transport, model=None):
     """What a run over the files of a folder did, with a server that is not there."""
-    retry = RetryPolicy(max_attempts=1)
-    with ThreadPoolExecutor(2) as pool, NVEmbedClient(transport=transport, retry=retry) as client:
-        store = Store(str(folder / ".nv-embed"), model or MockTransport(dimension=8).info, create=True)
+    store = Store.to_index(str(folder / ".nv-embed"), model or MockTransport(dimension=8).info)
+    once = RetryPolicy(max_attempts=1)
+    with store as store, ThreadPoolExecutor(2) as pool, NVEmbedClient(transport=transport, retry=once) as client:
         files = TextFiles([str(folder)], store.folder)
         return index(store, files, Embedder(client, embedding_type="float16"), pool, lambda _: None)
+
+
+def test_one_at_a_time_changes_an_index_and_others_search_it(tmp_path):
+    (tmp_path / "a.txt").write_text("a text")
+    folder, info = str(tmp_path / ".nv-embed"), MockTransport(dimension=8).info
+    assert indexed(tmp_path, MockTransport(dimension=8)).embedded == 1
+    with Store.to_index(folder, info):
+        with pytest.raises(
+            InvalidInput, match=r"expected nobody else who changes .*; got another nv-embed index; wait"
+        ):
+            indexed(tmp_path, MockTransport(dimension=8))
+        assert [hit.text for hit in Store(folder, info).search(np.ones(8), 5)] == ["a text"]
+    assert indexed(tmp_path, MockTransport(dimension=8)).unchanged == 1
 
 
 def test_another_models_vectors_are_never_added_or_searched(tmp_path):
@@ -141,11 +155,10 @@ def test_another_models_vectors_are_never_added_or_searched(tmp_path):
         replace(info, dimension=16),
         replace(info, document_prompt="passage: "),
     ):
-        for create in (True, False):
-            with pytest.raises(
-                InvalidInput, match=r"expected the model whose vectors .* holds: nv-embed-v2 with finger"
-            ):
-                Store(str(tmp_path / ".nv-embed"), other, create=create)
+        with pytest.raises(InvalidInput, match=r"expected the model whose vectors .* holds: nv-embed-v2 with fingerpr"):
+            Store(str(tmp_path / ".nv-embed"), other)
+        with pytest.raises(InvalidInput, match="remove the folder and index again"):
+            indexed(tmp_path, MockTransport(dimension=8), other)
     assert indexed(tmp_path, MockTransport(dimension=8), replace(info, name="another-name")).unchanged == 1
 
 

@@ -38,7 +38,7 @@ def add_to(commands: Commands, server: argparse.ArgumentParser) -> None:
         parents=[server],
         help="embed the texts of a file",
         description="Embed each text of a file. A text that fails is named on the standard error, and keeps its row: "
-        "NaN (0 in types without it) in .npy, null in .jsonl and .parquet. The exit code is then 1.",
+        "null in .jsonl, NaN (0 in types without it) in .npy and .parquet. The exit code is then 1.",
     )
     parser.add_argument(
         "file",

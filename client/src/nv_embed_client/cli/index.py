@@ -48,8 +48,9 @@ def run(parsed: argparse.Namespace) -> int:
 
     files = TextFiles(parsed.paths, parsed.store)
     with NVEmbedClient(parsed.url, parsed.model_name) as client:
-        store = Store(parsed.store, client.model_info(), create=True)
+        info = client.model_info()
     with (
+        Store.to_index(parsed.store, info) as store,
         ThreadPoolExecutor(AHEAD) as pool,
         NVEmbedClient(parsed.url, parsed.model_name, retry=PATIENT) as client,
         tqdm(unit=" passages", disable=None) as bar,  # None: shown on a terminal only

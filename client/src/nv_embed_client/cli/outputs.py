@@ -132,7 +132,10 @@ class _JsonLines:
         self._file = file
 
     def write(self, rows: Rows, outcome: Outcome) -> None:
-        columns = rows.columns if isinstance(rows.columns, list) else rows.columns.to_pylist()
+        try:
+            columns = rows.columns if isinstance(rows.columns, list) else rows.columns.to_pylist()
+        except ValueError as error:  # nanoseconds, without pandas
+            raise _no_json(str(error), rows.places[0]) from None
         vectors = np.ascontiguousarray(outcome.embeddings)
         for i, row in enumerate(columns):
             failed = i in outcome.errors
@@ -144,18 +147,27 @@ class _JsonLines:
             try:
                 line = orjson.dumps(record, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)
             except TypeError as error:
-                raise InvalidInput.of(
-                    expected="columns that JSON can hold", got=f"{error} on {rows.places[i]}",
-                    remedy="write Parquet: --out NAME.parquet",
-                ) from None  # fmt: skip
+                raise _no_json(str(error), rows.places[i]) from None
             self._file.write(line)
 
     def finish(self) -> None:
         pass
 
 
+def _no_json(problem: str, place: str) -> InvalidInput:
+    return InvalidInput.of(
+        expected="columns that JSON can hold",
+        got=f"{problem} from {place} on",
+        remedy="write Parquet: --out NAME.parquet",
+    )
+
+
 class _Parquet:
-    """The input's columns, of the types that they had, and ours."""
+    """The input's columns, of the types that they had, and ours.
+
+    The vector of a text that failed is NaN and not null, because older versions of pyarrow, such as 23, refuse null in
+    lists of fixed size.
+    """
 
     def __init__(self, file: BinaryIO, metadata: dict[str, str]) -> None:
         self._file = file
@@ -170,9 +182,8 @@ class _Parquet:
         table = pa.Table.from_batches([self._columns(rows)])
         failed = np.zeros(len(table), np.bool_)
         failed[list(outcome.errors)] = True
-        mask = pa.array(failed)
         numbers = pa.array(np.ascontiguousarray(outcome.embeddings).ravel())
-        vectors = pa.FixedSizeListArray.from_arrays(numbers, outcome.embeddings.shape[1], mask=mask)
+        vectors = pa.FixedSizeListArray.from_arrays(numbers, outcome.embeddings.shape[1])
         for name, values in zip(
             ADDED_COLUMNS,
             (vectors, pa.array(outcome.token_counts, mask=failed), pa.array(outcome.is_truncated, mask=failed)),

@@ -45,7 +45,7 @@ def run(parsed: argparse.Namespace) -> int:
     from nv_embed_client.index import Store  # needs the extra
 
     with NVEmbedClient(parsed.url, parsed.model_name) as client:
-        store = Store(parsed.store, client.model_info(), create=False)
+        store = Store(parsed.store, client.model_info())
         query = client.embed([parsed.question], input_type="query", instruction=instruction, is_truncated=True)
     warn_of_cut(query)
     for hit in store.search(query.embeddings[0], parsed.top):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from nv_embed_client.index.passages import digest_of
 from nv_embed_client.model_info import ModelInfo
 
 with needs_extra("index"):
+    import filelock
     import lancedb
     import pyarrow as pa
 
@@ -65,49 +67,27 @@ class Hit:
 
 
 class Store:
-    """The table in a folder. Several may write at once: ids keep their rows apart."""
+    """The table in a folder."""
 
-    def __init__(self, folder: str, model: ModelInfo, *, create: bool) -> None:
+    def __init__(self, folder: str, model: ModelInfo) -> None:
         """
         Args:
-            folder: made if need be.
+            folder: made by `to_index`.
             model: whose vectors it holds.
-            create: make the table if there is none.
 
         Raises:
-            InvalidInput: there is no table, it holds another model's vectors, or the folder cannot be used.
+            InvalidInput: there is no table, it cannot be read, or it holds another model's vectors.
         """
         self.folder = os.path.abspath(folder)
         self._root = os.path.dirname(self.folder)
-        self._schema = pa.schema(
-            [
-                pa.field("id", pa.string()),
-                pa.field("file", pa.string()),
-                pa.field("passage_line", pa.int32()),
-                pa.field("passage_digest", pa.string()),
-                pa.field("line", pa.int32()),
-                pa.field("text", pa.string()),
-                pa.field("vector", pa.list_(pa.float16(), model.dimension)),
-            ],
-            metadata={_METADATA: json.dumps(model.identity | {"embedding_type": "float16"})},
-        )
         if not os.path.isdir(os.path.join(self.folder, f"{_TABLE}.lance")):
-            if not create:
-                raise InvalidInput.of(
-                    expected="an index to search", got=f"none at {folder}",
-                    remedy="make one with nv-embed index FOLDER, or name its place with --store",
-                )  # fmt: skip
-            try:
-                if not os.path.isdir(self.folder):
-                    os.makedirs(self.folder)
-                    with open(os.path.join(self.folder, ".gitignore"), "w") as file:
-                        file.write("*\n")  # it can be made again, and changes with each run
-            except OSError as error:
-                raise InvalidInput.of(
-                    expected="a folder that can be made", got=f"{folder!r}: {error.strerror}", remedy="change --store"
-                ) from None
-        self._table = self._opened()
-        kept = json.loads((self._table.schema.metadata or {}).get(_METADATA, b"{}"))
+            raise InvalidInput.of(
+                expected="an index to search", got=f"none at {folder}",
+                remedy="make one with nv-embed index FOLDER, or name its place with --store",
+            )  # fmt: skip
+        with _readable(folder):
+            self._table = lancedb.connect(self.folder).open_table(_TABLE)
+            kept = json.loads((self._table.schema.metadata or {}).get(_METADATA, b"{}"))
         if _compared(kept) != _compared(model.identity):
             raise InvalidInput.of(
                 expected=f"the model whose vectors {folder} holds: {_in_words(kept)}",
@@ -116,16 +96,40 @@ class Store:
                 "folder and index again",
             )
 
-    def _opened(self) -> Any:
+    @classmethod
+    @contextmanager
+    def to_index(cls, folder: str, model: ModelInfo) -> Iterator[Store]:
+        """The table, made if need be, which no other process changes meanwhile.
+
+        Raises:
+            InvalidInput: as for a table that is there; also if another process changes it, or it cannot be made.
+        """
         try:
-            database = lancedb.connect(self.folder)
-            if os.path.isdir(os.path.join(self.folder, f"{_TABLE}.lance")):
-                return database.open_table(_TABLE)
-            return database.create_table(_TABLE, schema=self._schema)
-        except (OSError, RuntimeError, ValueError) as error:
+            if not os.path.isdir(folder):
+                os.makedirs(folder)
+                with open(os.path.join(folder, ".gitignore"), "w") as file:
+                    file.write("*\n")  # it can be made again, and changes with each run
+            lock = filelock.FileLock(os.path.join(folder, "lock"))
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
             raise InvalidInput.of(
-                expected=f"an index at {self.folder}", got=str(error), remedy="remove that folder and index again"
+                expected=f"nobody else who changes {folder}",
+                got="another nv-embed index",
+                remedy="wait until it is done",
             ) from None
+        except OSError as error:
+            raise InvalidInput.of(
+                expected="a folder that can be made and changed", got=f"{folder!r}: {error.strerror}",
+                remedy="change --store",
+            ) from None  # fmt: skip
+        try:
+            with _readable(folder):
+                database = lancedb.connect(folder)
+                if not os.path.isdir(os.path.join(folder, f"{_TABLE}.lance")):
+                    database.create_table(_TABLE, schema=_schema(model))
+            yield cls(folder, model)
+        finally:
+            lock.release()
 
     def file_of(self, path: str) -> str:
         """The name here of a file with an absolute path."""
@@ -157,7 +161,7 @@ class Store:
                 [part.text for part in parts],
                 pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1]),
             ],
-            schema=self._schema,
+            schema=self._table.schema,
         )
         self._table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all().execute(table)
 
@@ -210,6 +214,31 @@ class Store:
     def _rows(self, condition: str) -> Iterator[dict[str, Any]]:
         for batch in self._table.search().where(condition).to_batches():
             yield from batch.to_pylist()
+
+
+@contextmanager
+def _readable(folder: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InvalidInput.of(
+            expected=f"an index at {folder}", got=str(error), remedy="remove that folder and index again"
+        ) from None
+
+
+def _schema(model: ModelInfo) -> pa.Schema:
+    return pa.schema(
+        [
+            ("id", pa.string()),
+            ("file", pa.string()),
+            ("passage_line", pa.int32()),
+            ("passage_digest", pa.string()),
+            ("line", pa.int32()),
+            ("text", pa.string()),
+            ("vector", pa.list_(pa.float16(), model.dimension)),
+        ],
+        metadata={_METADATA: json.dumps(model.identity | {"embedding_type": "float16"})},
+    )
 
 
 def _slices(items: Sequence[Any]) -> Iterator[Sequence[Any]]:

@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from nv_embed_client.cli.instruction import add_instruction, instruction_in
 from nv_embed_client.cli.outputs import ADDED_COLUMNS, Output
-from nv_embed_client.cli.rows import FORMATS, Rows, format_of, num_rows_of, rows_of
+from nv_embed_client.cli.row import Rows
+from nv_embed_client.cli.rows import FORMATS, format_of, num_rows_of, rows_of
 from nv_embed_client.client import NVEmbedClient
 from nv_embed_client.embedding_type import EMBEDDING_TYPES
 from nv_embed_client.errors import InvalidInput, NVEmbedError

@@ -12,7 +12,7 @@ import numpy as np
 import orjson
 from numpy.lib import format as npy
 
-from nv_embed_client.cli.rows import Rows
+from nv_embed_client.cli.row import Rows
 from nv_embed_client.errors import InvalidInput
 from nv_embed_client.extras import needs_extra
 from nv_embed_client.outcome import Outcome

@@ -10,8 +10,9 @@ from typing import TypeAlias
 
 from nv_embed_client.errors import InvalidInput, NVEmbedError
 from nv_embed_client.index.files import TextFiles
+from nv_embed_client.index.part import Key, Part
 from nv_embed_client.index.passages import Passage, digest_of, passages_of
-from nv_embed_client.index.store import Key, Part, Store
+from nv_embed_client.index.store import Store
 from nv_embed_client.outcome import Embedder, in_order
 
 _PASSAGES_AT_ONCE = 512  # that are embedded and then stored; what an interrupted run has stored, the next one keeps

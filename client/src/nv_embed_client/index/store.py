@@ -8,14 +8,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from nv_embed_client.errors import InvalidInput
 from nv_embed_client.extras import needs_extra
-from nv_embed_client.index.passages import digest_of
+from nv_embed_client.index.part import Key, Part
 from nv_embed_client.model_info import ModelInfo
 
 with needs_extra("index"):
@@ -27,31 +27,6 @@ _TABLE = "passages"
 _METADATA = b"nv_embed"  # in the metadata of the table's schema
 _IDS_AT_ONCE = 1000
 _OLD_VERSIONS_LIVE = timedelta(minutes=10)  # for a search that still reads one
-
-
-class Key(NamedTuple):
-    """A passage as it was cut from its file. If the model would have cut it, the store has parts of it."""
-
-    file: str
-    """Relative to the folder that holds the store, with slashes: both can be moved together."""
-    line: int
-    digest: str
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """What is embedded of a passage: all of it, or a part."""
-
-    key: Key
-    line: int
-    text: str
-    vector: npt.NDArray[np.float16]
-    """[dim], of length 1."""
-
-    @property
-    def id(self) -> str:
-        """The same in each run, so that no run adds a part twice."""
-        return f"{self.key.file}:{self.key.line}:{self.key.digest}:{self.line}:{digest_of(self.text)}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,12 +1,16 @@
 """`nv-embed` as a shell runs it: files of each format, an index of a folder, scores, and the state of a server."""
 
+import contextlib
 import csv
 import datetime
+import fcntl
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
+import termios
 from decimal import Decimal
 from pathlib import Path
 
@@ -246,6 +250,25 @@ def test_a_pipe_is_read_and_written_and_may_be_closed(server):
     done = shell("yes 'the same' | head -20000 | nv-embed embed - | head -1; echo ${PIPESTATUS[2]}")
     assert done.stdout.startswith('{"text":"the same","embedding":[')
     assert (done.stdout.splitlines()[1], done.stderr) == ("141", "")
+
+
+def test_a_terminal_shows_progress_and_lines_that_fit(server, tmp_path):
+    environ = {**os.environ, "TRITON_URL": server.url}
+    (tmp_path / "a.txt").write_text("one\ntwo\nthree\n")
+    leader, terminal = os.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 60, 0, 0))
+    for arguments in (["embed", tmp_path / "a.txt"], ["compare", "--query", "why?", "many words " * 20]):
+        subprocess.run([COMMAND, *arguments], env=environ, stdin=terminal, stdout=terminal, stderr=terminal, check=True)
+    os.close(terminal)
+    shown = b""
+    with contextlib.suppress(OSError):  # that is how a terminal without writers ends
+        while part := os.read(leader, 4096):
+            shown += part
+    os.close(leader)
+    assert b"3/3" in shown
+    last = shown.decode().rstrip().splitlines()[-1]
+    assert len(last) == 60
+    assert last.endswith("…")
 
 
 def test_utf_8_is_read_and_printed_in_any_locale(server):

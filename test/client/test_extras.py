@@ -8,13 +8,17 @@ from conftest import REPO
 
 ENCODER = "import nv_embed_client; nv_embed_client.NVEmbedEncoder().similarity([[1.0]], [[1.0]])"
 
+PARQUET = "from nv_embed_client.cli.rows import rows_of; next(rows_of('a.parquet'))"
+
 
 @pytest.mark.slow  # each imports much in a process of its own
 @pytest.mark.parametrize(
     ("extra", "missing", "statement"),
     [
         ("distill", "model2vec", "import nv_embed_client.distill"),
-        ("gateway", "orjson", "import nv_embed_client.gateway.__main__"),
+        ("gateway", "fastapi", "import nv_embed_client.gateway.__main__"),
+        ("index", "lancedb", "import nv_embed_client.index"),
+        ("parquet", "pyarrow", PARQUET),
         ("langchain", "langchain_core", "import nv_embed_client.langchain"),
         ("llama-index", "llama_index", "import nv_embed_client.llama_index"),
         ("sentence-transformers", "torch", ENCODER),

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPO
+from conftest import REPO, eventually, is_computing
 from nv_embed_client import NVEmbedEncoder
 from nv_embed_client.gateway.__main__ import _parser
 from nv_embed_client.gateway.names import names_of
@@ -22,6 +22,8 @@ PAGES = [
 ]
 NUMBER = re.compile(r"-?\d+\.\d*")
 BLOCK = re.compile(r"^```(python|bash)\n(.*?)^```\n\n?(?:```text\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
+SESSION = re.compile(r"^```console\n(.*?)^```\n", re.MULTILINE | re.DOTALL)
+COMMAND = re.compile(r"^\$ (.*\n(?:> .*\n)*)((?:(?!\$ ).*\n)*)", re.MULTILINE)
 
 
 def examples(page: Path) -> list[tuple[str, str, str]]:
@@ -36,6 +38,14 @@ def assert_same_output(got: str, expected: str) -> None:
     assert NUMBER.sub("#", got).split() == NUMBER.sub("#", expected).split(), got
     for one, other in zip(NUMBER.findall(got), NUMBER.findall(expected), strict=True):
         assert float(one) == pytest.approx(float(other), abs=0.03), got
+
+
+def commands(page: Path) -> list[tuple[str, str]]:
+    """(command, expected output) of the page's sessions in a shell, in order."""
+    sessions = SESSION.findall(page.read_text(encoding="utf-8"))
+    found = [command for session in sessions for command in COMMAND.findall(session)]
+    assert sum(map(len, sessions)) == sum(len("$ " + source + output) for source, output in found)
+    return [(source.replace("\n> ", "\n"), output) for source, output in found]
 
 
 def run(language: str, source: str, page: Path, namespace: dict[str, object]) -> str:
@@ -62,6 +72,21 @@ def test_every_example_runs_and_prints_what_stands_below_it(page, server, gatewa
     for value in namespace.values():
         if isinstance(value, NVEmbedEncoder):
             value.close()
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda page: page.stem)
+def test_every_session_in_a_shell_runs_and_prints_what_stands_there(page, server, default_checkpoint, tmp_path):
+    eventually(lambda: not is_computing(server))  # what other tests left: a session prints what waits
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environ = {**os.environ, "PATH": path, "TRITON_URL": server.url, "NO_COLOR": "1"}
+    for source, expected in commands(page):
+        source = source.replace("localhost:8002", f"localhost:{server.metrics}")
+        done = subprocess.run(
+            ["bash", "-c", f"exec 2>&1\n{source}"], cwd=tmp_path, env=environ, stdout=subprocess.PIPE, text=True,
+            timeout=60, check=False,
+        )  # fmt: skip
+        if default_checkpoint:
+            assert_same_output(done.stdout.replace(server.url, "localhost:8001"), expected)
 
 
 @pytest.mark.parametrize(

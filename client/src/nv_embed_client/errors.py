@@ -19,6 +19,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from nv_embed_client.embedding_type import Embeddings
 
 
@@ -77,12 +80,23 @@ class PartialFailure(NVEmbedError):
     Attributes:
         embeddings: [n, dim] of the call's type for the n texts that were taken from the caller. Rows that failed are
             NaN, or 0 in a type without NaN.
+        token_counts, is_truncated: [n] if the call asked for them, else None. Texts that failed have 0 and False.
         failures: which texts have none, and why; each text at most once.
         complete: False when the call was given up before the caller's texts were all taken, as the server was gone.
     """
 
-    def __init__(self, embeddings: Embeddings, failures: Sequence[Failure], *, complete: bool) -> None:
+    def __init__(
+        self,
+        embeddings: Embeddings,
+        failures: Sequence[Failure],
+        *,
+        complete: bool,
+        token_counts: npt.NDArray[np.int32] | None = None,
+        is_truncated: npt.NDArray[np.bool_] | None = None,
+    ) -> None:
         self.embeddings = embeddings
+        self.token_counts = token_counts
+        self.is_truncated = is_truncated
         self.failures = tuple(failures)
         self.complete = complete
         indices = self.failed
@@ -95,7 +109,8 @@ class PartialFailure(NVEmbedError):
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return partial(PartialFailure, complete=self.complete), (self.embeddings, self.failures)
+        rest = {name: getattr(self, name) for name in ("complete", "token_counts", "is_truncated")}
+        return partial(PartialFailure, **rest), (self.embeddings, self.failures)
 
     @property
     def failed(self) -> tuple[int, ...]:

@@ -238,5 +238,8 @@ class Job:
             if is_truncated is not None and part.result.is_truncated is not None:
                 is_truncated[rows] = part.result.is_truncated
         if self._failures:
-            raise PartialFailure(embeddings, self._failures, complete=self._complete)
+            raise PartialFailure(
+                embeddings, self._failures, complete=self._complete, token_counts=token_counts,
+                is_truncated=is_truncated,
+            )  # fmt: skip
         return EmbedResult(embeddings, token_counts, is_truncated)

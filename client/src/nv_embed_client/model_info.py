@@ -45,6 +45,14 @@ class ModelInfo:
     max_queue_milliseconds: int
     """That a request may wait for its first batch."""
 
+    @property
+    def identity(self) -> dict[str, str | int]:
+        """What is kept with vectors: two sets of them can be compared if all but the name is the same."""
+        return {
+            "name": self.name, "fingerprint": self.fingerprint, "dimension": self.dimension,
+            "document_prompt": self.document_prompt,
+        }  # fmt: skip
+
     @classmethod
     def of_json(cls, text: bytes | str) -> ModelInfo:
         """What the server sent. Fields that this version does not know are left out.

@@ -43,3 +43,7 @@ class RetryPolicy:
         # The exponent is bounded so that no number of attempts overflows a float.
         full: float = min(self.first_pause_seconds * 2.0 ** min(attempt - 1, 64), self.max_pause_seconds)
         return full * (1 + random) / 2
+
+
+PATIENT = RetryPolicy(max_attempts=20)
+"""Tries for half a minute to a minute: for long work, which a server that restarts should not end."""

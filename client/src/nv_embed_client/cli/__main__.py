@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
 
-from nv_embed_client.cli import distill
+from nv_embed_client.cli import compare, distill, embed, index, search, status
 from nv_embed_client.connection import DEFAULT_MODEL_NAME, DEFAULT_URL
 from nv_embed_client.errors import InvalidInput, NVEmbedError, Unavailable
 
 URL_VARIABLE = "TRITON_URL"
+_CLOSED_PIPE = 141  # as a shell names the end by SIGPIPE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Carry out one subcommand. Returns the exit code: 0, 2 for what the caller can mend, 1 for any other failure."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # Whatever the locale. Names of files may have any bytes.
+            stream.reconfigure(encoding="utf-8", errors="surrogateescape")
     words = sys.argv[1:] if arguments is None else list(arguments)
     try:
         if words[:1] == ["gateway"]:  # it parses its own arguments, as `nv-embed-gateway` does
@@ -25,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parsed = _parser().parse_args(words)
         try:
             code: int = parsed.run(parsed)
+            sys.stdout.flush()
             return code
         except Unavailable as error:
             raise Unavailable(
@@ -34,6 +41,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (NVEmbedError, ModuleNotFoundError) as error:
         print(f"nv-embed: {error}", file=sys.stderr)
         return 2 if isinstance(error, (InvalidInput, ModuleNotFoundError)) else 1
+    except BrokenPipeError:
+        # Whoever read has read enough, as `head` does. What Python flushes at its end must go somewhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _CLOSED_PIPE
+    except OSError as error:
+        print(
+            f"nv-embed: expected files that can be read and written; got {error}; see to it, and start again",
+            file=sys.stderr,
+        )
+        return 1
     except KeyboardInterrupt:
         return 130
 
@@ -51,7 +68,8 @@ def _parser() -> argparse.ArgumentParser:
         "(default: %(default)s)",
     )
     server.add_argument("--model-name", default=DEFAULT_MODEL_NAME, help="as Triton knows it (default: %(default)s)")
-    distill.add_to(commands, server)
+    for command in (embed, index, search, compare, status, distill):
+        command.add_to(commands, server)
     commands.add_parser("gateway", add_help=False, help="serve OpenAI's embeddings API, as nv-embed-gateway does")
     return parser
 

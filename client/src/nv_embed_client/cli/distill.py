@@ -28,7 +28,7 @@ def add_to(commands: Commands, server: argparse.ArgumentParser) -> None:
         "--texts",
         metavar="FILE",
         help="texts like those that the twin will see, one a line; '-': the standard input; FILE.jsonl: a JSON string, "
-        'or an object with "text", on each line',
+        'or an object with "text", on each line; FILE.csv, FILE.tsv, FILE.parquet: the column "text"',
     )
     parser.add_argument("--vocabulary", metavar="FILE", help="words that the twin must know whole, one a line")
     parser.add_argument("--dimensions", type=int, default=256, help="of the twin's vectors (default: %(default)s)")

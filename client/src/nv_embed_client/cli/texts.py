@@ -1,55 +1,28 @@
-"""Texts in files, as subcommands read them."""
+"""Texts in files, as subcommands read them that need nothing else of a file, and texts among the arguments."""
 
 from __future__ import annotations
 
-import json
-import sys
+import os
 from collections.abc import Iterator
-from contextlib import nullcontext
 
+from nv_embed_client.cli.rows import rows_of
 from nv_embed_client.errors import InvalidInput
 
 
 def texts_of(path: str) -> Iterator[str]:
-    """The texts of a file, one a line; empty lines are none.
-
-    Args:
-        path: `-` is the standard input. A file whose name ends in .jsonl has on each line a JSON string, or an object
-            with the text as its "text": a text with line breaks needs that.
+    """The texts of a file, as `rows_of` reads it, without the space around them; empty ones are left out.
 
     Raises:
-        InvalidInput: the file cannot be read, is not UTF-8, or has a line without a text.
+        InvalidInput: the file cannot be read, or has a row without a text.
     """
-    try:
-        with nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield _text(line, path, number)
-    except OSError as error:
-        raise InvalidInput.of(
-            expected="a file that can be read", got=f"{path!r}: {error.strerror}", remedy="correct the path"
-        ) from None
+    for rows in rows_of(path):
+        for text in rows.texts:
+            if isinstance(text, InvalidInput):
+                raise text
+            if text := text.strip():
+                yield text
 
 
-def _text(line: bytes, path: str, number: int) -> str:
-    try:
-        text = line.decode().strip()
-    except UnicodeDecodeError as error:
-        raise InvalidInput.of(
-            expected="UTF-8", got=f"line {number} of {path}: {error.reason}", remedy="convert the file with iconv"
-        ) from None
-    if not path.endswith(".jsonl"):
-        return text
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        value = None
-    if isinstance(value, dict):
-        value = value.get("text")
-    if not isinstance(value, str):
-        raise InvalidInput.of(
-            expected='a JSON string, or an object with a string "text", on each line',
-            got=f"{text[:80]!r} on line {number} of {path}",
-            remedy="correct the line, or give a file of plain lines another name",
-        )
-    return value
+def text_argument(word: str) -> str:
+    """An argument that is a text, which is UTF-8 whatever the locale; paths stay as the locale has them."""
+    return os.fsencode(word).decode(errors="surrogateescape")

@@ -11,6 +11,5 @@ with NVEmbedClient(url, model_name=model, tls=tls) as client:
     scores = (client.embed_query("Why does bread dough rise?") @ client.embed_documents(passages).T)[0]
 for score, passage in zip(scores, passages, strict=True):
     print(f"{score:6.3f}  {passage}")
-sys.exit(
-    0 if scores[0] > scores[1] else "expected the first passage to rank first; got the other; look at the server's log"
-)
+if scores[0] <= scores[1]:
+    sys.exit("expected the first passage to rank first; got the other; look at the server's log")

@@ -27,14 +27,16 @@ RUN python3 -m venv /opt/nv-embed/.venv-gateway && bash -c 'source /opt/nv-embed
     && prepare_venv /opt/nv-embed/.venv-gateway /opt/nv-embed/tools/requirements-gateway.txt' && rm -rf /root/.cache/pip
 COPY client /opt/nv-embed/client
 RUN /opt/nv-embed/.venv-gateway/bin/python -m pip install --no-cache-dir --no-deps --editable /opt/nv-embed/client \
-    && ln --symbolic /opt/nv-embed/.venv-gateway/bin/nv-embed /opt/nv-embed/.venv-gateway/bin/nv-embed-gateway /usr/local/bin/
+    && ln --symbolic /opt/nv-embed/.venv-gateway/bin/nv-embed-gateway /usr/local/bin/nv-embed-gateway \
+    && ln --symbolic /opt/nv-embed/.venv-gateway/bin/nv-embed /usr/local/bin/nv-embed
 
 COPY serve.sh /opt/nv-embed/
 COPY tools /opt/nv-embed/tools
 COPY checkpoints/nv-embed-mini /opt/nv-embed/checkpoints/nv-embed-mini
-# A mount at the same path overrides it.
+# A mount at the same path overrides it. The link is for the tools, which import the model's package.
 COPY model_repository /model_repository
-ENV MODEL_REPOSITORY=/model_repository RUNTIME=native
+RUN ln --symbolic /model_repository /opt/nv-embed/model_repository
+ENV RUNTIME=native
 
 # The root may be read-only: all that is written goes to /tmp, /dev/shm and, for models other than NV-Embed-v2, .served.
 # The base image's user has no home. Compiled layers are made again at each start.

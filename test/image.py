@@ -23,6 +23,14 @@ class Image:
     """Sources, relative to the repository and perhaps with a `*`, and where they go."""
     runs: list[str]
 
+    @property
+    def links(self) -> dict[str, str]:
+        """Where each link leads that a RUN makes."""
+        made = (
+            re.fullmatch(r"ln --symbolic (\S+) (\S+)", part.strip()) for run in self.runs for part in run.split("&&")
+        )
+        return {match[2]: match[1] for match in made if match}
+
     @classmethod
     def read(cls, root: Path = ROOT) -> Image:
         text = (root / "Dockerfile").read_text(encoding="utf-8")
@@ -54,10 +62,13 @@ class Image:
         return files
 
     def lay_out(self, folder: Path) -> None:
-        """Copy those files into a folder that stands for the image's root."""
+        """Copy those files into a folder that stands for the image's root, and make the links."""
         for inside, file in self.files().items():
             (folder / inside).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, folder / inside)
+        for link, target in self.links.items():
+            if not link.startswith("/usr/"):  # which is not of this image
+                (folder / link.lstrip("/")).symlink_to(target)
 
 
 def sent_by(dockerignore: Path):

@@ -37,7 +37,7 @@ def test_what_serve_sh_reads_is_in_the_image_where_it_looks_for_it(image):
             assert f"opt/nv-embed/{name}" in inside, name
     assert image.command == ["/opt/nv-embed/serve.sh"]
     assert "opt/nv-embed/checkpoints/nv-embed-mini/model.safetensors" in inside
-    assert image.environment["MODEL_REPOSITORY"] == "/model_repository"
+    assert image.links["/opt/nv-embed/model_repository"] == "/model_repository"
     assert "model_repository/nv-embed-v2/config.pbtxt" in inside
 
 

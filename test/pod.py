@@ -80,6 +80,8 @@ class Pod:
         root.mkdir()
         user = str(self.spec["securityContext"]["runAsUser"]) if os.geteuid() == 0 else ""
         words = [*image.entrypoint, *map(self._here, self.container.get("args", image.command))]
+        if sys.prefix.startswith("/tmp/"):  # which the pod's own hides
+            mounts = {sys.prefix: Path(sys.prefix), **(mounts or {})}
         volumes = [*self._mounts(), *(f"{target}={source}" for target, source in (mounts or {}).items())]
         return [*UNSHARE, ROOT / "test" / "pod.sh", self._image, root, user, *volumes, "--", *settings, *words]
 

@@ -18,9 +18,9 @@ bind() { # SOURCE TARGET [OPTION]
   if [[ ${3:-ro} == ro ]]; then mount -o remount,bind,ro "$root$2"; fi
 }
 
-for path in /*; do
+for path in /* /opt/*; do
   case $path in
-    /tmp | /models | /tls) ;;
+    /tmp | /opt | /models | /tls) ;;
     /dev | /proc | /sys) bind "$path" "$path" rw ;;
     *)
       if [[ -L $path ]]; then
@@ -31,7 +31,9 @@ for path in /*; do
       ;;
   esac
 done
-for path in "$image"/*; do bind "$path" "${path#"$image"}"; done
+for path in "$image"/* "$image"/opt/*; do
+  if [[ $path != */opt ]]; then bind "$path" "${path#"$image"}"; fi
+done
 while [[ $1 != -- ]]; do
   target=${1%%=*} source=${1#*=}
   case $source in

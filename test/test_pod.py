@@ -68,7 +68,9 @@ def test_server_and_model_run_as_the_unprivileged_user_and_write_to_volumes_only
     writable = {
         mount["mountPath"] for mount in default_server.pod.container["volumeMounts"] if not mount.get("readOnly")
     }
-    assert {path for path in ("/", "/opt", "/model_repository", "/usr", *writable) if "rw" in options[path]} == writable
+    assert {
+        path for path in ("/", "/opt/nv-embed", "/model_repository", "/usr", *writable) if "rw" in options[path]
+    } == writable
 
 
 def test_another_kind_of_model_is_served_under_its_name_from_a_read_only_image(start_pod, tmp_path):

@@ -12,6 +12,7 @@ shift 3
 
 mount --make-rprivate /
 mount -t tmpfs tmpfs "$root"
+mkdir -- "$root/opt"
 bind() { # SOURCE TARGET [OPTION]
   if [[ ! -e $root$2 ]]; then mkdir -p -- "$root$2"; fi
   mount --rbind -- "$1" "$root$2"
@@ -24,7 +25,7 @@ for path in /* /opt/*; do
     /dev | /proc | /sys) bind "$path" "$path" rw ;;
     *)
       if [[ -L $path ]]; then
-        cp --no-dereference -- "$path" "$root"
+        cp --no-dereference -- "$path" "$root$path"
       elif [[ -d $path && ! -e $image$path ]]; then
         bind "$path" "$path"
       fi

@@ -13,6 +13,7 @@ import yaml
 from chart import CHART, one, render, tool
 from nv_embed.metrics import Metric
 
+pytestmark = pytest.mark.slow
 RULES = CHART / "files" / "alerts.yaml"
 ALERTS = {
     rule["alert"]: rule for group in yaml.safe_load(RULES.read_text("utf-8"))["groups"] for rule in group["rules"]

@@ -13,6 +13,7 @@ from chart import CHART, GPU_VALUES, HELMS, helm, one, pod_of, render, tool
 from nv_embed.settings import DECLARED
 from serving import ROOT
 
+pytestmark = pytest.mark.slow
 TLS = {"tls": {"secret": "server-tls"}}
 MUTUAL_TLS = {"tls": {"secret": "server-tls", "demandClientCertificates": True, "clientSecret": "client-tls"}}
 MONITORING = {

@@ -38,9 +38,11 @@ def start_pod(image, tmp_path_factory):
         return started[-1]
 
     yield start_pod
-    for server in started:
-        if server.process.poll() is None:
-            server.stop()
+    running = [server for server in started if server.process.poll() is None]
+    for server in running:
+        server.process.terminate()  # all at once, because each takes seconds
+    for server in running:
+        server.stop()
 
 
 @pytest.fixture(scope="module")

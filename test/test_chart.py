@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 
@@ -186,6 +187,16 @@ def test_every_variable_that_the_server_gets_is_one_of_serve_sh_or_of_the_model(
         assert set(variables_of(pod_of(manifests)["containers"][0])) <= known
 
 
+def test_every_helm_command_of_the_documentation_works():
+    page = (ROOT / "docs" / "kubernetes.md").read_text("utf-8").replace("\\\n", " ")
+    commands = [line.split("#")[0] for line in page.splitlines() if line.startswith("helm upgrade --install ")]
+    assert len(commands) > 3
+    for command in commands:
+        template = ["template", *shlex.split(command.removeprefix("helm upgrade --install "))]
+        done = subprocess.run([tool(HELMS[-1]), *template], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+
 # --- what schemas do not see ------------------------------------------------------------------------------
 
 
@@ -321,10 +332,15 @@ def test_what_a_container_requests_is_within_its_limits(manifests):
 
 
 def test_a_rollout_waits_for_no_spare_gpu_and_leaves_no_gap_on_a_cpu():
-    strategies = [
-        one(render(values), "Deployment")["spec"]["strategy"]["rollingUpdate"] for values in ({}, {"gpus": 1})
+    surges, makes_room = {"maxSurge": 1, "maxUnavailable": 0}, {"maxSurge": 0, "maxUnavailable": 1}
+    expected = [
+        ({}, surges),
+        ({"gpus": 1}, makes_room),
+        ({"gpus": 1, "surge": True}, surges),
+        ({"surge": False}, makes_room),
     ]
-    assert strategies == [{"maxSurge": 1, "maxUnavailable": 0}, {"maxSurge": 0, "maxUnavailable": 1}]
+    for values, strategy in expected:
+        assert one(render(values), "Deployment")["spec"]["strategy"]["rollingUpdate"] == strategy, values
 
 
 def test_gpus_are_requested_tolerated_and_computed_on():

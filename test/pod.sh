@@ -16,12 +16,13 @@ mkdir -- "$root/opt"
 bind() { # SOURCE TARGET [OPTION]
   if [[ ! -e $root$2 ]]; then mkdir -p -- "$root$2"; fi
   mount --rbind -- "$1" "$root$2"
-  if [[ ${3:-ro} == ro ]]; then mount -o remount,bind,ro "$root$2"; fi
+  # A user namespace may not drop a mount's other restrictions, which this would. There, others own the files anyway.
+  if [[ ${3:-ro} == ro ]]; then mount -o remount,bind,ro "$root$2" || [[ -z $user ]]; fi
 }
 
 for path in /* /opt/*; do
   case $path in
-    /tmp | /opt | /models | /tls) ;;
+    /tmp | /opt | /mnt | /models | /tls) ;;
     /dev | /proc | /sys) bind "$path" "$path" rw ;;
     *)
       if [[ -L $path ]]; then
@@ -48,7 +49,7 @@ while [[ $1 != -- ]]; do
   shift
 done
 shift
-mount -o remount,ro "$root"
+mount -o remount,bind,ro "$root"
 
 # An image's files can be read by everyone. This machine's need not be, so reading alone stays allowed.
 as_user=()

@@ -53,6 +53,12 @@ securityContext:
     drop: [ALL]
 {{- end }}
 
+{{- /* NVIDIA's images ask for all GPUs of a node, also for pods that requested none. */ -}}
+{{- define "no-gpu" -}}
+- name: NVIDIA_VISIBLE_DEVICES
+  value: void
+{{- end }}
+
 {{- /* What clients inside the chart trust, and what they show. */ -}}
 {{- define "client-tls-volume" -}}
 - name: client-tls

@@ -44,10 +44,10 @@ USES = {
         "podAnnotations": {"team": "search"},
         "priorityClassName": "high",
         "runtimeClassName": "nvidia",
-        "maxConnectionAgeSeconds": 30,
+        "maxConnectionSeconds": 30,
         "adminKeySecret": "keys",
         "networkPolicy": {"enabled": True},
-        "tracing": {"url": "http://collector:4318/v1/traces"},
+        "tracing": {"url": "http://collector:4318/v1/traces", "rate": 100},
         "scaling": {"enabled": True},
     },
 }  # fmt: skip

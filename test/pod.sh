@@ -54,6 +54,7 @@ mount -o remount,bind,ro "$root"
 # An image's files can be read by everyone. This machine's need not be, so reading alone stays allowed.
 as_user=()
 if [[ -n $user ]]; then
+  # shellcheck disable=SC2054  # the commas are setpriv's
   as_user=(setpriv --reuid="$user" --regid="$user" --clear-groups --no-new-privs --bounding-set=-all,+dac_read_search
     --inh-caps=-all,+dac_read_search --ambient-caps=-all,+dac_read_search)
 fi

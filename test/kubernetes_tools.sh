@@ -49,8 +49,14 @@ PYTHON
 
 promtool() {
   command -v apt-get >/dev/null || { echo "promtool: expected apt-get, found none" >&2; return 1; }
-  (cd -- "$unfinished" && apt-get download --quiet prometheus >&2 && dpkg-deb --extract prometheus_*.deb prometheus) &&
-    mv -- "$unfinished/prometheus/usr/bin/promtool" "$unfinished/promtool"
+  (
+    cd -- "$unfinished" || exit
+    mkdir -p lists/partial cache # of one's own: any user may fill them, and a fresh container has none
+    own=(-o "Dir::State::Lists=$PWD/lists" -o "Dir::Cache=$PWD/cache")
+    apt-get download --quiet prometheus 2>/dev/null ||
+      { apt-get "${own[@]}" --quiet update && apt-get "${own[@]}" --quiet download prometheus; } || exit
+    dpkg-deb --extract prometheus_*.deb package && mv -- package/usr/bin/promtool .
+  ) >&2
 }
 
 validator() { # not moved: an environment knows its own path

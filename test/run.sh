@@ -25,6 +25,7 @@ VENV="$(absolute "$VENV")"
 export VENV  # the tests start serve.sh, which must find the same one
 
 cd -- "$repo"
+if [[ -z ${unit:-} ]]; then PYTHON="$VENV/bin/python" test/kubernetes_tools.sh; fi
 if (($# > 0)); then exec "$VENV/bin/python" -m pytest ${unit:+"${quick[@]}"} "$@"; fi
 
 prepare_venv "$CLIENT_VENV" "$repo/test/client/requirement.txt"

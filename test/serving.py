@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
-from started_server import ROOT, START_SECONDS, Ports, StartedServer, answers, free_ports
+from started_server import ROOT, START_SECONDS, Ports, Started, StartedServer, answers, free_ports
 
-__all__ = ["ROOT", "START_SECONDS", "Ports", "free_ports"]  # from here, too
+__all__ = ["ROOT", "START_SECONDS", "Ports", "Started", "free_ports"]  # from here, too
 
 MODEL_NAME = "nv-embed-v2"
 SETTINGS = (  # of serve.sh and the model, but for VENV and GATEWAY_VENV, which every test shares

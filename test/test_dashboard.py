@@ -11,7 +11,7 @@ from grafana_foundation_sdk.models.dashboard import Dashboard
 from nv_embed.metrics import Metric
 from serving import ROOT
 
-DASHBOARD = json.loads((ROOT / "deploy" / "grafana" / "nv-embed-v2.json").read_text(encoding="utf-8"))
+DASHBOARD = json.loads((ROOT / "deploy" / "helm" / "nv-embed" / "files" / "dashboard.json").read_text(encoding="utf-8"))
 
 
 def test_it_keeps_to_the_types_of_grafana():

@@ -20,6 +20,7 @@ import torch
 import tritonclient.grpc as triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from image import Image
 from model_folders import config_with, fill
 from nv_embed.compute.loading import load_engine, load_engines
 from nv_embed.errors import CheckpointError, DeviceError, InvalidRequest
@@ -688,15 +689,15 @@ load_engine(folder, checkpoint, device="cpu", dtype="auto")
 
 
 def test_the_image_installs_these_packages_only_if_it_is_asked_to(tmp_path):
-    dockerfile = (ROOT / "Dockerfile").read_text("utf-8").replace("\\\n", " ")
-    (install,) = re.findall(r"^RUN (cd .* pip install .*)$", dockerfile, re.M)
+    image = Image.read()
+    (install,) = (run for run in image.runs if run.startswith("cd /opt/nv-embed/requirements "))
     name = "requirements-sentence-transformers.txt"
-    assert f"!model_repository/nv-embed-v2/{name}" in (ROOT / ".dockerignore").read_text("utf-8").splitlines()
+    assert f"opt/nv-embed/requirements/{name}" in image.files()
     (tmp_path / "python3").write_text('#!/bin/sh\necho "$@"\n')
     (tmp_path / "python3").chmod(0o755)
     for extra, files in (("", ["requirements.txt"]), (name, ["requirements.txt", name])):
         environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "EXTRA_REQUIREMENTS": extra}
-        command = install.replace("/opt/nv-embed-v2", str(ROOT / "model_repository/nv-embed-v2"))
+        command = install.replace("/opt/nv-embed/requirements", str(ROOT / "model_repository/nv-embed-v2"))
         done = subprocess.run(["sh", "-c", command], env=environ, capture_output=True, text=True, check=True)
         assert re.findall(r"--requirement (\S+)", done.stdout) == files
 

@@ -297,26 +297,6 @@ def test_connections_have_an_age_and_traces_go_out_only_if_there_is_a_collector(
     assert "--trace-config=rate=10" in traced
 
 
-def test_the_images_own_command_gives_tritonserver_the_same_arguments_as_serve_sh(serve, recorded, tmp_path):
-    dockerfile = (REPO / "Dockerfile").read_text(encoding="utf-8")
-    (source, target), (command,) = (
-        re.search(r"^COPY (tools/\S+) (\S+)$", dockerfile, re.M).groups(),
-        (json.loads(line.removeprefix("CMD ")) for line in dockerfile.splitlines() if line.startswith("CMD [")),
-    )
-    assert f"!{source}" in (REPO / ".dockerignore").read_text(encoding="utf-8").splitlines()
-    assert serve(programs=["tritonserver"], RUNTIME="native", ADMIN_KEY="sesame").returncode == 0
-    environ = os.environ | {
-        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
-        "RECORD": str(tmp_path / "record"),
-        "ADMIN_KEY": "sesame",
-    }
-    subprocess.run([part.replace(target, str(REPO / source)) for part in command], env=environ, check=True)
-    by_serve_sh, by_image = recorded()
-    assert by_image[1] == "--model-repository=/model_repository"
-    assert f"--grpc-restricted-protocol={PROTOCOLS}:nv-embed-admin=sesame" in by_image
-    assert set(by_image[2:]) <= set(by_serve_sh)
-
-
 @pytest.mark.parametrize("name", ["a, b", 'a "b"', "a\nb", "[ü] $HOME; & \\ '", "ends in a line's end\n"])
 def test_docker_mounts_folders_of_any_name(serve, recorded, tmp_path, name):
     folder = tmp_path / name

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from nv_embed_client.cli import distill
+from nv_embed_client.cli import bulk, distill, load
 from nv_embed_client.connection import DEFAULT_MODEL_NAME, DEFAULT_URL
 from nv_embed_client.errors import InvalidInput, NVEmbedError, Unavailable
 
@@ -50,6 +50,8 @@ def _parser() -> argparse.ArgumentParser:
         "(default: %(default)s)",
     )
     server.add_argument("--model-name", default=DEFAULT_MODEL_NAME, help="as Triton knows it (default: %(default)s)")
+    bulk.add_to(commands, server)
+    load.add_to(commands)
     distill.add_to(commands, server)
     commands.add_parser("gateway", add_help=False, help="serve OpenAI's embeddings API, as nv-embed-gateway does")
     return parser

@@ -9,7 +9,8 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import pyarrow as pa
 import pyarrow.json
@@ -32,6 +33,9 @@ class Piece:
     stop: int
     first_row: int  # within the file
     num_rows: int
+
+
+Columns: TypeAlias = Callable[[Sequence[str] | None], Any]
 
 
 def format_of(name: str) -> str | None:
@@ -63,8 +67,8 @@ def corpus_of(folder: Folder, address: str) -> tuple[list[Entry], list[Entry]]:
     return files, others
 
 
-def pieces_of(folder: Folder, name: str, max_rows: int) -> Iterator[tuple[Piece, Callable[[Sequence[str]], Any]]]:
-    """A file cut into pieces, each with a function from names of columns to a table of those alone; none means all.
+def pieces_of(folder: Folder, name: str, max_rows: int) -> Iterator[tuple[Piece, Columns]]:
+    """A file cut into pieces, each with a function that gives its rows, with the columns of these names or with all.
 
     The cuts depend on the file and on `max_rows` alone.
 
@@ -76,7 +80,7 @@ def pieces_of(folder: Folder, name: str, max_rows: int) -> Iterator[tuple[Piece,
             num_rows = pa.parquet.ParquetFile(file).metadata.num_rows
         for start in range(0, num_rows, max_rows):
             piece = Piece(name, start, min(start + max_rows, num_rows), start, min(max_rows, num_rows - start))
-            yield piece, lambda columns, piece=piece: _rows_of_parquet(folder, piece, columns or None)
+            yield piece, partial(_rows_of_parquet, folder, piece)
         return
     first_row = 0
     with _readable(name), io.BufferedReader(folder.open_stream(name), 2**20) as stream:
@@ -85,7 +89,7 @@ def pieces_of(folder: Folder, name: str, max_rows: int) -> Iterator[tuple[Piece,
             table = _table(content, header, name, first_row, None)
             if table.num_rows:
                 piece = Piece(name, start, stop, first_row, table.num_rows)
-                yield piece, lambda columns, table=table: table.select(columns) if columns else table
+                yield piece, partial(_selected, table)
             start, first_row = stop, first_row + table.num_rows
 
 
@@ -120,7 +124,7 @@ def rows_of(folder: Folder, piece: Piece, schema: Any) -> Any:
             table = _rows_of_parquet(folder, piece, None)
         else:
             with io.BufferedReader(folder.open_stream(piece.file), 2**20) as stream:
-                header, at = _header(stream, piece.file)
+                header, _ = _header(stream, piece.file)
             with _opened_at(folder, piece.file, piece.start) as stream:
                 content = stream.read(piece.stop - piece.start)
             table = _table(content, header, piece.file, piece.first_row, schema)
@@ -148,10 +152,15 @@ def _opened_at(folder: Folder, name: str, start: int) -> Any:
     return file
 
 
+def _selected(table: Any, columns: Sequence[str] | None) -> Any:
+    return table if columns is None else table.select(columns)
+
+
 def _rows_of_parquet(folder: Folder, piece: Piece, columns: Sequence[str] | None) -> Any:
     with _readable(piece.file), folder.open(piece.file) as opened:
         file = pa.parquet.ParquetFile(opened)
-        groups, at, end = [], 0, 0  # at: the first row of what is read
+        groups: list[int] = []
+        at, end = 0, 0  # at: the first row of what is read
         for number in range(file.metadata.num_row_groups):
             first, end = end, end + file.metadata.row_group(number).num_rows
             if first < piece.stop and end > piece.start:

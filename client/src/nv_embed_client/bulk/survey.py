@@ -60,7 +60,7 @@ def _look(wish: Wish, name: str) -> tuple[Any, ...]:
         for piece, columns in source.pieces_of(folder, name, wish.rows_per_file):
             pieces.append(piece)
             if source.format_of(name) != "parquet":
-                schemas.append(columns(()).schema)
+                schemas.append(columns(None).schema)
             if wish.id_column is not None:
                 _check_columns(schemas[-1], wish)
                 table = columns([wish.id_column])

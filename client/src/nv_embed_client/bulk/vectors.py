@@ -74,6 +74,8 @@ class Embedder:
                             f"expected vectors of {width} numbers; got {outcome.embeddings.shape[1]}; "
                             "check that every server serves the same model"
                         )
+                    assert outcome.token_counts is not None
+                    assert outcome.is_truncated is not None
                     embeddings[some], counts[some] = outcome.embeddings, outcome.token_counts
                     truncated[some] = outcome.is_truncated
         rows = np.array([row for row in there if row not in reasons], np.int64)

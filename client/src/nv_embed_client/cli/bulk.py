@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING, get_args
 
 from nv_embed_client.embedding_type import EmbeddingType
+from nv_embed_client.extras import needs_extra
 
 if TYPE_CHECKING:
     # What argparse calls it; no other name is public.
@@ -19,8 +20,8 @@ def add_to(commands: Commands, server: argparse.ArgumentParser) -> None:
         "bulk",
         parents=[server],
         help="embed a corpus into Parquet; may be killed and started again at any time",
-        description="Embed a corpus into Parquet, with Ray. The same command continues what was killed, and leaves what "
-        "is finished as it is. Texts that fail are listed in OUTPUT/_failed/. docs/scale.md says more.",
+        description="Embed a corpus into Parquet, with Ray. The same command continues what was killed, and leaves "
+        "what is finished as it is. Texts that fail are listed in OUTPUT/_failed/. docs/scale.md says more.",
     )
     parser.add_argument("input", metavar="INPUT", help="a file or a folder of .parquet, .jsonl or .csv, or its address")
     parser.add_argument("output", metavar="OUTPUT", help="a folder or an address, such as s3://bucket/folder")
@@ -48,7 +49,9 @@ def add_to(commands: Commands, server: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> int:
     """Embed and say what is there; returns the exit code."""
-    from nv_embed_client.bulk import Wish, embed_corpus  # needs the extra
+    with needs_extra("bulk"):
+        from nv_embed_client.bulk.job import embed_corpus
+        from nv_embed_client.bulk.plan import Wish
 
     wish = Wish(
         parsed.input,

@@ -6,6 +6,8 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from nv_embed_client.extras import needs_extra
+
 if TYPE_CHECKING:
     # What argparse calls it; no other name is public.
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -27,7 +29,8 @@ def add_to(commands: Commands) -> None:
 
 def run(parsed: argparse.Namespace) -> int:
     """Load and say what is there; returns the exit code."""
-    from nv_embed_client.bulk import load  # needs the extra
+    with needs_extra("bulk"):
+        from nv_embed_client.bulk.lance import load
 
     done = load(parsed.output, parsed.folder, parsed.table, progress=sys.stderr.isatty())
     print(

@@ -113,6 +113,7 @@ def _checked(wish: Wish, output: str, workers: int, patience_seconds: float) -> 
 @contextmanager
 def _ray(address: str | None) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # tells nobody about this machine, unless asked to
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its own words go to the terminal, between the progress
     here: dict[str, Any] = {"address": "local", "include_dashboard": False}
     try:
         ray.init(

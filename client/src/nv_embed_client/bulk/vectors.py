@@ -24,7 +24,7 @@ UNTIL_THE_DEADLINE = RetryPolicy(max_attempts=2**31)
 _TEXTS_PER_REQUEST = 256
 _REQUESTS_IN_FLIGHT = 4  # of one worker
 _FAILURES = 3  # of a text alone, while others are computed: then the text is to blame
-_MAX_PAUSE_SECONDS = 10.0
+_MAX_PAUSE_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,7 +97,7 @@ def test_a_corpus_is_of_one_format_and_leaves_out_hidden_and_other_files(tmp_pat
     (file,), _ = source.corpus_of(Folder.at(str(tmp_path / "a.csv.gz")), "here")
     assert file.name == "a.csv.gz"
     (tmp_path / "c.parquet").touch()
-    with pytest.raises(InvalidInput, match="expected files of one format.*; got csv and parquet at 'here'; give"):
+    with pytest.raises(InvalidInput, match=r"expected files of one format.*; got csv and parquet at 'here'; give"):
         source.corpus_of(Folder.at(str(tmp_path)), "here")
     with pytest.raises(InvalidInput, match="got none at 'absent'"):
         source.corpus_of(Folder.at(str(tmp_path / "absent")), "absent")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -116,12 +117,13 @@ def _ray(address: str | None) -> Iterator[None]:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its own words go to the terminal, between the progress
     here: dict[str, Any] = {"address": "local", "include_dashboard": False}
     try:
+        _check_reachable(address)
         ray.init(
             **(here if address is None else {"address": address}),
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
-    except ConnectionError as error:
+    except (OSError, ValueError) as error:
         raise InvalidInput.of(
             expected="a cluster of Ray at --ray-address",
             got=f"{address!r}: {error}",
@@ -131,6 +133,13 @@ def _ray(address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str | None) -> None:
+    """Raise an OSError or a ValueError at once, where Ray would try for more than a minute and then abort."""
+    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+    if colon:
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _embed(

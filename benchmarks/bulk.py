@@ -1,4 +1,4 @@
-"""What a bulk job costs and survives: WordNet's glosses and examples, three nodes of Ray, two servers, kills on the way.
+"""What a bulk job costs and survives: WordNet's texts, three nodes of Ray, two servers, and kills on the way.
 
     python benchmarks/bulk.py --wordnet FOLDER                     # everything: about 160,000 texts, twice
     python benchmarks/bulk.py --wordnet FOLDER --texts 4000 --rows-per-file 100     # the same in small

@@ -2,16 +2,19 @@
 
 import gzip
 import json
+import re
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
+from conftest import REPO
 from nv_embed_client import InvalidInput, MockTransport, NVEmbedClient, ServerFailure
 from nv_embed_client.bulk import ids, source
 from nv_embed_client.bulk.folder import Folder, absolute
 from nv_embed_client.bulk.vectors import Embedder
+from nv_embed_client.cli.__main__ import main
 
 ROWS = [
     {"id": f"{number:03}", "text": f'line {number}\nof "text", \u65e5\u672c\u8a9e ' + "x" * (number * 37 % 500)}
@@ -207,3 +210,16 @@ def test_no_text_at_all_is_no_row():
         vectors = Embedder(client, "int8").vectors_of([None], 3)
     assert vectors.embeddings.shape == (0, 3)
     assert vectors.embeddings.dtype == np.int8
+
+
+def test_every_option_is_documented_with_its_default(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "999")
+    with pytest.raises(SystemExit, match="0"):
+        main(["bulk", "--help"])
+    options = re.findall(r"^  (--[a-z-]+).*?(?:\(default: ([^)]*)\))?$", capsys.readouterr().out, re.MULTILINE)
+    page = (REPO / "docs" / "scale.md").read_text(encoding="utf-8")
+    rows = {name: row for row, name in re.findall(r"^(\| `(--[a-z-]+).*)$", page, re.MULTILINE)}
+    assert rows.keys() == {name for name, _ in options} - {"--model-name"}
+    for name, default in options:
+        if default and name not in ("--url", "--model-name"):
+            assert default in rows[name].replace(",", ""), name

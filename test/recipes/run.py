@@ -55,6 +55,9 @@ SETTINGS = {
 }
 
 
+Check = Callable[["Recipe", "Place", "Place"], str]
+
+
 class Failed(Exception):
     """What a recipe did instead."""
 
@@ -193,6 +196,24 @@ def pgvector(recipe: Recipe, small: Place, full: Place) -> str:
     return f"its statement can use the index; {asks_a_query(output, full)}"
 
 
+def after_bulk(check: Check) -> Check:
+    """The same check, where `vectors` is what `nv-embed bulk` made of the page's passages."""
+
+    def checked(recipe: Recipe, small: Place, full: Place) -> str:
+        for place in (small, full):
+            texts: dict[str, Any] = {}
+            exec(place.shared, texts)
+            corpus = place.folder / "corpus.jsonl"
+            corpus.write_text(
+                "".join(json.dumps({"text": text}) + "\n" for text in texts["passages"]), encoding="utf-8"
+            )
+            command = [sys.executable, "-m", "nv_embed_client.cli", "bulk", corpus, "vectors", "--url", place.server]
+            subprocess.run(command, cwd=place.folder, check=True, timeout=SECONDS)
+        return check(recipe, small, full)
+
+    return checked
+
+
 def mteb(recipe: Recipe, small: Place, full: Place) -> str:
     local = f"import sys; sys.path.append({str(ROOT / 'test' / 'client')!r})\n"
     local += "import mteb, small_tasks; mteb.get_tasks = lambda tasks: [small_tasks.SmallRetrieval()]\n"
@@ -240,7 +261,6 @@ def embedding_atlas(recipe: Recipe, small: Place, full: Place) -> str:
     return f"a map of {table.num_rows} texts in {len(table.column_names)} columns"
 
 
-Check = Callable[[Recipe, Place, Place], str]
 # Title on the page: package, and what is checked. A recipe without a check fails.
 CHECKS: dict[str, tuple[str, Check]] = {
     "No end-of-sequence token": ("nv-embed-client", as_on_the_page),
@@ -257,6 +277,8 @@ CHECKS: dict[str, tuple[str, Check]] = {
     "Qdrant": ("qdrant-client", search),
     "LanceDB": ("lancedb", search),
     "pgvector, with 4,096 dimensions": ("pgvector", pgvector),
+    "Bulk vectors in Qdrant": ("qdrant-client", after_bulk(search)),
+    "Bulk vectors in pgvector": ("pgvector", after_bulk(pgvector)),
     "BERTopic": ("bertopic", as_on_the_page),
     "KeyBERT": ("keybert", as_on_the_page),
     "mteb": ("mteb", mteb),

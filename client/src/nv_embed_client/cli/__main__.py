@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from nv_embed_client.cli import compare, distill, embed, index, search, status
+from nv_embed_client.cli import bulk, compare, distill, embed, index, load, search, status
 from nv_embed_client.connection import DEFAULT_MODEL_NAME, DEFAULT_URL
 from nv_embed_client.errors import InvalidInput, NVEmbedError, Unavailable
 
@@ -68,8 +68,9 @@ def _parser() -> argparse.ArgumentParser:
         "(default: %(default)s)",
     )
     server.add_argument("--model-name", default=DEFAULT_MODEL_NAME, help="as Triton knows it (default: %(default)s)")
-    for command in (embed, index, search, compare, status, distill):
+    for command in (embed, index, search, compare, status, bulk, distill):
         command.add_to(commands, server)
+    load.add_to(commands)
     commands.add_parser("gateway", add_help=False, help="serve OpenAI's embeddings API, as nv-embed-gateway does")
     return parser
 

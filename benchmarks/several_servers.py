@@ -304,9 +304,13 @@ def main() -> int:
         in_own_hosts(sys.argv)
     end_on_sigterm()
     results = []
-    for case in cases:
-        with tempfile.TemporaryDirectory() as folder:
-            results.append(run(case, parsed.seconds, Path(folder)))
+    try:
+        for case in cases:
+            with tempfile.TemporaryDirectory() as folder:
+                results.append(run(case, parsed.seconds, Path(folder)))
+    finally:
+        if HOSTS_VARIABLE in os.environ:
+            Path(os.environ[HOSTS_VARIABLE]).unlink(missing_ok=True)
     print(f"{'case':<9} {'requests':>8} {'errors':>6} {'wrong':>5} {'longest':>8}  least / largest share, twice")
     for each in results:
         print(

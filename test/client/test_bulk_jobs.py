@@ -74,13 +74,15 @@ def started(*arguments, log):
         process.wait()
 
 
-def workers():
-    """The processes of Ray that embed."""
+def workers(cluster):
+    """The processes that embed on the nodes of this cluster."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with suppress(OSError):
-                if (entry / "cmdline").read_bytes().startswith(b"ray::MapWorker(MapBatches(Worker))"):
+                parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
+                is_worker = (entry / "cmdline").read_bytes().startswith(b"ray::MapWorker(MapBatches(Worker))")
+                if is_worker and cluster.address.encode() in Path(f"/proc/{parent}/cmdline").read_bytes():
                     found.append(int(entry.name))
     return found
 
@@ -123,18 +125,18 @@ def test_kills_of_server_worker_node_and_driver_leave_each_id_once(cluster, corp
 
     try:
         with started(*job, log=log) as driver:
-            eventually(lambda: len(parts(output)) >= 2 or driver.poll(), SECONDS)
-            kill_server()  # from here on nothing is finished, so that the other kills come on the way
-            os.kill(workers()[0], signal.SIGKILL)
-            cluster.remove_node(node, allow_graceful=False)
+            eventually(lambda: len(parts(output)) >= 2 or driver.poll() is not None, SECONDS)
+            kill_server()  # from here on nothing is finished, so that the driver dies on the way
             assert driver.poll() is None, log.read_text()
         before = {path: path.stat().st_mtime_ns for path in parts(output)}
         assert len(before) < NUM_TEXTS / ROWS_PER_FILE
         server = Server(logs / "bulk-server.log", checkpoint, venv, ports=ports).wait_until_ready()
         with started(*job, log=log) as driver:
             eventually(lambda: len(parts(output)) > len(before) + 3 or driver.poll() is not None, SECONDS)
-            kill_server()
-            os.kill(eventually(workers)[0], signal.SIGKILL)
+            kill_server()  # the same for the others
+            os.kill(eventually(lambda: workers(cluster))[0], signal.SIGKILL)
+            cluster.remove_node(node, allow_graceful=False)
+            assert driver.poll() is None, log.read_text()
             server = Server(logs / "bulk-server.log", checkpoint, venv, ports=ports).wait_until_ready()
             assert driver.wait(SECONDS) == 0, log.read_text()
         assert f"{output}: {NUM_TEXTS - 2} vectors, " in log.read_text()

@@ -7,8 +7,9 @@ import re
 import signal
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx
 import pytest
@@ -18,6 +19,9 @@ from serving import SETTINGS, Server, mark_those_with_servers, metrics_of
 from serving import Ports as Address
 from serving import eventually as eventually
 from started_server import AnyStarted, Started, StartedGateway, free_ports
+
+if TYPE_CHECKING:  # the environments of the recipes have no Playwright
+    from playwright.sync_api import Browser, Page
 
 MINI = REPO / "checkpoints" / "nv-embed-mini"
 TOY = REPO / "test" / "data" / "toy"
@@ -144,3 +148,27 @@ def http(gateway: str) -> Iterator[httpx.Client]:
     """To the gateway, which a module may have of its own."""
     with httpx.Client(base_url=gateway, timeout=30, trust_env=False) as http:
         yield http
+
+
+@pytest.fixture(scope="module")  # while Playwright runs, no test of this thread can run an event loop of its own
+def browser() -> Iterator[Browser]:
+    """A real Chromium; without one the test is skipped."""
+    from chromium import NoChromium, chromium
+
+    with ExitStack() as stack:
+        try:
+            browser = stack.enter_context(chromium())
+        except NoChromium as error:
+            pytest.skip(str(error))
+        yield browser
+
+
+@pytest.fixture
+def page(browser: Browser, gateway: str) -> Iterator[Page]:
+    """The gateway's page, once the server is ready."""
+    from page_use import opened
+    from playwright.sync_api import expect
+
+    with opened(browser, gateway + "/") as page:
+        expect(page.locator("#state")).to_have_text("ready")
+        yield page

@@ -141,7 +141,6 @@ def test_every_setting_of_the_model_reaches_it_as_it_was_written():
 def test_every_variable_that_the_server_gets_is_one_of_serve_sh_or_of_the_model(rendered):
     known = set(re.findall(r"^([A-Z_]+)=\$\{\1:-", (ROOT / "serve.sh").read_text("utf-8"), re.MULTILINE))
     known |= {f"NV_EMBED_{name.upper()}" for name in DECLARED} | {"OMP_NUM_THREADS", "NVIDIA_VISIBLE_DEVICES"}
-    known |= {"TRACE_URL", "TRACE_RATE", "MAX_CONNECTION_SECONDS"}
     for manifests in rendered.values():
         assert set(variables_of(pod_of(manifests)["containers"][0])) <= known
 

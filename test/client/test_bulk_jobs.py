@@ -26,7 +26,10 @@ with warnings.catch_warnings():
     import ray
     from ray.cluster_utils import Cluster
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.*")  # about its own settings
+pytestmark = [
+    pytest.mark.server,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.*"),  # about its own settings
+]
 COMMAND = (sys.executable, "-m", "nv_embed_client.cli")
 NUM_TEXTS = 900
 ROWS_PER_FILE = 30

@@ -110,18 +110,18 @@ def test_what_waits_for_a_server_that_fell_silent_moves_to_another(server):
         assert len(both.embed(TEXTS, max_texts_per_request=4).embeddings) == len(TEXTS)
 
 
-def test_vectors_of_two_models_are_never_mixed(server, aged, caplog):
+def test_vectors_of_two_models_are_never_mixed(server, aged_server, caplog):
     caplog.set_level(logging.WARNING, "nv_embed_client")
-    with NVEmbedClient(f"{server.url},{aged.url}") as both:
+    with NVEmbedClient(f"{server.url},{aged_server.url}") as both:
         dimensions = {both.embed_query(text).shape[1] for text in TEXTS}
         eventually(lambda: both.embed_query("a") is not None and "is left out" in caplog.text)
         dimensions |= {both.embed_query(text).shape[1] for text in TEXTS}
         assert dimensions == {both.dimension()}
 
 
-def test_a_connection_of_the_maximum_age_is_replaced_without_an_error(aged):
+def test_a_connection_of_the_maximum_age_is_replaced_without_an_error(aged_server):
     with (
-        contextlib.closing(LoadBalancer(aged.grpc)) as balancer,
+        contextlib.closing(LoadBalancer(aged_server.grpc)) as balancer,
         NVEmbedClient(balancer.url, retry=ONCE) as client,
         ThreadPoolExecutor() as threads,
     ):
@@ -164,7 +164,7 @@ def collector(no_proxy):
 
 
 @pytest.fixture(scope="module")
-def aged(collector, logs):
+def aged_server(collector, logs):
     """A server with another model, with traces, and with connections that are old after a second."""
     address = Address(*free_ports(3))
     settings = {"TRACE_URL": collector[0], "TRACE_RATE": "999999", "MAX_CONNECTION_SECONDS": "1"}
@@ -184,18 +184,18 @@ def context_of(trace_id):
     return trace.use_span(trace.NonRecordingSpan(parent))
 
 
-def test_a_trace_goes_through_client_gateway_and_server_to_the_collector(aged, collector, logs):
+def test_a_trace_goes_through_client_gateway_and_server_to_the_collector(aged_server, collector, logs):
     def traces():
         """Those with a request whose parent is the caller's span."""
         requests = [span for span in collector[1] if span["name"] == "InferRequest"]
         return {int(span["traceId"], 16) for span in requests if int(span.get("parentSpanId") or "0", 16) == 0xABC}
 
-    with NVEmbedClient(aged.url, headers=trace_headers) as client:
+    with NVEmbedClient(aged_server.url, headers=trace_headers) as client:
         client.wait_until_ready(60)
         for trace_id in (0xA1, 0xA2):
             with context_of(trace_id):
                 client.embed_query("a")
-    with gateway_running(logs / "traced-gateway.log", aged.url) as base:
+    with gateway_running(logs / "traced-gateway.log", aged_server.url) as base:
         headers = {"traceparent": f"00-{0xA3:032x}-{0xABC:016x}-01", "tracestate": "vendor=1"}
         body = {"model": "nv-embed-v2", "input": "a"}
         for given in (headers, {"traceparent": b"malformed\xff"}):

@@ -60,7 +60,8 @@ if [[ -z $MODEL_PATH ]]; then
     "The real model:  MODEL_PATH=/path/to/NV-Embed-v2 $0" >&2
 fi
 DEVICE=${DEVICE:-cuda:0}
-[[ -d $MODEL_PATH ]] || refuse "MODEL_PATH: expected the folder of a checkpoint, found no folder '$MODEL_PATH'."
+[[ -d $MODEL_PATH ]] ||
+  refuse "MODEL_PATH: expected the folder of a checkpoint, found no folder '$MODEL_PATH'. Correct the path."
 [[ -d $MODEL_REPOSITORY ]] || refuse "MODEL_REPOSITORY: expected a folder, found no folder '$MODEL_REPOSITORY'."
 name="$(name_of "$MODEL_PATH")"
 for setting in MODEL_PATH MODEL_REPOSITORY; do

@@ -439,7 +439,7 @@ def test_a_model_is_named_as_its_folder_or_as_the_repository_of_a_snapshot(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("a b", "expected a folder named as a model can be (a letter or digit, then"),
+        ("a b", "characters at most); got 'a b'; rename it, or give a link to it that has such a name"),
         ("added", "expected a folder named as no other model; got 'added'; rename it, or remove"),
         ("nv-embed-v2", "expected a folder named as no other model; got 'nv-embed-v2'"),
     ],

@@ -68,7 +68,11 @@ for setting in MODEL_PATH MODEL_REPOSITORY; do
   path="$(absolute "${!setting}" && echo .)"  # else $(...) would lose a line's end in a folder's name
   printf -v "$setting" %s "${path%??}"
 done
+asked_name=${NV_EMBED_MODEL_NAME:-}
 look_at_models "$name"
+[[ -z $asked_name || $asked_name == "$NV_EMBED_MODEL_NAME" ]] ||
+  refuse "NV_EMBED_MODEL_NAME: expected none, because serve.sh names the model, here '$NV_EMBED_MODEL_NAME'; found" \
+    "'$asked_name'. Unset it. docs/operations.md says how a model gets its name."
 
 [[ $RESTART == no || $RESTART == always ]] || refuse "RESTART: expected no or always, got '$RESTART'."
 if [[ $RUNTIME == auto ]]; then

@@ -63,14 +63,19 @@ if [[ -z $MODEL_PATH ]]; then
     "The real model:  MODEL_PATH=/path/to/NV-Embed-v2 $0" >&2
 fi
 DEVICE=${DEVICE:-cuda:0}
-[[ -d $MODEL_PATH ]] || refuse "MODEL_PATH: expected the folder of a checkpoint, found no folder '$MODEL_PATH'."
+[[ -d $MODEL_PATH ]] ||
+  refuse "MODEL_PATH: expected the folder of a checkpoint, found no folder '$MODEL_PATH'. Correct the path."
 [[ -d $MODEL_REPOSITORY ]] || refuse "MODEL_REPOSITORY: expected a folder, found no folder '$MODEL_REPOSITORY'."
 name="$(name_of "$MODEL_PATH")"
 for setting in MODEL_PATH MODEL_REPOSITORY; do
   path="$(absolute "${!setting}" && echo .)"  # else $(...) would lose a line's end in a folder's name
   printf -v "$setting" %s "${path%??}"
 done
+asked_name=${NV_EMBED_MODEL_NAME:-}
 look_at_models "$name"
+[[ -z $asked_name || $asked_name == "$NV_EMBED_MODEL_NAME" ]] ||
+  refuse "NV_EMBED_MODEL_NAME: expected none, because serve.sh names the model, here '$NV_EMBED_MODEL_NAME'; found" \
+    "'$asked_name'. Unset it. docs/operations.md says how a model gets its name."
 
 for setting in MAX_CONNECTION_SECONDS TRACE_RATE; do
   [[ ${!setting} =~ ^[1-9][0-9]{0,5}$ ]] || refuse "$setting: expected a whole number from 1 to 999999, got '${!setting}'."

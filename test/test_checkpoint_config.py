@@ -91,6 +91,8 @@ def test_what_other_versions_of_transformers_write_says_the_same(changes):
         (["is_mask_instruction"], False, "expected true; got False"),
         (["is_mask_instruction"], 1, "expected true; got 1"),
         (["add_eos"], False, "expected true"),
+        (["quantization_config"], {"quant_method": "bitsandbytes"}, "quantization_config: expected null, because only"),
+        ([*TEXT, "quantization_config"], {}, "text_config.quantization_config: expected null, because only plain"),
         (["padding_side"], "left", "expected \"right\"; got 'left'"),
         (["mask_type"], "a", "expected \"b\"; got 'a'"),
         (["torch_dtype"], "int8", "expected 'float16', 'bfloat16' or 'float32'; got 'int8'"),

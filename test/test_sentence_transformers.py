@@ -278,6 +278,22 @@ def test_a_pooler_that_no_vector_needs_may_be_missing(copy):
     np.testing.assert_allclose(got, vectors(reference(folder), TEXTS, is_query=False), atol=1e-5)
 
 
+def test_weights_saved_with_a_head_load_but_not_with_layers_that_the_config_leaves_out(copy, references):
+    """As those of a masked language model: longer names, what no vector needs, and a mask of small integers."""
+    folder = copy("bert_mean")
+    tensors = {f"bert.{name}": tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    more = {"cls.predictions.bias": torch.zeros(9), "bert.mask": torch.ones(4, dtype=torch.uint8)}
+    save_file(tensors | more, folder / "model.safetensors", {"format": "pt"})
+    engine, tokenizer = load(folder)
+    expected = vectors(references["bert_mean"], TEXTS, is_query=False)
+    np.testing.assert_allclose(engine.embed(tokenizer.encode(TEXTS, "")), expected, atol=1e-5)
+    change(folder / "config.json", num_hidden_layers=1)
+    with pytest.raises(
+        CheckpointError, match=r"all layers in the weights; got bert\.encoder\.layer\.1\..* beside them"
+    ):
+        load(folder)
+
+
 def test_half_precision_is_close_and_float32_is_exact_whatever_the_files_hold(copy, references):
     folder = copy("gemma3")
     save_file(

@@ -446,7 +446,7 @@ def test_a_model_is_named_as_its_folder_or_as_the_repository_of_a_snapshot(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("a b", "expected a folder named as a model can be (a letter or digit, then"),
+        ("a b", "characters at most); got 'a b'; rename it, or give a link to it that has such a name"),
         ("added", "expected a folder named as no other model; got 'added'; rename it, or remove"),
         ("nv-embed-v2", "expected a folder named as no other model; got 'nv-embed-v2'"),
     ],
@@ -455,6 +455,16 @@ def test_a_folder_whose_name_no_model_can_have_is_refused(serve, copy, other, na
     add(copy, "added", other("elsewhere"))
     done = serve(script=copy / "serve.sh", programs=["tritonserver"], RUNTIME="native", MODEL_PATH=other(name))
     assert_refused(done, "serve.sh: MODEL_PATH: ", message)
+
+
+def test_a_name_that_the_model_would_not_have_is_refused(serve, copy, other, toy):
+    settings = {"script": copy / "serve.sh", "programs": ["tritonserver"], "RUNTIME": "native"}
+    for folder, name in ((other("bge"), "bge"), (toy, "nv-embed-v2")):
+        done = serve(MODEL_PATH=folder, NV_EMBED_MODEL_NAME="mine", **settings)
+        assert_refused(
+            done, f"expected none, because serve.sh names the model, here '{name}'; found", "'mine'. Unset it."
+        )
+        assert serve(MODEL_PATH=folder, NV_EMBED_MODEL_NAME=name, **settings).returncode == 0
 
 
 def test_where_no_repository_can_be_made_the_start_is_refused(serve, copy, other):

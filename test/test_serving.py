@@ -277,7 +277,10 @@ def test_settings_reach_what_they_are_of_and_known_texts_come_from_the_cache(toy
             "environment: expected the name of a setting; got NV_EMBED_DEVCE; correct it or unset it; known: ",
         ),
         ({"NV_EMBED_MAX_QUEUE_TOKENS": "100"}, "expected max_sequence_tokens to be at most max_queue_tokens"),
-        ({"NV_EMBED_MAX_SEQUENCE_TOKENS": "16"}, "max_sequence_tokens (16) leaves nothing of a query"),
+        (
+            {"NV_EMBED_MAX_SEQUENCE_TOKENS": "16"},
+            "query_prompt, or max_sequence_tokens: no query could be embedded: expected an instruction",
+        ),
     ],
 )
 def test_a_bad_setting_ends_the_start_with_its_name(toy, tmp_path, environ, words):

@@ -54,7 +54,10 @@ def repository_of(name: str, repository: Path) -> Path:
     find what they expect, also when a model was removed meanwhile. Raises Refusal.
     """
     if not NAME.fullmatch(name):
-        raise Refusal(f"expected a folder named as a model can be ({NAME_IN_WORDS}); got {name!r}; rename it")
+        raise Refusal(
+            f"expected a folder named as a model can be ({NAME_IN_WORDS}); got {name!r}; rename it, or give a link "
+            "to it that has such a name"
+        )
     if (repository / name).is_dir():
         raise Refusal(
             f"expected a folder named as no other model; got {name!r}; rename it, or remove {repository / name}"

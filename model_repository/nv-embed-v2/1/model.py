@@ -114,10 +114,9 @@ class TritonPythonModel:
             for kind, prompt in (("query", config.query_prompt), ("document", config.document_prompt)):
                 try:
                     tokenizer.encode([SAMPLE_TEXT], prompt)
-                except InvalidRequest:
+                except InvalidRequest as error:
                     raise ConfigError(
-                        f"max_sequence_tokens ({config.max_sequence_tokens}) leaves nothing of a {kind} beside "
-                        f"{kind}_prompt; raise it"
+                        f"{kind}_prompt, or max_sequence_tokens: no {kind} could be embedded: {error}"
                     ) from None
             engines = load_engines(
                 folder, checkpoint, devices=config.device, dtype=config.dtype, attention=config.attention,

@@ -236,6 +236,8 @@ def test_what_is_not_begun_by_this_command_is_not_touched(server, corpus, tmp_pa
     assert bulk(server.url, corpus[0], tmp_path) == 2
     assert f"expected an empty folder, or one that this command began; got '{tmp_path}'" in capsys.readouterr().err
     assert bulk(server.url, corpus[0], tmp_path / "out", "--workers", "0") == 2
+    assert bulk(server.url, corpus[0], corpus[0] / "out") == 2
+    assert "expected an OUTPUT outside INPUT, because all files there are read; got" in capsys.readouterr().err
     assert bulk(server.url, corpus[0], tmp_path / "out", "--ray-address", "127.0.0.1:1") == 2
     assert "expected a cluster of Ray at --ray-address; got '127.0.0.1:1'" in capsys.readouterr().err
 

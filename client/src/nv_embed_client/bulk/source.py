@@ -105,8 +105,11 @@ def unified(schemas: Iterable[Any]) -> Any:
     Raises:
         InvalidInput: a column has types that cannot be one.
     """
+    several = list(schemas)
+    if not several:  # of an empty file
+        return pa.schema([])
     try:
-        return pa.unify_schemas(list(schemas), promote_options="permissive")
+        return pa.unify_schemas(several, promote_options="permissive")
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise InvalidInput.of(
             expected="files whose columns have the same types", got=str(error), remedy="convert them"
@@ -139,6 +142,12 @@ def rows_of(folder: Folder, piece: Piece, schema: Any) -> Any:
             for field in schema
         ]
         return pa.table(columns, schema=schema)
+
+
+def texts_of(table: Any, column: str) -> list[str | None]:
+    """The texts of a table, whatever the type that holds its strings; None where there is none."""
+    texts: list[str | None] = table[column].to_pylist()
+    return texts
 
 
 def _opened_at(folder: Folder, name: str, start: int) -> Any:

@@ -10,6 +10,7 @@ import ray
 
 from nv_embed_client.bulk import ids, parts, source
 from nv_embed_client.bulk.folder import Entry, Folder
+from nv_embed_client.bulk.formats import format_of
 from nv_embed_client.bulk.ids import NUM_SHARDS, Hashes
 from nv_embed_client.bulk.plan import Model, Plan, Wish
 from nv_embed_client.bulk.source import Piece
@@ -54,12 +55,12 @@ def _look(wish: Wish, name: str) -> tuple[Any, ...]:
     """What one file has: a `_Seen` or the error, and the hashes of its ids in each shard."""
     folder = Folder.at(wish.input)
     pieces: list[Piece] = []
-    schemas = [source.schema_of(folder, name)] if source.format_of(name) == "parquet" else []
+    schemas = [source.schema_of(folder, name)] if format_of(name) == "parquet" else []
     hashes: list[list[Hashes]] = [[] for _ in range(NUM_SHARDS)]
     try:
         for piece, columns in source.pieces_of(folder, name, wish.rows_per_file):
             pieces.append(piece)
-            if source.format_of(name) != "parquet":
+            if format_of(name) != "parquet":
                 schemas.append(columns(None).schema)
             if wish.id_column is not None:
                 _check_name(schemas[-1], "--id-column", wish.id_column)

@@ -73,7 +73,7 @@ class Servers:
         return [ports.url for ports in self._ports]
 
     def start(self, number: int) -> None:
-        settings = {"DEVICE": "cpu", "NV_EMBED_CACHE_MEBIBYTES": "0"}
+        settings = {"DEVICE": "cpu", "NV_EMBED_CACHE_MEBIBYTES": "0", "NV_EMBED_DTYPE": "float32"}  # rows are compared
         log = self._folder / f"server-{number}.log"
         self._started[number] = StartedServer(log, settings, ports=self._ports[number]).wait_until_ready()
 

@@ -140,7 +140,15 @@ class Trio:
     """Three servers on one port."""
 
     def __init__(self, folder: Path, settings: dict[str, str]) -> None:
-        self._folder, self._settings = folder, settings | {"NV_EMBED_CACHE_MEBIBYTES": "0", "OMP_NUM_THREADS": "1"}
+        self._folder, self._settings = (
+            folder,
+            settings
+            | {
+                "NV_EMBED_DTYPE": "float32",  # because rows are compared
+                "NV_EMBED_CACHE_MEBIBYTES": "0",
+                "OMP_NUM_THREADS": "1",
+            },
+        )
         self.port, *others = free_ports(1 + 2 * len(ADDRESSES))
         self._ports = [Ports(others[2 * n], self.port, others[2 * n + 1]) for n in range(len(ADDRESSES))]
         self.servers: dict[int, StartedServer] = {}

@@ -10,10 +10,12 @@ import pyarrow.csv
 import pyarrow.parquet
 import pytest
 from conftest import REPO
-from nv_embed_client import InvalidInput, MockTransport, NVEmbedClient, ServerFailure
-from nv_embed_client.bulk import ids, source
+from nv_embed_client import InvalidInput, MockTransport, NVEmbedClient, ServerFailure, packed
+from nv_embed_client.bulk import ids, parts, source
 from nv_embed_client.bulk.folder import Folder, absolute
-from nv_embed_client.bulk.vectors import Embedder
+from nv_embed_client.bulk.plan import Model, Plan, Wish
+from nv_embed_client.bulk.source import texts_of
+from nv_embed_client.bulk.vectors import Embedder, Vectors
 from nv_embed_client.cli.__main__ import main
 
 ROWS = [
@@ -154,6 +156,65 @@ def test_what_cannot_be_an_id_is_refused(column, message):
 def test_ids_are_made_of_file_and_row():
     made = ids.ids_of(pa.table({"text": ["a", "b"]}), source.Piece("f/a.csv", 0, 0, 10, 2), None)
     assert made.to_pylist() == ["f/a.csv:10", "f/a.csv:11"]
+
+
+@pytest.mark.parametrize("embedding_type", ["float", "float16", "int8", "ubinary"])
+def test_a_part_keeps_columns_of_any_type_and_says_whose_its_vectors_are(embedding_type, tmp_path):
+    table = pa.table(
+        {
+            "text": pa.array(["a", "b", "a"]).dictionary_encode(),
+            "more": [[{"x": 1}], [], None],
+            "empty": pa.nulls(3),
+            "a.b": pa.array([1, 2, 3], pa.int16()),
+            "bytes": [b"\0", None, b""],
+        }
+    )
+    (tmp_path / "in").mkdir()
+    pa.parquet.write_table(table, tmp_path / "in" / "a.parquet")
+    folder, source_folder = Folder.at(str(tmp_path / "out")), Folder.at(str(tmp_path / "in"))
+    schema = source.schema_of(source_folder, "a.parquet")
+    pieces = tuple(piece for piece, _ in source.pieces_of(source_folder, "a.parquet", 10))
+    plan = Plan(
+        Wish(str(tmp_path / "in"), embedding_type=embedding_type),
+        Model("name", "print", 16, ""),
+        tuple(source_folder.entries()),
+        schema,
+        pieces,
+    )
+    plan.write(folder)
+    assert Plan.read(folder) == plan
+    table = source.rows_of(source_folder, pieces[0], plan.schema)
+    assert texts_of(table, "text") == ["a", "b", "a"]
+    rows = packed(np.eye(3, 16, dtype=np.float32), embedding_type)
+    reasons = {1: "it failed"}
+    kept = Vectors(np.array([0, 2]), rows[[0, 2]], np.array([1, 2], np.int32), np.array([True, False]), reasons)
+    for _ in range(2):
+        parts.write(folder, plan, 0, table, kept)
+    read = pa.parquet.read_table(tmp_path / "out" / "part-000000.parquet")
+    assert read.select(table.column_names).to_pylist() == table.take([0, 2]).to_pylist()
+    assert read["id"].to_pylist() == ["a.parquet:0", "a.parquet:2"]
+    assert np.array_equal(np.stack(read["embedding"].to_numpy()), rows[[0, 2]])
+    assert read.schema.field("embedding").type.list_size == rows.shape[1]
+    assert json.loads(read.schema.metadata[b"nv_embed"]) == {
+        "name": "name", "fingerprint": "print", "dimension": 16, "document_prompt": "",
+        "embedding_type": embedding_type, "instruction": None, "id_column": "id",
+    }  # fmt: skip
+    assert json.loads(folder.read("_failed/part-000000.jsonl")) == {"id": "a.parquet:1", "reason": "it failed"}
+    assert parts.finished(folder, range(2)) == {0: 2}
+    (tmp_path / "out" / "part-000001.parquet").write_bytes(b"PAR1 without an end")
+    assert parts.finished(folder, range(2)) == {0: 2}
+    everything = Vectors(np.arange(3), rows, np.ones(3, np.int32), np.zeros(3, np.bool_), {})
+    parts.write(folder, plan, 0, table, everything)
+    assert folder.read("_failed/part-000000.jsonl") is None
+
+
+def test_an_empty_file_is_no_piece(tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n\n")
+    (tmp_path / "b.csv").write_text("id,text\n")
+    pa.parquet.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "c.parquet")
+    for name in ("a.jsonl", "b.csv", "c.parquet"):
+        assert list(source.pieces_of(Folder.at(str(tmp_path)), name, 10)) == []
+    assert source.unified([]) == pa.schema([])
 
 
 class Moody(MockTransport):

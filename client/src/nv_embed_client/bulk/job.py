@@ -108,7 +108,12 @@ def _checked(wish: Wish, output: str, workers: int, patience_seconds: float) -> 
         if not value > 0:
             raise InvalidInput.of(expected=f"{name} of more than 0", got=str(value), remedy="correct it")
     fields = {name: getattr(wish, name) for name in Wish.__dataclass_fields__}
-    return Wish(**fields | {"input": absolute(wish.input)}), absolute(output)
+    wish, output = Wish(**fields | {"input": absolute(wish.input)}), absolute(output)
+    if f"{output}/".startswith(f"{wish.input.rstrip('/')}/"):
+        raise InvalidInput.of(
+            expected="an OUTPUT outside INPUT, because all files there are read", got=output, remedy="choose another"
+        )
+    return wish, output
 
 
 @contextmanager

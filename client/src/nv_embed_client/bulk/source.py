@@ -3,25 +3,19 @@ vectors."""
 
 from __future__ import annotations
 
-import csv
 import io
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
 
 import pyarrow as pa
-import pyarrow.json
 import pyarrow.parquet
 
+from nv_embed_client.bulk import text_files
 from nv_embed_client.bulk.folder import Entry, Folder
+from nv_embed_client.bulk.formats import COMPRESSIONS, format_of, readable
 from nv_embed_client.errors import InvalidInput
-
-_FORMATS = {"parquet": "parquet", "jsonl": "jsonl", "ndjson": "jsonl", "json": "jsonl", "csv": "csv"}
-_COMPRESSIONS = (".gz", ".bz2", ".zst", ".lz4")
-_MAX_PIECE_BYTES = 64 * 2**20  # of text files: long texts make short pieces
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,15 +30,6 @@ class Piece:
 
 
 Columns: TypeAlias = Callable[[Sequence[str] | None], Any]
-
-
-def format_of(name: str) -> str | None:
-    """ "parquet", "jsonl" or "csv" by a file's name, None for any other."""
-    stem, dot, suffix = name.rpartition(".")
-    if dot + suffix in _COMPRESSIONS:
-        suffix = stem.rpartition(".")[2]
-        return None if suffix == "parquet" else _FORMATS.get(suffix)
-    return _FORMATS.get(suffix)
 
 
 def corpus_of(folder: Folder, address: str) -> tuple[list[Entry], list[Entry]]:
@@ -76,17 +61,17 @@ def pieces_of(folder: Folder, name: str, max_rows: int) -> Iterator[tuple[Piece,
         InvalidInput: the file is not what its name says.
     """
     if format_of(name) == "parquet":
-        with _readable(name), folder.open(name) as file:
+        with readable(name), folder.open(name) as file:
             num_rows = pa.parquet.ParquetFile(file).metadata.num_rows
         for start in range(0, num_rows, max_rows):
             piece = Piece(name, start, min(start + max_rows, num_rows), start, min(max_rows, num_rows - start))
             yield piece, partial(_rows_of_parquet, folder, piece)
         return
     first_row = 0
-    with _readable(name), io.BufferedReader(folder.open_stream(name), 2**20) as stream:
-        header, start = _header(stream, name)
-        for stop, content in _cut(stream, name, start, max_rows):
-            table = _table(content, header, name, first_row, None)
+    with readable(name), io.BufferedReader(folder.open_stream(name), 2**20) as stream:
+        header, start = text_files.header(stream, name)
+        for stop, content in text_files.cut(stream, name, start, max_rows):
+            table = text_files.table(content, header, name, first_row, None)
             if table.num_rows:
                 piece = Piece(name, start, stop, first_row, table.num_rows)
                 yield piece, partial(_selected, table)
@@ -95,7 +80,7 @@ def pieces_of(folder: Folder, name: str, max_rows: int) -> Iterator[tuple[Piece,
 
 def schema_of(folder: Folder, name: str) -> Any:
     """Of a Parquet file."""
-    with _readable(name), folder.open(name) as file:
+    with readable(name), folder.open(name) as file:
         return pa.parquet.read_schema(file).remove_metadata()
 
 
@@ -105,8 +90,11 @@ def unified(schemas: Iterable[Any]) -> Any:
     Raises:
         InvalidInput: a column has types that cannot be one.
     """
+    several = list(schemas)
+    if not several:  # of an empty file
+        return pa.schema([])
     try:
-        return pa.unify_schemas(list(schemas), promote_options="permissive")
+        return pa.unify_schemas(several, promote_options="permissive")
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise InvalidInput.of(
             expected="files whose columns have the same types", got=str(error), remedy="convert them"
@@ -119,15 +107,15 @@ def rows_of(folder: Folder, piece: Piece, schema: Any) -> Any:
     Raises:
         InvalidInput: the file has changed since it was cut.
     """
-    with _readable(piece.file):
+    with readable(piece.file):
         if format_of(piece.file) == "parquet":
             table = _rows_of_parquet(folder, piece, None)
         else:
             with io.BufferedReader(folder.open_stream(piece.file), 2**20) as stream:
-                header, _ = _header(stream, piece.file)
+                header, _ = text_files.header(stream, piece.file)
             with _opened_at(folder, piece.file, piece.start) as stream:
                 content = stream.read(piece.stop - piece.start)
-            table = _table(content, header, piece.file, piece.first_row, schema)
+            table = text_files.table(content, header, piece.file, piece.first_row, schema)
         if table.num_rows != piece.num_rows:
             raise InvalidInput.of(
                 expected=f"{piece.num_rows} rows from row {piece.first_row} of {piece.file}",
@@ -141,8 +129,14 @@ def rows_of(folder: Folder, piece: Piece, schema: Any) -> Any:
         return pa.table(columns, schema=schema)
 
 
+def texts_of(table: Any, column: str) -> list[str | None]:
+    """The texts of a table, whatever the type that holds its strings; None where there is none."""
+    texts: list[str | None] = table[column].to_pylist()
+    return texts
+
+
 def _opened_at(folder: Folder, name: str, start: int) -> Any:
-    if name.endswith(_COMPRESSIONS):
+    if name.endswith(COMPRESSIONS):
         stream = io.BufferedReader(folder.open_stream(name), 2**20)
         while start:  # a compressed file can only be read from its front
             start -= len(stream.read(min(start, 2**24))) or start
@@ -157,7 +151,7 @@ def _selected(table: Any, columns: Sequence[str] | None) -> Any:
 
 
 def _rows_of_parquet(folder: Folder, piece: Piece, columns: Sequence[str] | None) -> Any:
-    with _readable(piece.file), folder.open(piece.file) as opened:
+    with readable(piece.file), folder.open(piece.file) as opened:
         file = pa.parquet.ParquetFile(opened)
         groups: list[int] = []
         at, end = 0, 0  # at: the first row of what is read
@@ -174,117 +168,3 @@ def _rows_of_parquet(folder: Folder, piece: Piece, columns: Sequence[str] | None
             if at >= piece.stop:
                 break
         return pa.Table.from_batches(batches)
-
-
-def _header(stream: Any, name: str) -> tuple[list[str] | None, int]:
-    """The names of CSV's columns, and where the rows begin."""
-    if format_of(name) != "csv":
-        return None, 0
-    for fields, end in _records(stream, name, 0):
-        header = [fields[0].removeprefix("\ufeff"), *fields[1:]]
-        if len(set(header)) < len(header):
-            raise InvalidInput.of(
-                expected="different names of columns in the first line", got=f"{header} in {name}", remedy="rename one"
-            )
-        return header, end
-    raise InvalidInput.of(expected="names of columns in the first line", got=f"nothing in {name}", remedy="add them")
-
-
-def _cut(stream: Any, name: str, start: int, max_rows: int) -> Iterator[tuple[int, bytes]]:
-    """(where it ends, its bytes) of one piece after the other."""
-    taken: list[bytes] = []
-    num_rows, end = 0, start
-
-    def remembered() -> Iterator[bytes]:
-        for line in stream:
-            taken.append(line)
-            yield line
-
-    for is_row, after in _row_ends(remembered(), name, start):
-        num_rows, end = num_rows + is_row, after
-        if num_rows >= max_rows or end - start >= _MAX_PIECE_BYTES:
-            yield end, b"".join(taken)
-            taken.clear()
-            start, num_rows = end, 0
-    if taken:
-        yield end, b"".join(taken)
-
-
-def _row_ends(lines: Iterator[bytes], name: str, start: int) -> Iterator[tuple[bool, int]]:
-    if format_of(name) == "csv":
-        for fields, end in _records(lines, name, start):
-            yield bool(fields), end
-        return
-    for line in lines:
-        start += len(line)
-        yield bool(line.strip()), start
-
-
-def _records(lines: Iterable[bytes], name: str, start: int) -> Iterator[tuple[list[str], int]]:
-    """The fields of each record of CSV, and the byte at which it ends. A field may hold line breaks."""
-    csv.field_size_limit(sys.maxsize)  # its default is shorter than a long text
-    end = start
-
-    def decoded() -> Iterator[str]:
-        nonlocal end
-        for line in lines:
-            end += len(line)
-            yield line.decode()
-
-    try:
-        for fields in csv.reader(decoded(), strict=True):
-            yield fields, end
-    except csv.Error as error:
-        raise _unreadable(name, f"{error}, before byte {end}") from None
-
-
-def _table(content: bytes, header: list[str] | None, name: str, first_row: int, schema: Any) -> Any:
-    if header is None:
-        if not content.strip():
-            return pa.table({})
-        # One block, because an object must not cross two of them.
-        read = pa.json.ReadOptions(use_threads=False, block_size=len(content) + 1)
-        parse = pa.json.ParseOptions(explicit_schema=schema)
-        table = pa.json.read_json(io.BytesIO(content), read, parse)
-        if schema is None and (plain := _as_written(table.schema)) != table.schema:
-            return _table(content, header, name, first_row, plain)
-        return table
-    records = [fields for fields, _ in _records(io.BytesIO(content), name, 0) if fields]
-    for number, fields in enumerate(records, first_row):
-        if len(fields) != len(header):
-            raise _unreadable(name, f"{len(fields)} fields in row {number}, and {len(header)} names of columns")
-    columns = zip(*records, strict=True) if records else [[] for _ in header]
-    # CSV has no types, so that "007" stays what it is.
-    return pa.table([pa.array(column, pa.string()) for column in columns], names=header)
-
-
-def _as_written(schema: Any) -> Any:
-    """Without the timestamps that pyarrow sees in strings, because JSON has none."""
-
-    def plain(type_: Any) -> Any:
-        if pa.types.is_timestamp(type_):
-            return pa.string()
-        if pa.types.is_list(type_):
-            return pa.list_(plain(type_.value_type))
-        if pa.types.is_struct(type_):
-            return pa.struct([pa.field(field.name, plain(field.type)) for field in type_])
-        return type_
-
-    return pa.schema([pa.field(field.name, plain(field.type)) for field in schema])
-
-
-@contextmanager
-def _readable(name: str) -> Iterator[None]:
-    """Around reading a file: an error that its content causes names it."""
-    try:
-        yield
-    except InvalidInput:
-        raise
-    except (ValueError, OSError, pa.ArrowException) as error:
-        raise _unreadable(name, str(error)) from None
-
-
-def _unreadable(name: str, got: str) -> InvalidInput:
-    return InvalidInput.of(
-        expected=f"{format_of(name)} in {name}", got=got, remedy="repair the file, or take it out of the input"
-    )

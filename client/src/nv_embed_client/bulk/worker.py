@@ -6,13 +6,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from nv_embed_client import errors
 from nv_embed_client.bulk import parts
 from nv_embed_client.bulk.folder import Folder
 from nv_embed_client.bulk.plan import Model, Plan
-from nv_embed_client.bulk.source import rows_of
+from nv_embed_client.bulk.source import rows_of, texts_of
 from nv_embed_client.bulk.vectors import UNTIL_THE_DEADLINE, Embedder
 from nv_embed_client.client import NVEmbedClient
 from nv_embed_client.errors import InvalidInput, NVEmbedError
@@ -63,7 +62,7 @@ class Worker:
         if there is not None:  # Ray repeats what it lost sight of
             return there
         table = rows_of(Folder.at(plan.wish.input), plan.pieces[number], plan.schema)
-        texts = table[plan.wish.text_column].cast(pa.large_string()).to_pylist()
+        texts = texts_of(table, plan.wish.text_column)
         wish = plan.wish
         embedder = Embedder(self._client, wish.embedding_type, wish.instruction, self._patience_seconds)
         # Before and after, because a server may come back with another model on the way.

@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING, get_args
 
 from nv_embed_client.embedding_type import EmbeddingType
+from nv_embed_client.errors import NVEmbedError
 from nv_embed_client.extras import needs_extra
 
 if TYPE_CHECKING:
@@ -61,16 +62,22 @@ def run(parsed: argparse.Namespace) -> int:
         parsed.instruction,
         parsed.rows_per_file,
     )
-    done = embed_corpus(
-        wish,
-        parsed.output,
-        url=parsed.url,
-        model_name=parsed.model_name,
-        ray_address=parsed.ray_address,
-        workers=parsed.workers,
-        patience_seconds=parsed.patience,
-        progress=sys.stderr.isatty(),
-    )
+    try:
+        done = embed_corpus(
+            wish,
+            parsed.output,
+            url=parsed.url,
+            model_name=parsed.model_name,
+            ray_address=parsed.ray_address,
+            workers=parsed.workers,
+            patience_seconds=parsed.patience,
+            progress=sys.stderr.isatty(),
+        )
+    except NVEmbedError:
+        raise
+    except OSError as error:
+        print(f"nv-embed: {error}; the same command continues", file=sys.stderr)
+        return 1
     print(f"{parsed.output}: {done.num_rows} vectors, {done.num_before} texts were done before")
     if done.num_failed:
         print(f"{parsed.output}/_failed: {done.num_failed} texts that have no vector, and why")

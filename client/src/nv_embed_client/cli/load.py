@@ -32,7 +32,11 @@ def run(parsed: argparse.Namespace) -> int:
     with needs_extra("bulk"):
         from nv_embed_client.bulk.lance import load
 
-    done = load(parsed.output, parsed.folder, parsed.table, progress=sys.stderr.isatty())
+    try:
+        done = load(parsed.output, parsed.folder, parsed.table, progress=sys.stderr.isatty())
+    except OSError as error:
+        print(f"nv-embed: {error}; the same command continues", file=sys.stderr)
+        return 1
     print(
         f"{parsed.folder}: {done.num_rows} rows in {parsed.table}; {done.num_inserted} are new, {done.num_updated} "
         "were there"

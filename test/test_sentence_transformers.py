@@ -731,7 +731,7 @@ def server_of_all(folders, minilm, tmp_path_factory):
     settings["minilm"] = {"model_path": str(minilm), "query_prompt": "query: ", "document_prompt": "passage: "}
     for name, values in settings.items():
         (repository / name).mkdir()
-        config = config_with(name, {"device": "cpu", "target_batch_milliseconds": "20"} | values)
+        config = config_with(name, {"device": "cpu", "dtype": "float32", "target_batch_milliseconds": "20"} | values)
         fill(repository / name, config, str(ROOT / "model_repository/nv-embed-v2/1"))
     ports = Ports(*free_ports(3))
     command = [sys.executable, ROOT / "tools/pip_triton.py"]

@@ -13,8 +13,10 @@ from conftest import REPO
 from nv_embed_client import InvalidInput, MockTransport, NVEmbedClient, ServerFailure
 from nv_embed_client.bulk import ids, source
 from nv_embed_client.bulk.folder import Folder, absolute
+from nv_embed_client.bulk.plan import Model, Plan, Wish
 from nv_embed_client.bulk.vectors import Embedder
 from nv_embed_client.cli.__main__ import main
+from nv_embed_client.embedding_type import EMBEDDING_TYPES
 
 ROWS = [
     {"id": f"{number:03}", "text": f'line {number}\nof "text", \u65e5\u672c\u8a9e ' + "x" * (number * 37 % 500)}
@@ -99,6 +101,8 @@ def test_a_corpus_is_of_one_format_and_leaves_out_hidden_and_other_files(tmp_pat
     assert [other.name for other in others] == ["README.md", "x.parquet.gz"]
     (file,), _ = source.corpus_of(Folder.at(str(tmp_path / "a.csv.gz")), "here")
     assert file.name == "a.csv.gz"
+    (file,), _ = source.corpus_of(Folder.at(str(tmp_path / "_failed" / "x.csv")), "here")
+    assert file.name == "x.csv"  # a hidden one, too, if it is named
     (tmp_path / "c.parquet").touch()
     with pytest.raises(InvalidInput, match=r"expected files of one format.*; got csv and parquet at 'here'; give"):
         source.corpus_of(Folder.at(str(tmp_path)), "here")
@@ -149,6 +153,16 @@ def test_what_cannot_be_an_id_is_refused(column, message):
     with pytest.raises(InvalidInput) as refused:
         ids.ids_of(pa.table({"key": column}), source.Piece("a.csv", 0, 0, 10, 2), "key")
     assert str(refused.value) == message
+
+
+def test_a_plan_knows_the_width_of_rows_also_of_signs_that_fill_no_whole_byte():
+    widths = {
+        embedding_type: Plan(
+            Wish("in", embedding_type=embedding_type), Model("m", "f", 300, ""), (), pa.schema([]), ()
+        ).width
+        for embedding_type in EMBEDDING_TYPES
+    }
+    assert widths == dict.fromkeys(("float", "float16", "int8", "uint8"), 300) | {"binary": 38, "ubinary": 38}
 
 
 def test_ids_are_made_of_file_and_row():

@@ -7,11 +7,12 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from nv_embed_client.bulk.folder import Entry, Folder
 from nv_embed_client.bulk.source import Piece
-from nv_embed_client.embedding_type import EmbeddingType
+from nv_embed_client.embedding_type import EmbeddingType, packed
 from nv_embed_client.errors import InvalidInput
 from nv_embed_client.model_info import ModelInfo
 
@@ -75,6 +76,11 @@ class Plan:
     def num_rows(self) -> int:
         """Of the input."""
         return sum(piece.num_rows for piece in self.pieces)
+
+    @property
+    def width(self) -> int:
+        """Numbers of a row's `embedding`: those of signs are bytes, of which the last may be partly used."""
+        return packed(np.zeros((1, self.model.dimension), np.float32), self.wish.embedding_type).shape[1]
 
     @property
     def id_column(self) -> str:

@@ -68,8 +68,7 @@ class Worker:
         embedder = Embedder(self._client, wish.embedding_type, wish.instruction, self._patience_seconds)
         # Before and after, because a server may come back with another model on the way.
         self._check_model(plan)
-        signs = wish.embedding_type in ("binary", "ubinary")
-        vectors = embedder.vectors_of(texts, plan.model.dimension // 8 if signs else plan.model.dimension)
+        vectors = embedder.vectors_of(texts, plan.width)
         self._check_model(plan)
         parts.write(self._folder, plan, number, table, vectors)
         return len(vectors.rows)

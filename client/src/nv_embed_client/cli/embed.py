@@ -17,7 +17,7 @@ from tqdm import tqdm
 from nv_embed_client.cli.instruction import add_instruction, instruction_in
 from nv_embed_client.cli.outputs import ADDED_COLUMNS, Output
 from nv_embed_client.cli.row import Rows
-from nv_embed_client.cli.rows import FORMATS, format_of, num_rows_of, rows_of
+from nv_embed_client.cli.rows import FORMATS, OF_SUFFIXES, format_of, num_rows_of, rows_of
 from nv_embed_client.client import NVEmbedClient
 from nv_embed_client.embedding_type import EMBEDDING_TYPES
 from nv_embed_client.errors import InvalidInput, NVEmbedError
@@ -44,8 +44,8 @@ def add_to(commands: Commands, server: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "file",
         metavar="FILE",
-        help="texts: FILE.jsonl, FILE.csv, FILE.tsv, FILE.parquet, any other file with a text on each line, or '-', "
-        "the standard input",
+        help="texts: FILE.jsonl (also .ndjson, .json), FILE.csv, FILE.tsv, FILE.parquet, any other file with a text on "
+        "each line, or '-', the standard input",
     )
     parser.add_argument(
         "-o",
@@ -124,7 +124,7 @@ def run(parsed: argparse.Namespace) -> int:
 def _default_out(path: str, format: str) -> str:
     if path == "-":
         return "-"
-    stem = Path(path).with_suffix("") if Path(path).suffix in (".txt", *map(".{}".format, FORMATS)) else path
+    stem = Path(path).with_suffix("") if Path(path).suffix in (".txt", *OF_SUFFIXES) else path
     return f"{stem}.embeddings{_DEFAULT_ENDINGS[format]}"
 
 

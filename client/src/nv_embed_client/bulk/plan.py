@@ -80,7 +80,9 @@ class Plan:
     @property
     def width(self) -> int:
         """Numbers of a row's `embedding`: those of signs are bytes, of which the last may be partly used."""
-        return packed(np.zeros((1, self.model.dimension), np.float32), self.wish.embedding_type).shape[1]
+        row = np.zeros((1, self.model.dimension), np.float32)
+        width: int = packed(row, self.wish.embedding_type).shape[1]
+        return width
 
     @property
     def id_column(self) -> str:

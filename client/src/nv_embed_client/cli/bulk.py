@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING, get_args
+from typing import get_args
 
+from nv_embed_client.cli import Commands
 from nv_embed_client.embedding_type import EmbeddingType
 from nv_embed_client.extras import needs_extra
-
-if TYPE_CHECKING:
-    # What argparse calls it; no other name is public.
-    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 def add_to(commands: Commands, server: argparse.ArgumentParser) -> None:

@@ -10,10 +10,10 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from nv_embed_client.cli import Commands
 from nv_embed_client.cli.instruction import add_instruction, instruction_in
 from nv_embed_client.cli.outputs import ADDED_COLUMNS, Output
 from nv_embed_client.cli.row import Rows
@@ -24,10 +24,6 @@ from nv_embed_client.errors import InvalidInput, NVEmbedError
 from nv_embed_client.model_info import ModelInfo
 from nv_embed_client.outcome import AHEAD, Embedder, in_order
 from nv_embed_client.retry import PATIENT
-
-if TYPE_CHECKING:
-    # What argparse calls it; no other name is public.
-    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 _DEFAULT_ENDINGS = {"lines": ".npy", "jsonl": ".jsonl", "csv": ".parquet", "tsv": ".parquet", "parquet": ".parquet"}
 

@@ -13,10 +13,11 @@ from conftest import REPO
 from nv_embed_client import InvalidInput, MockTransport, NVEmbedClient, ServerFailure
 from nv_embed_client.bulk import ids, source
 from nv_embed_client.bulk.folder import Folder, absolute
-from nv_embed_client.bulk.plan import Model, Plan, Wish
+from nv_embed_client.bulk.plan import Plan, Wish
 from nv_embed_client.bulk.vectors import Embedder
 from nv_embed_client.cli.__main__ import main
 from nv_embed_client.embedding_type import EMBEDDING_TYPES
+from nv_embed_client.model_info import Identity
 
 ROWS = [
     {"id": f"{number:03}", "text": f'line {number}\nof "text", \u65e5\u672c\u8a9e ' + "x" * (number * 37 % 500)}
@@ -158,7 +159,7 @@ def test_what_cannot_be_an_id_is_refused(column, message):
 def test_a_plan_knows_the_width_of_rows_also_of_signs_that_fill_no_whole_byte():
     widths = {
         embedding_type: Plan(
-            Wish("in", embedding_type=embedding_type), Model("m", "f", 300, ""), (), pa.schema([]), ()
+            Wish("in", embedding_type=embedding_type), Identity("m", "f", 300, ""), (), pa.schema([]), ()
         ).width
         for embedding_type in EMBEDDING_TYPES
     }

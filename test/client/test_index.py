@@ -157,7 +157,7 @@ def test_another_models_vectors_are_never_added_or_searched(tmp_path):
     ):
         with pytest.raises(InvalidInput, match=r"expected the model whose vectors .* holds: nv-embed-v2 with fingerpr"):
             Store(str(tmp_path / ".nv-embed"), other)
-        with pytest.raises(InvalidInput, match="remove the folder and index again"):
+        with pytest.raises(InvalidInput, match="; give the address of a server with that model, or choose"):
             indexed(tmp_path, MockTransport(dimension=8), other)
     assert indexed(tmp_path, MockTransport(dimension=8), replace(info, name="another-name")).unchanged == 1
 

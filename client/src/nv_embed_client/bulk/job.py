@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from nv_embed_client.bulk import parts
 from nv_embed_client.bulk.folder import Folder, absolute
-from nv_embed_client.bulk.plan import SUCCESS, Model, Plan, Wish
+from nv_embed_client.bulk.plan import SUCCESS, Plan, Wish
 from nv_embed_client.bulk.source import corpus_of
 from nv_embed_client.bulk.survey import planned
 from nv_embed_client.bulk.worker import Worker, raised
@@ -82,7 +82,7 @@ def embed_corpus(
             expected="an empty folder, or one that this command began", got=repr(output), remedy="choose another OUTPUT"
         )
     with NVEmbedClient(url, model_name) as client:
-        model = Model.of(client.model_info())
+        model = client.model_info().identity
     files, others = corpus_of(Folder.at(wish.input), wish.input)
     if others:
         tqdm.write(f"{len(others)} other files are left out, such as {others[0].name}")

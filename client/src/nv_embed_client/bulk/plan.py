@@ -14,7 +14,7 @@ from nv_embed_client.bulk.folder import Entry, Folder
 from nv_embed_client.bulk.source import Piece
 from nv_embed_client.embedding_type import EmbeddingType, packed
 from nv_embed_client.errors import InvalidInput
-from nv_embed_client.model_info import ModelInfo
+from nv_embed_client.model_info import Identity
 
 PLAN = "_plan.json"
 SUCCESS = "_SUCCESS"
@@ -35,39 +35,11 @@ class Wish:
 
 
 @dataclass(frozen=True, slots=True)
-class Model:
-    """What vectors must have in common to be compared."""
-
-    name: str
-    fingerprint: str
-    dimension: int
-    document_prompt: str
-
-    @classmethod
-    def of(cls, info: ModelInfo) -> Model:
-        """What a server says."""
-        return cls(info.name, info.fingerprint, info.dimension, info.document_prompt)
-
-    def check(self, other: Model, where: str) -> None:
-        """
-        Raises:
-            InvalidInput: vectors of the other model must not be added to those of this one.
-        """
-        for name in ("fingerprint", "document_prompt", "dimension"):
-            if getattr(self, name) != getattr(other, name):
-                raise InvalidInput.of(
-                    expected=f"the model with {name} {getattr(self, name)!r}, whose vectors {where} has",
-                    got=f"{other.name} with {getattr(other, name)!r}",
-                    remedy="serve that model again, or choose another place for the vectors of this one",
-                )
-
-
-@dataclass(frozen=True, slots=True)
 class Plan:
     """Of one OUTPUT."""
 
     wish: Wish
-    model: Model
+    model: Identity
     files: tuple[Entry, ...]
     schema: Any  # of the input, a pyarrow.Schema
     pieces: tuple[Piece, ...]  # the part of each number
@@ -126,7 +98,7 @@ class Plan:
         told = json.loads(content)
         return cls(
             Wish(**told["wish"]),
-            Model(**told["model"]),
+            Identity(**told["model"]),
             tuple(Entry(**each) for each in told["files"]),
             pa.ipc.read_schema(pa.py_buffer(base64.b64decode(told["schema"]))),
             tuple(Piece(**each) for each in told["pieces"]),

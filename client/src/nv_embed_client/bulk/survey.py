@@ -11,9 +11,10 @@ import ray
 from nv_embed_client.bulk import ids, parts, source
 from nv_embed_client.bulk.folder import Entry, Folder
 from nv_embed_client.bulk.ids import NUM_SHARDS, Hashes
-from nv_embed_client.bulk.plan import Model, Plan, Wish
+from nv_embed_client.bulk.plan import Plan, Wish
 from nv_embed_client.bulk.source import Piece
 from nv_embed_client.errors import InvalidInput
+from nv_embed_client.model_info import Identity
 
 _FILES_AT_ONCE = 256  # tasks that Ray is given before the first are done
 
@@ -26,7 +27,7 @@ class _Seen:
     schema: Any
 
 
-def planned(wish: Wish, model: Model, files: tuple[Entry, ...]) -> Plan:
+def planned(wish: Wish, model: Identity, files: tuple[Entry, ...]) -> Plan:
     """Look at all files, on all machines of the cluster.
 
     Raises:

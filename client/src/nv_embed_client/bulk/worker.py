@@ -11,7 +11,7 @@ import pyarrow as pa
 from nv_embed_client import errors
 from nv_embed_client.bulk import parts
 from nv_embed_client.bulk.folder import Folder
-from nv_embed_client.bulk.plan import Model, Plan
+from nv_embed_client.bulk.plan import Plan
 from nv_embed_client.bulk.source import rows_of
 from nv_embed_client.bulk.vectors import UNTIL_THE_DEADLINE, Embedder
 from nv_embed_client.client import NVEmbedClient
@@ -74,7 +74,7 @@ class Worker:
         return len(vectors.rows)
 
     def _check_model(self, plan: Plan) -> None:
-        plan.model.check(Model.of(self._client.model_info()), self._address)
+        plan.model.check(self._client.model_info().identity, self._address)
 
 
 def raised(kind: str, message: str) -> Exception:

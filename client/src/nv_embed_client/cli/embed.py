@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 from tqdm import tqdm
@@ -139,5 +140,5 @@ def _checked(parts: Iterator[Rows]) -> Iterator[Rows]:
 def _metadata(info: ModelInfo, parsed: argparse.Namespace, instruction: str | None) -> dict[str, str]:
     if instruction is None:
         instruction = info.query_prompt if parsed.query else info.document_prompt
-    about = info.identity | {"embedding_type": parsed.embedding_type, "instruction": instruction}
+    about = asdict(info.identity) | {"embedding_type": parsed.embedding_type, "instruction": instruction}
     return {"nv_embed": json.dumps(about, ensure_ascii=False)}

@@ -19,7 +19,7 @@ import ray
 import ray.data
 from tqdm.auto import tqdm
 
-from nv_embed_client.bulk import parts
+from nv_embed_client.bulk import PATIENCE_SECONDS, WORKERS, parts
 from nv_embed_client.bulk.folder import Folder, absolute
 from nv_embed_client.bulk.plan import SUCCESS, Plan, Wish
 from nv_embed_client.bulk.source import corpus_of
@@ -29,8 +29,6 @@ from nv_embed_client.client import NVEmbedClient
 from nv_embed_client.connection import DEFAULT_MODEL_NAME, DEFAULT_URL
 from nv_embed_client.errors import InvalidInput
 
-PATIENCE_SECONDS = 1800.0
-WORKERS = 4
 _CPUS_OF_A_WORKER = 0.25  # it mostly waits for the server
 
 

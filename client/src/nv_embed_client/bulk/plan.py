@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from nv_embed_client.bulk import ROWS_PER_FILE
 from nv_embed_client.bulk.folder import Entry, Folder
 from nv_embed_client.bulk.source import Piece
 from nv_embed_client.embedding_type import EmbeddingType, packed
@@ -31,7 +32,7 @@ class Wish:
     """Its values are unique. None: ids are made of a file's name and the row in it, in a column `id`."""
     embedding_type: EmbeddingType = "float"
     instruction: str | None = None
-    rows_per_file: int = 4096
+    rows_per_file: int = ROWS_PER_FILE
 
 
 @dataclass(frozen=True, slots=True)

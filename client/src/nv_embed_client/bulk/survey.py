@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
 import ray
 
-from nv_embed_client.bulk import ids, parts, source
+from nv_embed_client.bulk import ids, source
 from nv_embed_client.bulk.folder import Entry, Folder
 from nv_embed_client.bulk.ids import NUM_SHARDS, Hashes
 from nv_embed_client.bulk.plan import Plan, Wish
 from nv_embed_client.bulk.source import Piece
+from nv_embed_client.columns import ADDED, holds_strings
 from nv_embed_client.errors import InvalidInput
 from nv_embed_client.model_info import Identity
 
@@ -81,12 +81,11 @@ def _check_columns(schema: Any, wish: Wish) -> None:
                 expected=f"a column {name!r} in the input", got=names or "none", remedy=f"name it with {option}"
             )
     kind = schema.field(wish.text_column).type
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+    if not holds_strings(kind):
         raise InvalidInput.of(
             expected=f"strings in the column {wish.text_column!r}", got=str(kind), remedy="name another column"
         )
-    added = {*parts.ADDED, *(() if wish.id_column else ("id",))} & {*schema.names}
+    added = {*ADDED, *(() if wish.id_column else ("id",))} & {*schema.names}
     if added:
         raise InvalidInput.of(
             expected="an input without the columns that are added to it",

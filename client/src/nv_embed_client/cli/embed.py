@@ -16,10 +16,11 @@ from tqdm import tqdm
 
 from nv_embed_client.cli import Commands
 from nv_embed_client.cli.instruction import add_instruction, instruction_in
-from nv_embed_client.cli.outputs import ADDED_COLUMNS, Output
+from nv_embed_client.cli.outputs import Output
 from nv_embed_client.cli.row import Rows
 from nv_embed_client.cli.rows import FORMATS, OF_SUFFIXES, format_of, num_rows_of, rows_of
 from nv_embed_client.client import NVEmbedClient
+from nv_embed_client.columns import ADDED
 from nv_embed_client.embedding_type import EMBEDDING_TYPES
 from nv_embed_client.errors import InvalidInput, NVEmbedError
 from nv_embed_client.model_info import ModelInfo
@@ -128,9 +129,9 @@ def _default_out(path: str, format: str) -> str:
 def _checked(parts: Iterator[Rows]) -> Iterator[Rows]:
     """The same rows, if the new columns find room beside theirs."""
     for rows in parts:
-        if taken := rows.names.intersection(ADDED_COLUMNS):
+        if taken := rows.names.intersection(ADDED):
             raise InvalidInput.of(
-                expected=f"columns other than {', '.join(ADDED_COLUMNS)}, which the output adds",
+                expected=f"columns other than {', '.join(ADDED)}, which the output adds",
                 got=f"{', '.join(sorted(taken))} from {rows.places[0]} on",
                 remedy="rename or remove them",
             )

@@ -127,6 +127,14 @@ def test_a_file_is_replaced_as_a_whole_on_every_file_system(scheme, tmp_path):
     assert absolute(f"s3://bucket{scheme}") == f"s3://bucket{scheme}"
 
 
+def test_a_file_without_rows_does_not_keep_others_from_having_one_schema(tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    assert list(source.pieces_of(Folder.at(str(tmp_path)), "empty.jsonl", 10)) == []
+    assert source.unified([]) == pa.schema([])
+    text = pa.schema([("text", pa.string())])
+    assert source.unified([source.unified([]), text]) == text
+
+
 def test_an_address_that_nobody_knows_is_refused():
     with pytest.raises(InvalidInput, match="expected a path, or an address that pyarrow or fsspec reads; got 'x1://y'"):
         Folder.at("x1://y")

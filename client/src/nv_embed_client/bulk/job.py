@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -83,7 +84,7 @@ def embed_corpus(
         model = client.model_info().identity
     files, others = corpus_of(Folder.at(wish.input), wish.input)
     if others:
-        tqdm.write(f"{len(others)} other files are left out, such as {others[0].name}")
+        tqdm.write(f"{len(others)} other files are left out, such as {others[0].name}", file=sys.stderr)
     if plan is not None:
         plan.check(wish, tuple(files), output)
         plan.model.check(model, output)

@@ -139,7 +139,7 @@ def test_one_at_a_time_changes_an_index_and_others_search_it(tmp_path):
     assert indexed(tmp_path, MockTransport(dimension=8)).embedded == 1
     with Store.to_index(folder, info):
         with pytest.raises(
-            InvalidInput, match=r"expected nobody else who changes .*; got another nv-embed index; wait"
+            InvalidInput, match=r"expected no other process that changes .*; got another nv-embed index; wait"
         ):
             indexed(tmp_path, MockTransport(dimension=8))
         assert [hit.text for hit in Store(folder, info).search(np.ones(8), 5)] == ["a text"]

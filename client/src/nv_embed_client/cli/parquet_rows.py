@@ -51,7 +51,7 @@ def parquet_rows(path: str, text_column: str, max_rows: int) -> Iterator[Rows]:
             yield Rows(places, [_null(place) if text is None else text for place, text in named], batch)
     except (pa.ArrowInvalid, UnicodeDecodeError) as error:
         raise InvalidInput.of(
-            expected="Parquet that can be read", got=f"{path} after row {number}: {error}", remedy="write it anew"
+            expected="Parquet that can be read", got=f"{path} after row {number}: {error}", remedy="write it again"
         ) from None
 
 

@@ -82,7 +82,7 @@ class Store:
             lock.acquire(timeout=0)
         except filelock.Timeout:
             raise InvalidInput.of(
-                expected=f"nobody else who changes {folder}",
+                expected=f"no other process that changes {folder}",
                 got="another nv-embed index",
                 remedy="wait until it is done",
             ) from None

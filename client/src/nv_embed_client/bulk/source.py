@@ -100,13 +100,13 @@ def schema_of(folder: Folder, name: str) -> Any:
 
 
 def unified(schemas: Iterable[Any]) -> Any:
-    """One schema for all files; without columns if no file has a row.
+    """One schema for all files.
 
     Raises:
         InvalidInput: a column has types that cannot be one.
     """
     try:
-        return pa.unify_schemas([pa.schema([]), *schemas], promote_options="permissive")
+        return pa.unify_schemas([pa.schema([]), *schemas], promote_options="permissive")  # a file may have no row
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise InvalidInput.of(
             expected="files whose columns have the same types", got=str(error), remedy="convert them"

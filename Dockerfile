@@ -5,8 +5,8 @@
 #   docker run --publish 9000:9000 IMAGE nv-embed-gateway --host 0.0.0.0 --triton-url HOST:8001
 #
 # Run when this file was written: the pip install, with these pins for Python 3.12 (the image's Python) in a virtual
-# environment; what it copies, in a folder laid out like the image. Not run, for want of a Docker engine: the build
-# itself, the user, the health check.
+# environment; what it copies, in a folder laid out like the image. Not run, because no Docker engine was at hand:
+# the build itself, the user, the health check.
 FROM nvcr.io/nvidia/tritonserver:26.07-py3
 
 # A compiler and Python's headers: what torch compiles for a GPU is launched through a module built where it runs.

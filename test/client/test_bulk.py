@@ -13,10 +13,12 @@ from conftest import REPO
 from nv_embed_client import InvalidInput, MockTransport, NVEmbedClient, ServerFailure, packed
 from nv_embed_client.bulk import ids, parts, source
 from nv_embed_client.bulk.folder import Folder, absolute
-from nv_embed_client.bulk.plan import Model, Plan, Wish
+from nv_embed_client.bulk.plan import Plan, Wish
 from nv_embed_client.bulk.source import texts_of
 from nv_embed_client.bulk.vectors import Embedder, Vectors
 from nv_embed_client.cli.__main__ import main
+from nv_embed_client.embedding_type import EMBEDDING_TYPES
+from nv_embed_client.model_info import Identity
 
 ROWS = [
     {"id": f"{number:03}", "text": f'line {number}\nof "text", \u65e5\u672c\u8a9e ' + "x" * (number * 37 % 500)}
@@ -101,6 +103,8 @@ def test_a_corpus_is_of_one_format_and_leaves_out_hidden_and_other_files(tmp_pat
     assert [other.name for other in others] == ["README.md", "x.parquet.gz"]
     (file,), _ = source.corpus_of(Folder.at(str(tmp_path / "a.csv.gz")), "here")
     assert file.name == "a.csv.gz"
+    (file,), _ = source.corpus_of(Folder.at(str(tmp_path / "_failed" / "x.csv")), "here")
+    assert file.name == "x.csv"  # a hidden one, too, if it is named
     (tmp_path / "c.parquet").touch()
     with pytest.raises(InvalidInput, match=r"expected files of one format.*; got csv and parquet at 'here'; give"):
         source.corpus_of(Folder.at(str(tmp_path)), "here")
@@ -122,6 +126,14 @@ def test_a_file_is_replaced_as_a_whole_on_every_file_system(scheme, tmp_path):
     folder.remove("a/b.txt")
     assert folder.entries() == []
     assert absolute(f"s3://bucket{scheme}") == f"s3://bucket{scheme}"
+
+
+def test_a_file_without_rows_does_not_keep_others_from_having_one_schema(tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    assert list(source.pieces_of(Folder.at(str(tmp_path)), "empty.jsonl", 10)) == []
+    assert source.unified([]) == pa.schema([])
+    text = pa.schema([("text", pa.string())])
+    assert source.unified([source.unified([]), text]) == text
 
 
 def test_an_address_that_nobody_knows_is_refused():
@@ -153,6 +165,16 @@ def test_what_cannot_be_an_id_is_refused(column, message):
     assert str(refused.value) == message
 
 
+def test_a_plan_knows_the_width_of_rows_also_of_signs_that_fill_no_whole_byte():
+    widths = {
+        embedding_type: Plan(
+            Wish("in", embedding_type=embedding_type), Identity("m", "f", 300, ""), (), pa.schema([]), ()
+        ).width
+        for embedding_type in EMBEDDING_TYPES
+    }
+    assert widths == dict.fromkeys(("float", "float16", "int8", "uint8"), 300) | {"binary": 38, "ubinary": 38}
+
+
 def test_ids_are_made_of_file_and_row():
     made = ids.ids_of(pa.table({"text": ["a", "b"]}), source.Piece("f/a.csv", 0, 0, 10, 2), None)
     assert made.to_pylist() == ["f/a.csv:10", "f/a.csv:11"]
@@ -176,7 +198,7 @@ def test_a_part_keeps_columns_of_any_type_and_says_whose_its_vectors_are(embeddi
     pieces = tuple(piece for piece, _ in source.pieces_of(source_folder, "a.parquet", 10))
     plan = Plan(
         Wish(str(tmp_path / "in"), embedding_type=embedding_type),
-        Model("name", "print", 16, ""),
+        Identity("name", "print", 16, ""),
         tuple(source_folder.entries()),
         schema,
         pieces,

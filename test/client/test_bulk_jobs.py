@@ -196,7 +196,8 @@ def test_another_models_vectors_and_another_input_are_not_added(finished, corpus
     (begun / "_plan.json").write_text(json.dumps(plan))
     assert bulk(server.url, corpus[0] / "0.parquet", begun, *arguments) == 2
     assert (
-        f"expected the model with fingerprint '{'0' * 32}', whose vectors {begun} has; got " in capsys.readouterr().err
+        f"expected the model whose vectors {begun} holds: nv-embed-v2 with fingerprint {'0' * 32}, "
+        in capsys.readouterr().err
     )
     plan["files"][0]["size"] += 1
     (begun / "_plan.json").write_text(json.dumps(plan))

@@ -55,7 +55,7 @@ def write(path, texts, name="text"):
     match Path(path).suffix:
         case ".txt":
             Path(path).write_text("".join(f"{text}\r\n" for text in texts), encoding="utf-8-sig", newline="")
-        case ".jsonl":
+        case ".jsonl" | ".ndjson":
             lines = [json.dumps({name: text, "number": i} if i % 2 else text) for i, text in enumerate(texts)]
             Path(path).write_text("\n\n".join(lines), encoding="utf-8")
         case ".csv" | ".tsv" as suffix:
@@ -87,7 +87,14 @@ def summary_of(errors):
 
 @pytest.mark.parametrize(
     ("name", "default"),
-    [("a.txt", "npy"), ("a.jsonl", "jsonl"), ("a.csv", "parquet"), ("a.tsv", "parquet"), ("a.parquet", "parquet")],
+    [
+        ("a.txt", "npy"),
+        ("a.jsonl", "jsonl"),
+        ("a.ndjson", "jsonl"),
+        ("a.csv", "parquet"),
+        ("a.tsv", "parquet"),
+        ("a.parquet", "parquet"),
+    ],
 )
 def test_each_format_is_read_and_each_is_written_with_a_row_for_each_text(name, default, nv_embed, vectors):
     write(name, TEXTS)

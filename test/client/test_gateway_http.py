@@ -2,6 +2,7 @@
 
 import asyncio
 import gzip
+import json
 import os
 import re
 import socket
@@ -78,6 +79,26 @@ def test_a_defect_is_500_that_a_page_in_a_browser_can_read():
     assert "a detail" not in answer.text
     assert answer.headers["access-control-allow-origin"] == ORIGIN
     assert 'nv_embed_gateway_requests_total{path="other",status="500"} 1.0' in metrics.text
+
+
+@pytest.mark.parametrize(
+    ("url", "port"),
+    [
+        ("localhost:8001", 8001),
+        ("127.0.0.1:9", 9),
+        ("10.0.0.1:8001", None),
+        ("127.0.0.1:8001,10.0.0.1:9", None),
+        ("127.example:8001", None),
+    ],
+)
+def test_the_page_is_told_the_servers_port_if_there_is_one_server_on_the_same_machine(url, port):
+    async def page():
+        transport = httpx.ASGITransport(create_app(GatewaySettings(triton_url=url)))
+        async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as http:
+            return await http.get("/")
+
+    facts = re.search(r'id="facts">(.*?)</script>', asyncio.run(page()).text)
+    assert json.loads(facts[1])["grpc_port"] == port
 
 
 def test_any_origin_can_be_allowed_and_none_is_by_default(server, http, logs):

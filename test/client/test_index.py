@@ -139,7 +139,7 @@ def test_one_at_a_time_changes_an_index_and_others_search_it(tmp_path):
     assert indexed(tmp_path, MockTransport(dimension=8)).embedded == 1
     with Store.to_index(folder, info):
         with pytest.raises(
-            InvalidInput, match=r"expected nobody else who changes .*; got another nv-embed index; wait"
+            InvalidInput, match=r"expected no other process that changes .*; got another nv-embed index; wait"
         ):
             indexed(tmp_path, MockTransport(dimension=8))
         assert [hit.text for hit in Store(folder, info).search(np.ones(8), 5)] == ["a text"]
@@ -157,7 +157,7 @@ def test_another_models_vectors_are_never_added_or_searched(tmp_path):
     ):
         with pytest.raises(InvalidInput, match=r"expected the model whose vectors .* holds: nv-embed-v2 with fingerpr"):
             Store(str(tmp_path / ".nv-embed"), other)
-        with pytest.raises(InvalidInput, match="remove the folder and index again"):
+        with pytest.raises(InvalidInput, match="; give the address of a server with that model, or choose"):
             indexed(tmp_path, MockTransport(dimension=8), other)
     assert indexed(tmp_path, MockTransport(dimension=8), replace(info, name="another-name")).unchanged == 1
 

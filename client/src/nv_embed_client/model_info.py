@@ -3,9 +3,39 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
-from nv_embed_client.errors import ServerFailure
+from nv_embed_client.errors import InvalidInput, ServerFailure
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What is kept with vectors: two sets of them can be compared if all but the name is the same."""
+
+    name: str
+    fingerprint: str
+    dimension: int
+    document_prompt: str
+
+    def __str__(self) -> str:
+        prompt = f" and the document prompt {self.document_prompt!r}" if self.document_prompt else ""
+        return f"{self.name} with fingerprint {self.fingerprint}, {self.dimension} dimensions{prompt}"
+
+    def check(self, other: Identity, where: str) -> None:
+        """
+        Args:
+            other: the model that is served now.
+            where: what holds vectors of this model.
+
+        Raises:
+            InvalidInput: vectors of the two cannot be compared. A model may be served under several names.
+        """
+        if replace(other, name=self.name) != self:
+            raise InvalidInput.of(
+                expected=f"the model whose vectors {where} holds: {self}",
+                got=str(other),
+                remedy="give the address of a server with that model, or choose another place for vectors of this one",
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +76,9 @@ class ModelInfo:
     """That a request may wait for its first batch."""
 
     @property
-    def identity(self) -> dict[str, str | int]:
-        """What is kept with vectors: two sets of them can be compared if all but the name is the same."""
-        return {
-            "name": self.name, "fingerprint": self.fingerprint, "dimension": self.dimension,
-            "document_prompt": self.document_prompt,
-        }  # fmt: skip
+    def identity(self) -> Identity:
+        """What is kept with its vectors."""
+        return Identity(self.name, self.fingerprint, self.dimension, self.document_prompt)
 
     @classmethod
     def of_json(cls, text: bytes | str) -> ModelInfo:

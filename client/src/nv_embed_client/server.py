@@ -197,6 +197,7 @@ class Server:
             if line.calls.pop(sent, None) is call:
                 call.cancel()
                 self._start(sent, fresh)
+        line.in_doubt = False  # for a request that another thread gave to it meanwhile
 
     def _retire(self, line: Line, successor: Line | None = None) -> None:
         """Begin nothing more over `line`. What is on its way stays there, and the channel ends with the last of it."""

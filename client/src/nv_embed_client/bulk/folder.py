@@ -55,15 +55,18 @@ class Folder:
         return cls(files, path)
 
     def entries(self) -> list[Entry]:
-        """Every file, by name, at any depth; none if the folder is not there. Hidden ones and `_...` are left out."""
+        """Every file, by name, at any depth; none if the folder is not there.
+
+        Hidden files and `_...` are left out, unless such a file is the single one.
+        """
         if self.only is not None:
-            found = [self.files.get_file_info(self._path(self.only))]
-        else:
-            selector = fs.FileSelector(self.path, recursive=True, allow_not_found=True)
-            found = [info for info in self.files.get_file_info(selector) if info.type == fs.FileType.File]
+            info = self.files.get_file_info(self._path(self.only))
+            return [Entry(self.only, info.size, info.mtime_ns)]
+        selector = fs.FileSelector(self.path, recursive=True, allow_not_found=True)
+        found = [info for info in self.files.get_file_info(selector) if info.type == fs.FileType.File]
         start = len(self.path.rstrip("/")) + 1
         entries = [Entry(info.path[start:], info.size, info.mtime_ns) for info in found]
-        shown = [each for each in entries if not any(part[0] in "._" for part in each.name.split("/"))]
+        shown = [each for each in entries if not any(part.startswith((".", "_")) for part in each.name.split("/"))]
         return sorted(shown, key=lambda each: each.name)
 
     def is_empty(self) -> bool:

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,9 +20,9 @@ import ray
 import ray.data
 from tqdm.auto import tqdm
 
-from nv_embed_client.bulk import parts
+from nv_embed_client.bulk import PATIENCE_SECONDS, WORKERS, parts
 from nv_embed_client.bulk.folder import Folder, absolute
-from nv_embed_client.bulk.plan import SUCCESS, Model, Plan, Wish
+from nv_embed_client.bulk.plan import SUCCESS, Plan, Wish
 from nv_embed_client.bulk.source import corpus_of
 from nv_embed_client.bulk.survey import planned
 from nv_embed_client.bulk.worker import Worker, raised
@@ -29,8 +30,6 @@ from nv_embed_client.client import NVEmbedClient
 from nv_embed_client.connection import DEFAULT_MODEL_NAME, DEFAULT_URL
 from nv_embed_client.errors import InvalidInput
 
-PATIENCE_SECONDS = 1800.0
-WORKERS = 4
 _CPUS_OF_A_WORKER = 0.25  # it mostly waits for the server
 
 
@@ -82,10 +81,10 @@ def embed_corpus(
             expected="an empty folder, or one that this command began", got=repr(output), remedy="choose another OUTPUT"
         )
     with NVEmbedClient(url, model_name) as client:
-        model = Model.of(client.model_info())
+        model = client.model_info().identity
     files, others = corpus_of(Folder.at(wish.input), wish.input)
     if others:
-        tqdm.write(f"{len(others)} other files are left out, such as {others[0].name}")
+        tqdm.write(f"{len(others)} other files are left out, such as {others[0].name}", file=sys.stderr)
     if plan is not None:
         plan.check(wish, tuple(files), output)
         plan.model.check(model, output)

@@ -15,11 +15,10 @@ from nv_embed_client.bulk.folder import Folder
 from nv_embed_client.bulk.ids import ids_of
 from nv_embed_client.bulk.plan import Plan
 from nv_embed_client.bulk.vectors import Vectors
+from nv_embed_client.columns import ADDED, EMBEDDING
 
 METADATA = b"nv_embed"
 """Of the Parquet files: whose vectors these are, as JSON."""
-EMBEDDING = "embedding"
-ADDED = (EMBEDDING, "num_tokens", "is_truncated")
 _READERS = 16  # threads that look at files
 
 

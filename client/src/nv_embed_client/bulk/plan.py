@@ -7,13 +7,15 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
+from nv_embed_client.bulk import ROWS_PER_FILE
 from nv_embed_client.bulk.folder import Entry, Folder
 from nv_embed_client.bulk.source import Piece
-from nv_embed_client.embedding_type import EmbeddingType
+from nv_embed_client.embedding_type import EmbeddingType, packed
 from nv_embed_client.errors import InvalidInput
-from nv_embed_client.model_info import ModelInfo
+from nv_embed_client.model_info import Identity
 
 PLAN = "_plan.json"
 SUCCESS = "_SUCCESS"
@@ -30,35 +32,7 @@ class Wish:
     """Its values are unique. None: ids are made of a file's name and the row in it, in a column `id`."""
     embedding_type: EmbeddingType = "float"
     instruction: str | None = None
-    rows_per_file: int = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """What vectors must have in common to be compared."""
-
-    name: str
-    fingerprint: str
-    dimension: int
-    document_prompt: str
-
-    @classmethod
-    def of(cls, info: ModelInfo) -> Model:
-        """What a server says."""
-        return cls(info.name, info.fingerprint, info.dimension, info.document_prompt)
-
-    def check(self, other: Model, where: str) -> None:
-        """
-        Raises:
-            InvalidInput: vectors of the other model must not be added to those of this one.
-        """
-        for name in ("fingerprint", "document_prompt", "dimension"):
-            if getattr(self, name) != getattr(other, name):
-                raise InvalidInput.of(
-                    expected=f"the model with {name} {getattr(self, name)!r}, whose vectors {where} has",
-                    got=f"{other.name} with {getattr(other, name)!r}",
-                    remedy="serve that model again, or choose another place for the vectors of this one",
-                )
+    rows_per_file: int = ROWS_PER_FILE
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +40,7 @@ class Plan:
     """Of one OUTPUT."""
 
     wish: Wish
-    model: Model
+    model: Identity
     files: tuple[Entry, ...]
     schema: Any  # of the input, a pyarrow.Schema
     pieces: tuple[Piece, ...]  # the part of each number
@@ -75,6 +49,13 @@ class Plan:
     def num_rows(self) -> int:
         """Of the input."""
         return sum(piece.num_rows for piece in self.pieces)
+
+    @property
+    def width(self) -> int:
+        """Numbers of a row's `embedding`: those of signs are bytes, of which the last may be partly used."""
+        row = np.zeros((1, self.model.dimension), np.float32)
+        width: int = packed(row, self.wish.embedding_type).shape[1]
+        return width
 
     @property
     def id_column(self) -> str:
@@ -118,7 +99,7 @@ class Plan:
         told = json.loads(content)
         return cls(
             Wish(**told["wish"]),
-            Model(**told["model"]),
+            Identity(**told["model"]),
             tuple(Entry(**each) for each in told["files"]),
             pa.ipc.read_schema(pa.py_buffer(base64.b64decode(told["schema"]))),
             tuple(Piece(**each) for each in told["pieces"]),

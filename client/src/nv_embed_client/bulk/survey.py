@@ -5,16 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
 import ray
 
-from nv_embed_client.bulk import ids, parts, source
+from nv_embed_client.bulk import ids, source
 from nv_embed_client.bulk.folder import Entry, Folder
 from nv_embed_client.bulk.formats import format_of
 from nv_embed_client.bulk.ids import NUM_SHARDS, Hashes
-from nv_embed_client.bulk.plan import Model, Plan, Wish
+from nv_embed_client.bulk.plan import Plan, Wish
 from nv_embed_client.bulk.source import Piece
+from nv_embed_client.columns import ADDED, holds_strings
 from nv_embed_client.errors import InvalidInput
+from nv_embed_client.model_info import Identity
 
 _FILES_AT_ONCE = 256  # tasks that Ray is given before the first are done
 
@@ -27,7 +28,7 @@ class _Seen:
     schema: Any
 
 
-def planned(wish: Wish, model: Model, files: tuple[Entry, ...]) -> Plan:
+def planned(wish: Wish, model: Identity, files: tuple[Entry, ...]) -> Plan:
     """Look at all files, on all machines of the cluster.
 
     Raises:
@@ -87,12 +88,11 @@ def _check_columns(schema: Any, wish: Wish) -> None:
     if wish.id_column is not None:
         _check_name(schema, "--id-column", wish.id_column)
     kind = schema.field(wish.text_column).type
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+    if not holds_strings(kind):
         raise InvalidInput.of(
             expected=f"strings in the column {wish.text_column!r}", got=str(kind), remedy="name another column"
         )
-    added = {*parts.ADDED, *(() if wish.id_column else ("id",))} & {*schema.names}
+    added = {*ADDED, *(() if wish.id_column else ("id",))} & {*schema.names}
     if added:
         raise InvalidInput.of(
             expected="an input without the columns that are added to it",

@@ -12,6 +12,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
+from nv_embed_client.bulk import PATIENCE_SECONDS
 from nv_embed_client.client import NVEmbedClient
 from nv_embed_client.embedding_type import NUMBERS, Embeddings, EmbeddingType
 from nv_embed_client.errors import InvalidInput, ModelNotFound, PartialFailure, ServerFailure
@@ -45,7 +46,7 @@ class Embedder:
     client: NVEmbedClient  # which waits for a server that is away
     embedding_type: EmbeddingType = "float"
     instruction: str | None = None
-    patience_seconds: float = 1800.0
+    patience_seconds: float = PATIENCE_SECONDS
     """How long a server may answer and compute nothing."""
 
     def vectors_of(self, texts: Sequence[str | None], width: int) -> Vectors:

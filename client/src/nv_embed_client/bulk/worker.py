@@ -10,7 +10,7 @@ import numpy.typing as npt
 from nv_embed_client import errors
 from nv_embed_client.bulk import parts
 from nv_embed_client.bulk.folder import Folder
-from nv_embed_client.bulk.plan import Model, Plan
+from nv_embed_client.bulk.plan import Plan
 from nv_embed_client.bulk.source import rows_of, texts_of
 from nv_embed_client.bulk.vectors import UNTIL_THE_DEADLINE, Embedder
 from nv_embed_client.client import NVEmbedClient
@@ -67,14 +67,13 @@ class Worker:
         embedder = Embedder(self._client, wish.embedding_type, wish.instruction, self._patience_seconds)
         # Before and after, because a server may come back with another model on the way.
         self._check_model(plan)
-        signs = wish.embedding_type in ("binary", "ubinary")
-        vectors = embedder.vectors_of(texts, plan.model.dimension // 8 if signs else plan.model.dimension)
+        vectors = embedder.vectors_of(texts, plan.width)
         self._check_model(plan)
         parts.write(self._folder, plan, number, table, vectors)
         return len(vectors.rows)
 
     def _check_model(self, plan: Plan) -> None:
-        plan.model.check(Model.of(self._client.model_info()), self._address)
+        plan.model.check(self._client.model_info().identity, self._address)
 
 
 def raised(kind: str, message: str) -> Exception:

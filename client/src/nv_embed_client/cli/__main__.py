@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _CLOSED_PIPE
     except OSError as error:
         print(
-            f"nv-embed: expected files that can be read and written; got {error}; see to it, and start again",
+            f"nv-embed: expected files that can be read and written; got {error}; correct that, and try again",
             file=sys.stderr,
         )
         return 1

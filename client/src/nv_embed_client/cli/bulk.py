@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING, get_args
 
-from nv_embed_client.embedding_type import EmbeddingType
+from nv_embed_client.bulk import PATIENCE_SECONDS, ROWS_PER_FILE, WORKERS
+from nv_embed_client.cli import Commands
+from nv_embed_client.embedding_type import EMBEDDING_TYPES
 from nv_embed_client.errors import NVEmbedError
 from nv_embed_client.extras import needs_extra
-
-if TYPE_CHECKING:
-    # What argparse calls it; no other name is public.
-    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 def add_to(commands: Commands, server: argparse.ArgumentParser) -> None:
@@ -30,19 +27,19 @@ def add_to(commands: Commands, server: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--id-column", metavar="NAME", help="unique strings or integers; without it, ids are made of file and row"
     )
-    parser.add_argument("--embedding-type", default="float", choices=get_args(EmbeddingType), help="(default: float)")
+    parser.add_argument("--embedding-type", default="float", choices=EMBEDDING_TYPES, help="(default: float)")
     parser.add_argument("--instruction", metavar="TEXT", help="stands before each text, in place of the model's prompt")
     parser.add_argument(
-        "--rows-per-file", type=int, default=4096, metavar="N", help="of OUTPUT, and of what a kill may cost "
+        "--rows-per-file", type=int, default=ROWS_PER_FILE, metavar="N", help="of OUTPUT, and of what a kill may cost "
         "(default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--ray-address", metavar="ADDRESS", help="of a cluster, or 'auto'; without it, this machine")
     parser.add_argument(
-        "--workers", type=int, default=4, metavar="N", help="that send requests; two or more for each server "
+        "--workers", type=int, default=WORKERS, metavar="N", help="that send requests; two or more for each server "
         "(default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--patience", type=float, default=1800, metavar="SECONDS", help="how long a server may be away "
+        "--patience", type=float, default=PATIENCE_SECONDS, metavar="SECONDS", help="how long a server may be away "
         "(default: %(default)s)",
     )  # fmt: skip
     parser.set_defaults(run=run)

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING
 
 import numpy as np
 import orjson
 
+from nv_embed_client.cli import Commands
 from nv_embed_client.cli.instruction import add_instruction, instruction_in
 from nv_embed_client.cli.printing import one_line, warn_of_cut
 from nv_embed_client.cli.texts import text_argument
 from nv_embed_client.client import NVEmbedClient
 from nv_embed_client.errors import InvalidInput
-
-if TYPE_CHECKING:
-    # What argparse calls it; no other name is public.
-    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 def add_to(commands: Commands, server: argparse.ArgumentParser) -> None:

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
 
+from nv_embed_client.cli import Commands
 from nv_embed_client.cli.texts import texts_of
 from nv_embed_client.client import NVEmbedClient
 from nv_embed_client.errors import InvalidInput
-
-if TYPE_CHECKING:
-    # What argparse calls it; no other name is public.
-    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 def add_to(commands: Commands, server: argparse.ArgumentParser) -> None:

@@ -9,25 +9,23 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from nv_embed_client.cli import Commands
 from nv_embed_client.cli.instruction import add_instruction, instruction_in
-from nv_embed_client.cli.outputs import ADDED_COLUMNS, Output
+from nv_embed_client.cli.outputs import Output
 from nv_embed_client.cli.row import Rows
-from nv_embed_client.cli.rows import FORMATS, format_of, num_rows_of, rows_of
+from nv_embed_client.cli.rows import FORMATS, OF_SUFFIXES, format_of, num_rows_of, rows_of
 from nv_embed_client.client import NVEmbedClient
+from nv_embed_client.columns import ADDED
 from nv_embed_client.embedding_type import EMBEDDING_TYPES
 from nv_embed_client.errors import InvalidInput, NVEmbedError
 from nv_embed_client.model_info import ModelInfo
 from nv_embed_client.outcome import AHEAD, Embedder, in_order
 from nv_embed_client.retry import PATIENT
-
-if TYPE_CHECKING:
-    # What argparse calls it; no other name is public.
-    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 _DEFAULT_ENDINGS = {"lines": ".npy", "jsonl": ".jsonl", "csv": ".parquet", "tsv": ".parquet", "parquet": ".parquet"}
 
@@ -44,8 +42,8 @@ def add_to(commands: Commands, server: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "file",
         metavar="FILE",
-        help="texts: FILE.jsonl, FILE.csv, FILE.tsv, FILE.parquet, any other file with a text on each line, or '-', "
-        "the standard input",
+        help="texts: FILE.jsonl (also .ndjson, .json), FILE.csv, FILE.tsv, FILE.parquet, any other file with a text on "
+        "each line, or '-', the standard input",
     )
     parser.add_argument(
         "-o",
@@ -124,16 +122,16 @@ def run(parsed: argparse.Namespace) -> int:
 def _default_out(path: str, format: str) -> str:
     if path == "-":
         return "-"
-    stem = Path(path).with_suffix("") if Path(path).suffix in (".txt", *map(".{}".format, FORMATS)) else path
+    stem = Path(path).with_suffix("") if Path(path).suffix in (".txt", *OF_SUFFIXES) else path
     return f"{stem}.embeddings{_DEFAULT_ENDINGS[format]}"
 
 
 def _checked(parts: Iterator[Rows]) -> Iterator[Rows]:
     """The same rows, if the new columns find room beside theirs."""
     for rows in parts:
-        if taken := rows.names.intersection(ADDED_COLUMNS):
+        if taken := rows.names.intersection(ADDED):
             raise InvalidInput.of(
-                expected=f"columns other than {', '.join(ADDED_COLUMNS)}, which the output adds",
+                expected=f"columns other than {', '.join(ADDED)}, which the output adds",
                 got=f"{', '.join(sorted(taken))} from {rows.places[0]} on",
                 remedy="rename or remove them",
             )
@@ -143,5 +141,5 @@ def _checked(parts: Iterator[Rows]) -> Iterator[Rows]:
 def _metadata(info: ModelInfo, parsed: argparse.Namespace, instruction: str | None) -> dict[str, str]:
     if instruction is None:
         instruction = info.query_prompt if parsed.query else info.document_prompt
-    about = info.identity | {"embedding_type": parsed.embedding_type, "instruction": instruction}
+    about = asdict(info.identity) | {"embedding_type": parsed.embedding_type, "instruction": instruction}
     return {"nv_embed": json.dumps(about, ensure_ascii=False)}

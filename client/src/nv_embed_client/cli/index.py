@@ -5,17 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from nv_embed_client.cli import Commands
 from nv_embed_client.client import NVEmbedClient
 from nv_embed_client.outcome import AHEAD, Embedder
 from nv_embed_client.retry import PATIENT
-
-if TYPE_CHECKING:
-    # What argparse calls it; no other name is public.
-    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 DEFAULT_STORE = ".nv-embed"
 

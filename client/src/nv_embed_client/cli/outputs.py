@@ -13,14 +13,13 @@ import orjson
 from numpy.lib import format as npy
 
 from nv_embed_client.cli.row import Rows
+from nv_embed_client.columns import ADDED
 from nv_embed_client.errors import InvalidInput
 from nv_embed_client.extras import needs_extra
 from nv_embed_client.outcome import Outcome
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-ADDED_COLUMNS = ("embedding", "num_tokens", "is_truncated")
 
 
 class _Writer(Protocol):
@@ -185,7 +184,7 @@ class _Parquet:
         numbers = pa.array(np.ascontiguousarray(outcome.embeddings).ravel())
         vectors = pa.FixedSizeListArray.from_arrays(numbers, outcome.embeddings.shape[1])
         for name, values in zip(
-            ADDED_COLUMNS,
+            ADDED,
             (vectors, pa.array(outcome.token_counts, mask=failed), pa.array(outcome.is_truncated, mask=failed)),
             strict=True,
         ):

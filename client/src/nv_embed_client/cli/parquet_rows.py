@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from nv_embed_client.cli.row import Rows, check_column
+from nv_embed_client.columns import holds_strings
 from nv_embed_client.errors import InvalidInput
 from nv_embed_client.extras import needs_extra
 
@@ -34,8 +35,7 @@ def parquet_rows(path: str, text_column: str, max_rows: int) -> Iterator[Rows]:
     schema = file.schema_arrow
     check_column(text_column, schema.names, path)
     kind = schema.field(text_column).type
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+    if not holds_strings(kind):
         raise InvalidInput.of(
             expected=f"strings in the column {text_column!r}", got=f"{kind} in {path}", remedy="use --text-column"
         )
@@ -51,7 +51,7 @@ def parquet_rows(path: str, text_column: str, max_rows: int) -> Iterator[Rows]:
             yield Rows(places, [_null(place) if text is None else text for place, text in named], batch)
     except (pa.ArrowInvalid, UnicodeDecodeError) as error:
         raise InvalidInput.of(
-            expected="Parquet that can be read", got=f"{path} after row {number}: {error}", remedy="write it anew"
+            expected="Parquet that can be read", got=f"{path} after row {number}: {error}", remedy="write it again"
         ) from None
 
 

@@ -15,6 +15,9 @@ from nv_embed_client.errors import InvalidInput
 
 Format: TypeAlias = Literal["lines", "jsonl", "csv", "tsv", "parquet"]
 FORMATS: tuple[Format, ...] = get_args(Format)
+OF_SUFFIXES: dict[str, Format] = {
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
+}  # fmt: skip
 
 _MAX_ROWS = 1024  # of one part
 _MAX_CHARACTERS = 4 * 2**20  # of the texts of one part, but for its last
@@ -22,8 +25,7 @@ _MAX_CHARACTERS = 4 * 2**20  # of the texts of one part, but for its last
 
 def format_of(path: str) -> Format:
     """What a file's name says; other names, and `-`, are of files with a text on each line."""
-    suffix = PurePath(path).suffix.lower().removeprefix(".")
-    return next((format for format in FORMATS if format == suffix), "lines")
+    return OF_SUFFIXES.get(PurePath(path).suffix.lower(), "lines")
 
 
 def rows_of(path: str, text_column: str = "text", format: Format | None = None) -> Iterator[Rows]:

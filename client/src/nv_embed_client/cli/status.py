@@ -7,17 +7,14 @@ import re
 import sys
 import urllib.request
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import orjson
 
+from nv_embed_client.cli import Commands
 from nv_embed_client.client import NVEmbedClient
 from nv_embed_client.errors import InvalidInput, Unavailable
 from nv_embed_client.model_info import ModelInfo
-
-if TYPE_CHECKING:
-    # What argparse calls it; no other name is public.
-    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 _TIMEOUT_SECONDS = 10.0
 _WAITING = ("queue_tokens", "queue_bytes")  # of the server's metrics

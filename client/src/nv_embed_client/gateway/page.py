@@ -42,9 +42,9 @@ def _facts(settings: GatewaySettings) -> dict[str, object]:
 
     Names of other machines stay here: the page says where Triton is only if that is the gateway's machine.
     """
-    host, _, port = settings.triton_url.rpartition(":")
-    is_here = (host in ("localhost", "[::1]") or host.startswith("127.")) and settings.triton_tls is None
-    return {"tasks": dict(TASK_INSTRUCTIONS), "grpc_port": int(port) if is_here else None}
+    here = re.fullmatch(r"(?:localhost|\[::1\]|127(?:\.[0-9]+){3}):([0-9]+)", settings.triton_url)
+    port = int(here[1]) if here and settings.triton_tls is None else None
+    return {"tasks": dict(TASK_INSTRUCTIONS), "grpc_port": port}
 
 
 def _policy(source: str) -> str:

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy.typing as npt
 from nv_embed_client.errors import InvalidInput
 from nv_embed_client.extras import needs_extra
 from nv_embed_client.index.part import Key, Part
-from nv_embed_client.model_info import ModelInfo
+from nv_embed_client.model_info import Identity, ModelInfo
 
 with needs_extra("index"):
     import filelock
@@ -62,14 +62,8 @@ class Store:
             )  # fmt: skip
         with _readable(folder):
             self._table = lancedb.connect(self.folder).open_table(_TABLE)
-            kept = json.loads((self._table.schema.metadata or {}).get(_METADATA, b"{}"))
-        if _compared(kept) != _compared(model.identity):
-            raise InvalidInput.of(
-                expected=f"the model whose vectors {folder} holds: {_in_words(kept)}",
-                got=_in_words(model.identity),
-                remedy="give the address of a server with that model, or another place with --store, or remove the "
-                "folder and index again",
-            )
+            kept = _identity_of(self._table.schema)
+        kept.check(model.identity, folder)
 
     @classmethod
     @contextmanager
@@ -88,7 +82,7 @@ class Store:
             lock.acquire(timeout=0)
         except filelock.Timeout:
             raise InvalidInput.of(
-                expected=f"nobody else who changes {folder}",
+                expected=f"no other process that changes {folder}",
                 got="another nv-embed index",
                 remedy="wait until it is done",
             ) from None
@@ -201,6 +195,14 @@ def _readable(folder: str) -> Iterator[None]:
         ) from None
 
 
+def _identity_of(schema: pa.Schema) -> Identity:
+    told = json.loads((schema.metadata or {}).get(_METADATA, b"{}"))
+    try:
+        return Identity(**{each.name: told[each.name] for each in fields(Identity)})
+    except KeyError:
+        raise ValueError("a table that does not say whose vectors it holds") from None
+
+
 def _schema(model: ModelInfo) -> pa.Schema:
     return pa.schema(
         [
@@ -212,7 +214,7 @@ def _schema(model: ModelInfo) -> pa.Schema:
             ("text", pa.string()),
             ("vector", pa.list_(pa.float16(), model.dimension)),
         ],
-        metadata={_METADATA: json.dumps(model.identity | {"embedding_type": "float16"})},
+        metadata={_METADATA: json.dumps(asdict(model.identity) | {"embedding_type": "float16"})},
     )
 
 
@@ -224,15 +226,3 @@ def _slices(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
 def _quoted(words: Iterable[str]) -> str:
     """As a list of SQL."""
     return ", ".join("'" + word.replace("'", "''") + "'" for word in words)
-
-
-def _compared(identity: dict[str, Any]) -> tuple[Any, ...]:
-    """A model may be served under several names."""
-    return tuple(identity.get(name) for name in ("fingerprint", "dimension", "document_prompt"))
-
-
-def _in_words(identity: dict[str, Any]) -> str:
-    if not identity:
-        return "an unknown one"
-    prompt = f" and the document prompt {identity['document_prompt']!r}" if identity["document_prompt"] else ""
-    return f"{identity['name']} with fingerprint {identity['fingerprint']}{prompt}"

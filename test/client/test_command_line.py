@@ -27,6 +27,7 @@ from started_server import free_ports
 
 COMMAND = Path(sys.executable).parent / "nv-embed"
 TEXTS = [*DOCUMENTS.values(), "  indented", 'said "yes", and left', "日本語", "a\ttab"]
+SECONDS = 180
 TOO_LONG = "the bread " * MAX_SEQUENCE_TOKENS
 
 
@@ -277,6 +278,36 @@ def test_utf_8_is_read_and_printed_in_any_locale(server):
         [COMMAND, "compare", "--query", "été", "日本語", "ü"], env=environ, capture_output=True, check=True
     )
     assert {line.split()[-1] for line in done.stdout.decode().splitlines()} == {"日本語", "ü"}
+
+
+def test_the_input_is_never_overwritten_by_what_the_output_is_called_meanwhile(nv_embed):
+    Path("a.npy.partial").write_text("a text\n")
+    code, _, errors = nv_embed("embed", "a.npy.partial", "--out", "a.npy")
+    assert (code, errors) == (
+        2, ["nv-embed: expected another file to write than the input; got 'a.npy.partial'; change --out"],
+    )  # fmt: skip
+    assert Path("a.npy.partial").read_text() == "a text\n"
+
+
+def test_two_commands_never_write_one_output(server, nv_embed):
+    with subprocess.Popen(
+        [COMMAND, "embed", "-", "--out", "a.npy"], stdin=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=os.environ | {"TRITON_URL": server.url},
+    ) as first:  # fmt: skip
+        first.stdin.write(b"the first\n")
+        first.stdin.flush()
+        eventually(Path("a.npy.partial").exists)
+        Path("b.txt").write_text("the second\nhas two lines\n")
+        code, _, (error,) = nv_embed("embed", "b.txt", "--out", "a.npy")
+        assert (code, error) == (
+            2, "nv-embed: expected nobody else who writes a.npy.partial; got another nv-embed embed; wait until it is "
+            "done, or change --out",
+        )  # fmt: skip
+        first.communicate(timeout=SECONDS)
+    assert first.returncode == 0
+    assert len(np.load("a.npy")) == 1
+    assert nv_embed("embed", "b.txt", "--out", "a.npy")[0] == 0
+    assert len(np.load("a.npy")) == 2
 
 
 def test_compare_prints_the_cosines_of_all_or_ranks_them_for_a_query(nv_embed, client):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import sys
 from pathlib import Path
@@ -44,7 +46,7 @@ class Output:
             metadata: about all rows, which Parquet keeps.
 
         Raises:
-            InvalidInput: it cannot be written, or has another suffix.
+            InvalidInput: it cannot be written, or has another suffix, or another process writes it.
         """
         suffix = ".jsonl" if path == "-" else Path(path).suffix.lower()
         if suffix not in (".npy", ".jsonl", ".parquet"):
@@ -55,10 +57,12 @@ class Output:
         if suffix == ".parquet":
             with needs_extra("parquet"):
                 import pyarrow.parquet  # noqa: F401 - before anything is made
+        if os.path.isdir(path):
+            raise InvalidInput.of(expected="a file to write", got=f"the folder {path!r}", remedy="change --out")
         self.path = path
-        self.partial_path = "-" if path == "-" else f"{path}.partial"
+        self.partial_path = partial_path_of(path)
         try:
-            self._file: BinaryIO = sys.stdout.buffer if path == "-" else open(self.partial_path, "wb")  # noqa: SIM115
+            self._file: BinaryIO = sys.stdout.buffer if path == "-" else _opened_alone(self.partial_path)
         except OSError as error:
             raise InvalidInput.of(
                 expected="a file that can be written",
@@ -90,14 +94,45 @@ class Output:
             if error is None:
                 self._file.flush()
             return
-        try:
+        with self._file:  # closed last, because until then no other process may write it
             self._writer.finish()  # also after a failure, so that what was written can be read
-        finally:
-            self._file.close()
-        if error is None:
-            os.replace(self.partial_path, self.path)
-        elif not self.num_rows:
-            os.unlink(self.partial_path)
+            self._file.flush()
+            if error is None:
+                os.replace(self.partial_path, self.path)
+            elif not self.num_rows:
+                os.unlink(self.partial_path)
+
+
+def partial_path_of(path: str) -> str:
+    """What an output is called until all is written."""
+    return "-" if path == "-" else f"{path}.partial"
+
+
+def _opened_alone(path: str) -> BinaryIO:
+    """A new file, or an old one without its content, which no other process of this command writes meanwhile."""
+
+    def opened(path: str, flags: int) -> int:
+        return os.open(path, flags & ~os.O_TRUNC, 0o666)  # the content may be that of another process
+
+    while True:
+        file = open(path, "wb", opener=opened)  # noqa: SIM115
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                file.truncate(0)
+                return file
+        except BlockingIOError:
+            file.close()
+            raise InvalidInput.of(
+                expected=f"nobody else who writes {path}", got="another nv-embed embed",
+                remedy="wait until it is done, or change --out",
+            ) from None  # fmt: skip
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            file.close()
+            raise
+        file.close()  # its writer gave it its name just now
 
 
 class _Npy:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -213,14 +214,15 @@ def test_ids_must_be_unique_and_columns_there_before_anything_is_computed(cluste
         ("--text-column", "body"): "expected a column 'body' in the input; got id, text; name it with --text-column",
         (): "expected an input without the columns that are added to it; got id; rename them; if 'id' has ids, say",
     }.items():
-        assert bulk(server.url, tmp_path, tmp_path / "out", *ray_address, *more) == 2
+        assert bulk(server.url, tmp_path, tmp_path / "_out", *ray_address, *more) == 2
         assert message in capsys.readouterr().err
-    assert not parts(tmp_path / "out")
+    assert not parts(tmp_path / "_out")
 
 
 def test_it_starts_ray_by_itself_and_makes_ids(server, tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.jsonl").write_text('{"text": "one"}\n{"text": "another"}\n')
+    (tmp_path / "in/b.jsonl").touch()  # as programs write that share out their rows
     job = ["bulk", str(tmp_path / "in"), "out", "--url", server.url, "--workers", "1"]
     done = subprocess.run([*COMMAND, *job], cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS, check=False)
     assert (done.returncode, done.stdout) == (0, "out: 2 vectors, 0 texts were done before\n"), done.stderr
@@ -235,6 +237,8 @@ def test_what_is_not_begun_by_this_command_is_not_touched(server, corpus, tmp_pa
     (tmp_path / "thesis.txt").touch()
     assert bulk(server.url, corpus[0], tmp_path) == 2
     assert f"expected an empty folder, or one that this command began; got '{tmp_path}'" in capsys.readouterr().err
+    assert bulk(server.url, corpus[0], corpus[0] / "out") == 2
+    assert "expected an OUTPUT outside INPUT" in capsys.readouterr().err
     assert bulk(server.url, corpus[0], tmp_path / "out", "--workers", "0") == 2
     assert bulk(server.url, corpus[0], tmp_path / "out", "--ray-address", "127.0.0.1:1") == 2
     assert "expected a cluster of Ray at --ray-address; got '127.0.0.1:1'" in capsys.readouterr().err
@@ -267,7 +271,32 @@ def test_loading_twice_changes_nothing_and_another_models_vectors_are_refused(fi
     code, said = load(other, store)
     assert code == 2
     assert "got 'other'; choose another --table" in said
+    told = json.loads(table.schema.metadata[b"nv_embed"])
+    for wrong, what in (
+        (table.append_column("more", pa.array(["a column"])), "'more' as no column; got string"),
+        (table.drop_columns(["n"]), "'n' as double; got no column"),
+        (table.set_column(0, "key", pa.array(["a string"])), "'key' as int64; got string"),
+    ):
+        pa.parquet.write_table(
+            wrong.replace_schema_metadata({"nv_embed": json.dumps(told)}), other / "part-000000.parquet"
+        )
+        code, said = load(other, store)
+        assert code == 2
+        assert said.startswith("nv-embed: expected the columns of 'texts' in ")
+        assert f", so {what}; choose another --table" in said
     assert table_of(store) == first
+    code, said = load(output, store, "--table", "a/b")
+    assert code == 2
+    assert "got 'a/b'; choose another name" in said
+
+
+def test_two_loads_at_once_leave_each_id_once(finished, tmp_path):
+    output, _ = finished
+    with ThreadPoolExecutor(2) as pool:
+        done = sorted(pool.map(lambda _: load(output, tmp_path), range(2)))
+    assert done[0][0] == 0
+    assert done[1][0] == 0 or "expected nobody else who loads into 'texts' in " in done[1][1], done
+    assert len({row["key"] for row in table_of(tmp_path)["rows"]}) == len(table_of(tmp_path)["rows"]) == 299
 
 
 def table_of(store):

@@ -172,6 +172,17 @@ def test_a_row_of_a_table_that_fails_is_named_and_keeps_its_place(nv_embed):
     assert np.isnan(table["embedding"].to_pylist()[1]).all()
 
 
+def test_json_that_is_unusual_comes_through_as_it_is(nv_embed):
+    deep = json.loads("[" * 300 + "]" * 300)
+    rows = [{"text": "a", "n": 10**30}, {"text": "b", "deep": deep}, {"text": "c", "n": -(2**63)}]
+    Path("a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, _, errors = nv_embed("embed", "a.jsonl")
+    assert (code, summary_of(errors)) == (0, (3, 0, 0))
+    written = [json.loads(line) for line in Path("a.embeddings.jsonl").read_text().splitlines()]
+    assert [{name: row[name] for name in row if name in ("text", "n", "deep")} for row in written] == rows
+    np.testing.assert_allclose(np.linalg.norm(embeddings_in("a.embeddings.jsonl"), axis=1), 1, atol=1e-5)
+
+
 def test_texts_that_were_cut_are_counted_or_refused(nv_embed):
     write("a.txt", ["short", TOO_LONG])
     assert summary_of(nv_embed("embed", "a.txt", "-o", "b.parquet")[2]) == (2, 0, 1)
@@ -389,7 +400,9 @@ def test_status_of_an_absent_server_is_code_1_at_once(nv_embed):
         (["embed", "a.jsonl", "-o", "a.jsonl"], "expected another file to write than the input; got 'a.jsonl'"),
         (["embed", "a.csv", "--text-column", "b"], "expected a column 'b'; got 'text', 'embedding' in a.csv"),
         (["embed", "a.csv"], "got embedding from line 2 of a.csv on; rename or remove them"),
-        (["embed", "double.csv"], "expected a header with different names of columns"),
+        (["embed", "double.csv"], "expected columns with different names; got ['text', 'text'] in double.csv"),
+        (["embed", "double.parquet"], "expected columns with different names; got ['text', 'text'] in double.parquet"),
+        (["embed", "a.txt", "-o", "folder.npy"], "expected a file to write; got the folder 'folder.npy'; change --out"),
         (["embed", "numbers.parquet"], "expected strings in the column 'text'; got int64 in numbers.parquet"),
         (["embed", "lines.parquet"], "expected a Parquet file; got 'lines.parquet'"),
         (["embed", "-", "--format", "parquet"], "expected a file of Parquet; got the standard input"),
@@ -413,6 +426,8 @@ def test_what_the_caller_can_mend_ends_with_one_line_and_code_2(arguments, messa
     Path("double.csv").write_text("text,text\na,b\n")
     Path("lines.parquet").write_text("a text\n")
     pq.write_table(pa.table({"text": [1]}), "numbers.parquet")
+    pq.write_table(pa.table([["a"], ["b"]], names=["text", "text"]), "double.parquet")
+    Path("folder.npy").mkdir()
     code, printed, errors = nv_embed(*arguments)
     assert (code, printed, len(errors)) == (2, "", 1), errors
     assert errors[0].startswith("nv-embed: expected ")

@@ -276,6 +276,16 @@ def test_a_server_or_gateway_that_dies_is_said_to_be_away_and_a_server_is_used_a
 # --- safety ---
 
 
+def test_a_text_is_never_shortened_in_the_middle_of_a_character(page):
+    texts = ["x" * 399 + "\N{GRINNING FACE}" * 100, "y" * 499 + "\N{GRINNING FACE}" * 100]
+    ask(page, texts[1], texts)
+    assert sorted(text for text, _ in rows(page)) == ["x" * 399 + "…", "y" * 400 + "…"]
+    for tool in ("curl", "openai", "client"):
+        page.get_by_label(tool).check()
+        assert "\\ud83d" not in page.locator("#lines").text_content().replace("\\ud83d\\ude00", "")
+        assert '"' + "y" * 499 + '"' in page.locator("#lines").text_content()
+
+
 def test_hostile_texts_are_texts(page):
     hostile = [
         "<img src=x onerror=\"document.title='caught'\">",

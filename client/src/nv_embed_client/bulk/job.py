@@ -81,9 +81,16 @@ def embed_corpus(
         raise InvalidInput.of(
             expected="an empty folder, or one that this command began", got=repr(output), remedy="choose another OUTPUT"
         )
+    corpus = Folder.at(wish.input)
+    if corpus.shows(folder):
+        raise InvalidInput.of(
+            expected="an OUTPUT outside INPUT, because another run would take its files for texts",
+            got=repr(output),
+            remedy="choose another OUTPUT, or begin its name with an underscore",
+        )
     with NVEmbedClient(url, model_name) as client:
         model = Model.of(client.model_info())
-    files, others = corpus_of(Folder.at(wish.input), wish.input)
+    files, others = corpus_of(corpus, wish.input)
     if others:
         tqdm.write(f"{len(others)} other files are left out, such as {others[0].name}")
     if plan is not None:

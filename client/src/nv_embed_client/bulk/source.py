@@ -106,7 +106,7 @@ def unified(schemas: Iterable[Any]) -> Any:
         InvalidInput: a column has types that cannot be one.
     """
     try:
-        return pa.unify_schemas(list(schemas), promote_options="permissive")
+        return pa.unify_schemas([pa.schema([]), *schemas], promote_options="permissive")  # a file may have no row
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise InvalidInput.of(
             expected="files whose columns have the same types", got=str(error), remedy="convert them"

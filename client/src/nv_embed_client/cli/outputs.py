@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
+import json
 import os
 import sys
 from pathlib import Path
@@ -179,14 +179,22 @@ class _JsonLines:
                 "num_tokens": None if failed else int(outcome.token_counts[i]),
                 "is_truncated": None if failed else bool(outcome.is_truncated[i]),
             }
-            try:
-                line = orjson.dumps(record, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)
-            except TypeError as error:
-                raise _no_json(str(error), rows.places[i]) from None
-            self._file.write(line)
+            self._file.write(_line(record, rows.places[i]))
 
     def finish(self) -> None:
         pass
+
+
+def _line(record: dict[str, Any], place: str) -> bytes:
+    try:
+        return orjson.dumps(record, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)
+    except TypeError as error:
+        if (vector := record["embedding"]) is not None:
+            record = record | {"embedding": vector.tolist()}
+        try:  # this one is slow, and writes integers of any size and deep nesting
+            return json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        except (TypeError, ValueError, RecursionError):
+            raise _no_json(str(error), place) from None
 
 
 def _no_json(problem: str, place: str) -> InvalidInput:

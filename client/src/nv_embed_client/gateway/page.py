@@ -43,7 +43,8 @@ def _facts(settings: GatewaySettings) -> dict[str, object]:
     Names of other machines stay here: the page says where Triton is only if that is the gateway's machine.
     """
     host, _, port = settings.triton_url.rpartition(":")
-    is_here = (host in ("localhost", "[::1]") or host.startswith("127.")) and settings.triton_tls is None
+    is_one = "," not in settings.triton_url
+    is_here = is_one and (host in ("localhost", "[::1]") or host.startswith("127.")) and settings.triton_tls is None
     return {"tasks": dict(TASK_INSTRUCTIONS), "grpc_port": int(port) if is_here else None}
 
 

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import re
+import resource
 import struct
 import subprocess
 import sys
@@ -300,6 +301,24 @@ def test_the_input_is_never_overwritten_by_what_the_output_is_called_meanwhile(n
     assert Path("a.npy.partial").read_text() == "a text\n"
 
 
+def test_a_disk_without_room_is_said_in_one_line(server, tmp_path):
+    write(tmp_path / "a.txt", [f"{number} {'x' * 1400}\n" for number in range(20)])
+
+    def have_little_room():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+
+    for arguments in (("index", "a.txt"), ("embed", "a.txt")):
+        done = subprocess.run(
+            [COMMAND, *arguments], cwd=tmp_path, env=os.environ | {"TRITON_URL": server.url}, text=True,
+            capture_output=True, timeout=SECONDS, check=False, preexec_fn=have_little_room,
+        )  # fmt: skip
+        assert (done.returncode, done.stdout) == (1, "")
+        (line,) = done.stderr.splitlines()
+        assert line.startswith("nv-embed: expected files that can be read and written; got ")
+        assert "File too large" in line
+    assert not (tmp_path / "a.embeddings.npy").exists()
+
+
 def test_two_commands_never_write_one_output(server, nv_embed):
     with subprocess.Popen(
         [COMMAND, "embed", "-", "--out", "a.npy"], stdin=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -362,6 +381,10 @@ def test_a_file_without_rows_makes_one_without_rows(name, nv_embed, vectors):
 def test_what_could_change_the_terminal_is_not_printed(nv_embed):
     _, printed, _ = nv_embed("compare", "a\x1b[31m red\ntext", "another\r\u202etext")
     assert [line.split("  ")[-1] for line in printed.splitlines()[1:]] == ["a [31m red text", "another text"]
+    Path("notes").mkdir()
+    Path("notes/a\x1b[31m\n.txt").write_text("a text")
+    assert nv_embed("index", "notes")[0] == 0
+    assert nv_embed("search", "?")[1].endswith("  notes/a?[31m?.txt:1  a text\n")
 
 
 def test_status_says_what_is_served_and_what_waits(nv_embed, server, client):
@@ -414,6 +437,7 @@ def test_status_of_an_absent_server_is_code_1_at_once(nv_embed):
         (["search", "why?"], "expected an index to search; got none at .nv-embed; make one with nv-embed index FOLDER"),
         (["search", "why?", "--top", "0"], "expected --top of at least 1; got 0"),
         (["index", "absent"], "expected folders or files that exist; got "),
+        (["index", "folder.npy", "--store", "folder.npy"], "expected folders or files other than the index"),
         (["index", ".", "--store", "a.txt"], "expected a folder that can be made and changed; got 'a.txt'"),
         (["status", "--metrics-url", "localhost:8002"], "expected http:// or https:// as --metrics-url"),
         (["status", "--url", "http://localhost:8001"], "leave out the scheme"),

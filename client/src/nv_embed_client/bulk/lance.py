@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from nv_embed_client.bulk import parts
 from nv_embed_client.bulk.folder import Folder
 from nv_embed_client.bulk.plan import PLAN, SUCCESS
+from nv_embed_client.disk_errors import as_os_errors
 from nv_embed_client.errors import InvalidInput
 
 DEFAULT_TABLE = "texts"
@@ -65,6 +66,7 @@ def load(output: str, database: str, table_name: str = DEFAULT_TABLE, *, progres
     table, counts = None, {"inserted": 0, "updated": 0}
     with (
         _alone(database, table_name),
+        as_os_errors(),
         tqdm(total=json.loads(folder.read(SUCCESS) or b"")["num_rows"], unit=" rows", disable=not progress) as bar,
     ):
         for rows in _groups(folder, names):

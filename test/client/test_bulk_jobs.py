@@ -217,15 +217,23 @@ def test_ids_must_be_unique_and_columns_there_before_anything_is_computed(cluste
         assert bulk(server.url, tmp_path, tmp_path / "_out", *ray_address, *more) == 2
         assert message in capsys.readouterr().err
     assert not parts(tmp_path / "_out")
+    for name in ("a.csv", "b.csv"):
+        (tmp_path / name).unlink()
+    pa.parquet.write_table(pa.table([[1], ["a"], ["b"]], names=["id", "text", "text"]), tmp_path / "a.parquet")
+    assert bulk(server.url, tmp_path, tmp_path / "_out", *ray_address, "--id-column", "id") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("different names of columns; got ['id', 'text', 'text'] in a.parquet; rename one")
 
 
 def test_it_starts_ray_by_itself_and_makes_ids(server, tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.jsonl").write_text('{"text": "one"}\n{"text": "another"}\n')
     (tmp_path / "in/b.jsonl").touch()  # as programs write that share out their rows
+    (tmp_path / "in/c.jsonl").write_text('{"text": null}\n')
     job = ["bulk", str(tmp_path / "in"), "out", "--url", server.url, "--workers", "1"]
     done = subprocess.run([*COMMAND, *job], cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS, check=False)
-    assert (done.returncode, done.stdout) == (0, "out: 2 vectors, 0 texts were done before\n"), done.stderr
+    said = "out: 2 vectors, 0 texts were done before\nout/_failed: 1 texts that have no vector, and why\n"
+    assert (done.returncode, done.stdout) == (0, said), done.stderr
     assert "rror" not in done.stderr
     assert pa.parquet.read_table(tmp_path / "out" / "part-000000.parquet")["id"].to_pylist() == [
         "a.jsonl:0",

@@ -276,6 +276,15 @@ def test_a_server_or_gateway_that_dies_is_said_to_be_away_and_a_server_is_used_a
 # --- safety ---
 
 
+def test_empty_lines_alone_are_no_passages_and_ask_nobody(page):
+    ask(page, QUESTION, [" ", "", " "])
+    passages = page.get_by_label("Passages", exact=True)
+    assert passages.evaluate("field => field.validationMessage") == "Write at least one passage."
+    expect(page.locator("#said")).to_have_text("Passages appear here, the nearest to the question first.")
+    ask(page)
+    assert len(rows(page)) == len(PASSAGES)
+
+
 def test_a_text_is_never_shortened_in_the_middle_of_a_character(page):
     texts = ["x" * 399 + "\N{GRINNING FACE}" * 100, "y" * 499 + "\N{GRINNING FACE}" * 100]
     ask(page, texts[1], texts)

@@ -54,15 +54,15 @@ def _look(wish: Wish, name: str) -> tuple[Any, ...]:
     """What one file has: a `_Seen` or the error, and the hashes of its ids in each shard."""
     folder = Folder.at(wish.input)
     pieces: list[Piece] = []
-    schemas = [source.schema_of(folder, name)] if source.format_of(name) == "parquet" else []
     hashes: list[list[Hashes]] = [[] for _ in range(NUM_SHARDS)]
     try:
+        schemas = [source.schema_of(folder, name)] if source.format_of(name) == "parquet" else []
         for piece, columns in source.pieces_of(folder, name, wish.rows_per_file):
             pieces.append(piece)
             if source.format_of(name) != "parquet":
                 schemas.append(columns(None).schema)
             if wish.id_column is not None:
-                _check_columns(schemas[-1], wish)
+                _check_name(schemas[-1], "--id-column", wish.id_column)  # all else may come in later rows
                 table = columns([wish.id_column])
                 for shard, some in zip(hashes, ids.hashes_of(ids.ids_of(table, piece, wish.id_column)), strict=True):
                     shard.append(some)
@@ -72,13 +72,19 @@ def _look(wish: Wish, name: str) -> tuple[Any, ...]:
     return (seen, *hashes)
 
 
+def _check_name(schema: Any, option: str, name: str) -> None:
+    if name not in schema.names:
+        raise InvalidInput.of(
+            expected=f"a column {name!r} in the input",
+            got=", ".join(schema.names) or "none",
+            remedy=f"name it with {option}",
+        )
+
+
 def _check_columns(schema: Any, wish: Wish) -> None:
-    names = ", ".join(schema.names)
-    for option, name in (("--text-column", wish.text_column), ("--id-column", wish.id_column)):
-        if name is not None and name not in schema.names:
-            raise InvalidInput.of(
-                expected=f"a column {name!r} in the input", got=names or "none", remedy=f"name it with {option}"
-            )
+    _check_name(schema, "--text-column", wish.text_column)
+    if wish.id_column is not None:
+        _check_name(schema, "--id-column", wish.id_column)
     kind = schema.field(wish.text_column).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):

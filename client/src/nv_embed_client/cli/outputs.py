@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import json
 import os
 import sys
@@ -21,6 +21,8 @@ from nv_embed_client.outcome import Outcome
 
 if TYPE_CHECKING:
     import pyarrow as pa
+if sys.platform != "win32":
+    import fcntl
 
 ADDED_COLUMNS = ("embedding", "num_tokens", "is_truncated")
 
@@ -97,6 +99,8 @@ class Output:
         with self._file:  # closed last, because until then no other process may write it
             self._writer.finish()  # also after a failure, so that what was written can be read
             self._file.flush()
+            if sys.platform == "win32":
+                self._file.close()  # there an open file cannot be renamed
             if error is None:
                 os.replace(self.partial_path, self.path)
             elif not self.num_rows:
@@ -117,22 +121,33 @@ def _opened_alone(path: str) -> BinaryIO:
     while True:
         file = open(path, "wb", opener=opened)  # noqa: SIM115
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_locked_by_another(file):
+                raise InvalidInput.of(
+                    expected=f"nobody else who writes {path}", got="another nv-embed embed",
+                    remedy="wait until it is done, or change --out",
+                )  # fmt: skip
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 file.truncate(0)
                 return file
-        except BlockingIOError:
-            file.close()
-            raise InvalidInput.of(
-                expected=f"nobody else who writes {path}", got="another nv-embed embed",
-                remedy="wait until it is done, or change --out",
-            ) from None  # fmt: skip
         except FileNotFoundError:
             pass
         except BaseException:
             file.close()
             raise
         file.close()  # its writer gave it its name just now
+
+
+def _is_locked_by_another(file: BinaryIO) -> bool:
+    """If not, it is locked by this process, as far as the file system has locks."""
+    if sys.platform != "win32":
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise
+    return False
 
 
 class _Npy:

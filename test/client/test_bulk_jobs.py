@@ -204,8 +204,9 @@ def test_another_models_vectors_and_another_input_are_not_added(finished, corpus
 
 
 def test_ids_must_be_unique_and_columns_there_before_anything_is_computed(cluster, server, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
     for name in ("a.csv", "b.csv"):
-        with (tmp_path / name).open("w") as file:
+        with (tmp_path / "in" / name).open("w") as file:
             csv.writer(file).writerows([["id", "text"], [name, "one"], ["both", "two\nlines"]])
     ray_address = ("--ray-address", cluster.address)
     for more, message in {
@@ -214,13 +215,12 @@ def test_ids_must_be_unique_and_columns_there_before_anything_is_computed(cluste
         ("--text-column", "body"): "expected a column 'body' in the input; got id, text; name it with --text-column",
         (): "expected an input without the columns that are added to it; got id; rename them; if 'id' has ids, say",
     }.items():
-        assert bulk(server.url, tmp_path, tmp_path / "_out", *ray_address, *more) == 2
+        assert bulk(server.url, tmp_path / "in", tmp_path / "out", *ray_address, *more) == 2
         assert message in capsys.readouterr().err
-    assert not parts(tmp_path / "_out")
-    for name in ("a.csv", "b.csv"):
-        (tmp_path / name).unlink()
-    pa.parquet.write_table(pa.table([[1], ["a"], ["b"]], names=["id", "text", "text"]), tmp_path / "a.parquet")
-    assert bulk(server.url, tmp_path, tmp_path / "_out", *ray_address, "--id-column", "id") == 2
+    assert not parts(tmp_path / "out")
+    (tmp_path / "twice").mkdir()
+    pa.parquet.write_table(pa.table([[1], ["a"], ["b"]], names=["id", "text", "text"]), tmp_path / "twice/a.parquet")
+    assert bulk(server.url, tmp_path / "twice", tmp_path / "out", *ray_address, "--id-column", "id") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith("different names of columns; got ['id', 'text', 'text'] in a.parquet; rename one")
 
@@ -245,9 +245,9 @@ def test_what_is_not_begun_by_this_command_is_not_touched(server, corpus, tmp_pa
     (tmp_path / "thesis.txt").touch()
     assert bulk(server.url, corpus[0], tmp_path) == 2
     assert f"expected an empty folder, or one that this command began; got '{tmp_path}'" in capsys.readouterr().err
-    assert bulk(server.url, corpus[0], corpus[0] / "out") == 2
-    assert "expected an OUTPUT outside INPUT" in capsys.readouterr().err
     assert bulk(server.url, corpus[0], tmp_path / "out", "--workers", "0") == 2
+    assert bulk(server.url, corpus[0], corpus[0] / "out") == 2
+    assert "expected an OUTPUT outside INPUT, because all files there are read; got" in capsys.readouterr().err
     assert bulk(server.url, corpus[0], tmp_path / "out", "--ray-address", "127.0.0.1:1") == 2
     assert "expected a cluster of Ray at --ray-address; got '127.0.0.1:1'" in capsys.readouterr().err
 

@@ -66,17 +66,6 @@ class Folder:
         shown = [each for each in entries if not any(part[0] in "._" for part in each.name.split("/"))]
         return sorted(shown, key=lambda each: each.name)
 
-    def shows(self, other: Folder) -> bool:
-        """Whether files of the other folder are among its own `entries`."""
-        start = f"{self.path.rstrip('/')}/"
-        inside = f"{other.path.rstrip('/')}/".removeprefix(start)
-        return (
-            self.only is None
-            and bool(self.files == other.files)
-            and other.path.startswith(start)
-            and not any(part.startswith((".", "_")) for part in inside.split("/"))
-        )
-
     def is_empty(self) -> bool:
         """Whether nothing at all is there, or only what a first run left that was killed before it had a plan."""
         selector = fs.FileSelector(self.path, allow_not_found=True)

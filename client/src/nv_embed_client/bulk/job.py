@@ -81,16 +81,9 @@ def embed_corpus(
         raise InvalidInput.of(
             expected="an empty folder, or one that this command began", got=repr(output), remedy="choose another OUTPUT"
         )
-    corpus = Folder.at(wish.input)
-    if corpus.shows(folder):
-        raise InvalidInput.of(
-            expected="an OUTPUT outside INPUT, because another run would take its files for texts",
-            got=repr(output),
-            remedy="choose another OUTPUT, or begin its name with an underscore",
-        )
     with NVEmbedClient(url, model_name) as client:
         model = Model.of(client.model_info())
-    files, others = corpus_of(corpus, wish.input)
+    files, others = corpus_of(Folder.at(wish.input), wish.input)
     if others:
         tqdm.write(f"{len(others)} other files are left out, such as {others[0].name}")
     if plan is not None:
@@ -115,7 +108,12 @@ def _checked(wish: Wish, output: str, workers: int, patience_seconds: float) -> 
         if not value > 0:
             raise InvalidInput.of(expected=f"{name} of more than 0", got=str(value), remedy="correct it")
     fields = {name: getattr(wish, name) for name in Wish.__dataclass_fields__}
-    return Wish(**fields | {"input": absolute(wish.input)}), absolute(output)
+    wish, output = Wish(**fields | {"input": absolute(wish.input)}), absolute(output)
+    if f"{output}/".startswith(f"{wish.input.rstrip('/')}/"):
+        raise InvalidInput.of(
+            expected="an OUTPUT outside INPUT, because all files there are read", got=output, remedy="choose another"
+        )
+    return wish, output
 
 
 @contextmanager

@@ -110,8 +110,11 @@ def unified(schemas: Iterable[Any]) -> Any:
     Raises:
         InvalidInput: a column has types that cannot be one.
     """
+    several = list(schemas)
+    if not several:  # of an empty file
+        return pa.schema([])
     try:
-        return pa.unify_schemas([pa.schema([]), *schemas], promote_options="permissive")  # a file may have no row
+        return pa.unify_schemas(several, promote_options="permissive")
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise InvalidInput.of(
             expected="files whose columns have the same types", got=str(error), remedy="convert them"

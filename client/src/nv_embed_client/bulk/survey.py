@@ -62,7 +62,7 @@ def _look(wish: Wish, name: str) -> tuple[Any, ...]:
             if source.format_of(name) != "parquet":
                 schemas.append(columns(None).schema)
             if wish.id_column is not None:
-                _check_name(schemas[-1], "--id-column", wish.id_column)  # all else may come in later rows
+                _check_name(schemas[-1], "--id-column", wish.id_column)
                 table = columns([wish.id_column])
                 for shard, some in zip(hashes, ids.hashes_of(ids.ids_of(table, piece, wish.id_column)), strict=True):
                     shard.append(some)

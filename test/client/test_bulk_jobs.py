@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -221,14 +222,22 @@ def test_ids_must_be_unique_and_columns_there_before_anything_is_computed(cluste
         assert bulk(server.url, tmp_path / "in", tmp_path / "out", *ray_address, *more) == 2
         assert message in capsys.readouterr().err
     assert not parts(tmp_path / "out")
+    (tmp_path / "twice").mkdir()
+    pa.parquet.write_table(pa.table([[1], ["a"], ["b"]], names=["id", "text", "text"]), tmp_path / "twice/a.parquet")
+    assert bulk(server.url, tmp_path / "twice", tmp_path / "out", *ray_address, "--id-column", "id") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("different names of columns; got ['id', 'text', 'text'] in a.parquet; rename one")
 
 
 def test_it_starts_ray_by_itself_and_makes_ids(server, tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.jsonl").write_text('{"text": "one"}\n{"text": "another"}\n')
+    (tmp_path / "in/b.jsonl").touch()  # as programs write that share out their rows
+    (tmp_path / "in/c.jsonl").write_text('{"text": null}\n')
     job = ["bulk", str(tmp_path / "in"), "out", "--url", server.url, "--workers", "1"]
     done = subprocess.run([*COMMAND, *job], cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS, check=False)
-    assert (done.returncode, done.stdout) == (0, "out: 2 vectors, 0 texts were done before\n"), done.stderr
+    said = "out: 2 vectors, 0 texts were done before\nout/_failed: 1 texts that have no vector, and why\n"
+    assert (done.returncode, done.stdout) == (0, said), done.stderr
     assert "rror" not in done.stderr
     assert pa.parquet.read_table(tmp_path / "out" / "part-000000.parquet")["id"].to_pylist() == [
         "a.jsonl:0",
@@ -274,7 +283,32 @@ def test_loading_twice_changes_nothing_and_another_models_vectors_are_refused(fi
     code, said = load(other, store)
     assert code == 2
     assert "got 'other'; choose another --table" in said
+    told = json.loads(table.schema.metadata[b"nv_embed"])
+    for wrong, what in (
+        (table.append_column("more", pa.array(["a column"])), "'more' as no column; got string"),
+        (table.drop_columns(["n"]), "'n' as double; got no column"),
+        (table.set_column(0, "key", pa.array(["a string"])), "'key' as int64; got string"),
+    ):
+        pa.parquet.write_table(
+            wrong.replace_schema_metadata({"nv_embed": json.dumps(told)}), other / "part-000000.parquet"
+        )
+        code, said = load(other, store)
+        assert code == 2
+        assert said.startswith("nv-embed: expected the columns of 'texts' in ")
+        assert f", so {what}; choose another --table" in said
     assert table_of(store) == first
+    code, said = load(output, store, "--table", "a/b")
+    assert code == 2
+    assert "got 'a/b'; choose another name" in said
+
+
+def test_two_loads_at_once_leave_each_id_once(finished, tmp_path):
+    output, _ = finished
+    with ThreadPoolExecutor(2) as pool:
+        done = sorted(pool.map(lambda _: load(output, tmp_path), range(2)))
+    assert done[0][0] == 0
+    assert done[1][0] == 0 or "expected nobody else who loads into 'texts' in " in done[1][1], done
+    assert len({row["key"] for row in table_of(tmp_path)["rows"]}) == len(table_of(tmp_path)["rows"]) == 299
 
 
 def table_of(store):

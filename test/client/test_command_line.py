@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import re
+import resource
 import struct
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from started_server import free_ports
 
 COMMAND = Path(sys.executable).parent / "nv-embed"
 TEXTS = [*DOCUMENTS.values(), "  indented", 'said "yes", and left', "日本語", "a\ttab"]
+SECONDS = 180
 TOO_LONG = "the bread " * MAX_SEQUENCE_TOKENS
 
 
@@ -178,6 +180,17 @@ def test_a_row_of_a_table_that_fails_is_named_and_keeps_its_place(nv_embed):
     assert np.isnan(table["embedding"].to_pylist()[1]).all()
 
 
+def test_json_that_is_unusual_comes_through_as_it_is(nv_embed):
+    deep = json.loads("[" * 300 + "]" * 300)
+    rows = [{"text": "a", "n": 10**30}, {"text": "b", "deep": deep}, {"text": "c", "n": -(2**63)}]
+    Path("a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, _, errors = nv_embed("embed", "a.jsonl")
+    assert (code, summary_of(errors)) == (0, (3, 0, 0))
+    written = [json.loads(line) for line in Path("a.embeddings.jsonl").read_text().splitlines()]
+    assert [{name: row[name] for name in row if name in ("text", "n", "deep")} for row in written] == rows
+    np.testing.assert_allclose(np.linalg.norm(embeddings_in("a.embeddings.jsonl"), axis=1), 1, atol=1e-5)
+
+
 def test_texts_that_were_cut_are_counted_or_refused(nv_embed):
     write("a.txt", ["short", TOO_LONG])
     assert summary_of(nv_embed("embed", "a.txt", "-o", "b.parquet")[2]) == (2, 0, 1)
@@ -286,6 +299,54 @@ def test_utf_8_is_read_and_printed_in_any_locale(server):
     assert {line.split()[-1] for line in done.stdout.decode().splitlines()} == {"日本語", "ü"}
 
 
+def test_the_input_is_never_overwritten_by_what_the_output_is_called_meanwhile(nv_embed):
+    Path("a.npy.partial").write_text("a text\n")
+    code, _, errors = nv_embed("embed", "a.npy.partial", "--out", "a.npy")
+    assert (code, errors) == (
+        2, ["nv-embed: expected another file to write than the input; got 'a.npy.partial'; change --out"],
+    )  # fmt: skip
+    assert Path("a.npy.partial").read_text() == "a text\n"
+
+
+def test_a_disk_without_room_is_said_in_one_line(server, tmp_path):
+    write(tmp_path / "a.txt", [f"{number} {'x' * 1400}\n" for number in range(20)])
+
+    def have_little_room():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+
+    for arguments in (("index", "a.txt"), ("embed", "a.txt")):
+        done = subprocess.run(
+            [COMMAND, *arguments], cwd=tmp_path, env=os.environ | {"TRITON_URL": server.url}, text=True,
+            capture_output=True, timeout=SECONDS, check=False, preexec_fn=have_little_room,
+        )  # fmt: skip
+        assert (done.returncode, done.stdout) == (1, "")
+        (line,) = done.stderr.splitlines()
+        assert line.startswith("nv-embed: expected files that can be read and written; got ")
+        assert "File too large" in line
+    assert not (tmp_path / "a.embeddings.npy").exists()
+
+
+def test_two_commands_never_write_one_output(server, nv_embed):
+    with subprocess.Popen(
+        [COMMAND, "embed", "-", "--out", "a.npy"], stdin=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=os.environ | {"TRITON_URL": server.url},
+    ) as first:  # fmt: skip
+        first.stdin.write(b"the first\n")
+        first.stdin.flush()
+        eventually(Path("a.npy.partial").exists)
+        Path("b.txt").write_text("the second\nhas two lines\n")
+        code, _, (error,) = nv_embed("embed", "b.txt", "--out", "a.npy")
+        assert (code, error) == (
+            2, "nv-embed: expected nobody else who writes a.npy.partial; got another nv-embed embed; wait until it is "
+            "done, or change --out",
+        )  # fmt: skip
+        first.communicate(timeout=SECONDS)
+    assert first.returncode == 0
+    assert len(np.load("a.npy")) == 1
+    assert nv_embed("embed", "b.txt", "--out", "a.npy")[0] == 0
+    assert len(np.load("a.npy")) == 2
+
+
 def test_compare_prints_the_cosines_of_all_or_ranks_them_for_a_query(nv_embed, client):
     texts = list(DOCUMENTS.values())[:3]
     cosines = (rows := client.embed_documents(texts)) @ rows.T
@@ -327,6 +388,10 @@ def test_a_file_without_rows_makes_one_without_rows(name, nv_embed, vectors):
 def test_what_could_change_the_terminal_is_not_printed(nv_embed):
     _, printed, _ = nv_embed("compare", "a\x1b[31m red\ntext", "another\r\u202etext")
     assert [line.split("  ")[-1] for line in printed.splitlines()[1:]] == ["a [31m red text", "another text"]
+    Path("notes").mkdir()
+    Path("notes/a\x1b[31m\n.txt").write_text("a text")
+    assert nv_embed("index", "notes")[0] == 0
+    assert nv_embed("search", "?")[1].endswith("  notes/a?[31m?.txt:1  a text\n")
 
 
 def test_status_says_what_is_served_and_what_waits(nv_embed, server, client):
@@ -365,7 +430,9 @@ def test_status_of_an_absent_server_is_code_1_at_once(nv_embed):
         (["embed", "a.jsonl", "-o", "a.jsonl"], "expected another file to write than the input; got 'a.jsonl'"),
         (["embed", "a.csv", "--text-column", "b"], "expected a column 'b'; got 'text', 'embedding' in a.csv"),
         (["embed", "a.csv"], "got embedding from line 2 of a.csv on; rename or remove them"),
-        (["embed", "double.csv"], "expected a header with different names of columns"),
+        (["embed", "double.csv"], "expected columns with different names; got ['text', 'text'] in double.csv"),
+        (["embed", "double.parquet"], "expected columns with different names; got ['text', 'text'] in double.parquet"),
+        (["embed", "a.txt", "-o", "folder.npy"], "expected a file to write; got the folder 'folder.npy'; change --out"),
         (["embed", "numbers.parquet"], "expected strings in the column 'text'; got int64 in numbers.parquet"),
         (["embed", "lines.parquet"], "expected a Parquet file; got 'lines.parquet'"),
         (["embed", "-", "--format", "parquet"], "expected a file of Parquet; got the standard input"),
@@ -377,6 +444,7 @@ def test_status_of_an_absent_server_is_code_1_at_once(nv_embed):
         (["search", "why?"], "expected an index to search; got none at .nv-embed; make one with nv-embed index FOLDER"),
         (["search", "why?", "--top", "0"], "expected --top of at least 1; got 0"),
         (["index", "absent"], "expected folders or files that exist; got "),
+        (["index", "folder.npy", "--store", "folder.npy"], "expected folders or files other than the index"),
         (["index", ".", "--store", "a.txt"], "expected a folder that can be made and changed; got 'a.txt'"),
         (["status", "--metrics-url", "localhost:8002"], "expected http:// or https:// as --metrics-url"),
         (["status", "--url", "http://localhost:8001"], "leave out the scheme"),
@@ -389,6 +457,8 @@ def test_what_the_caller_can_mend_ends_with_one_line_and_code_2(arguments, messa
     Path("double.csv").write_text("text,text\na,b\n")
     Path("lines.parquet").write_text("a text\n")
     pq.write_table(pa.table({"text": [1]}), "numbers.parquet")
+    pq.write_table(pa.table([["a"], ["b"]], names=["text", "text"]), "double.parquet")
+    Path("folder.npy").mkdir()
     code, printed, errors = nv_embed(*arguments)
     assert (code, printed, len(errors)) == (2, "", 1), errors
     assert errors[0].startswith("nv-embed: expected ")

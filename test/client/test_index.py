@@ -127,10 +127,12 @@ def test_what_is_no_text_is_left_out_and_counted(nv_embed):
 def indexed(folder, transport, model=None):
     """What a run over the files of a folder did, with a server that is not there."""
     store = Store.to_index(str(folder / ".nv-embed"), model or MockTransport(dimension=8).info)
+    transport.info = transport.info or MockTransport(dimension=8).info
     once = RetryPolicy(max_attempts=1)
     with store as store, ThreadPoolExecutor(2) as pool, NVEmbedClient(transport=transport, retry=once) as client:
         files = TextFiles([str(folder)], store.folder)
-        return index(store, files, Embedder(client, embedding_type="float16"), pool, lambda _: None)
+        embedder = Embedder(client, client.model_info(), embedding_type="float16")
+        return index(store, files, embedder, pool, lambda _: None)
 
 
 def test_one_at_a_time_changes_an_index_and_others_search_it(tmp_path):
@@ -160,6 +162,23 @@ def test_another_models_vectors_are_never_added_or_searched(tmp_path):
         with pytest.raises(InvalidInput, match="; give the address of a server with that model, or choose"):
             indexed(tmp_path, MockTransport(dimension=8), other)
     assert indexed(tmp_path, MockTransport(dimension=8), replace(info, name="another-name")).unchanged == 1
+
+
+@pytest.mark.parametrize("dimension", [8, 16])
+def test_a_server_that_comes_back_with_another_model_adds_nothing(tmp_path, dimension):
+    (tmp_path / "a.txt").write_text("a text")
+    info, other = MockTransport(dimension=8).info, MockTransport(dimension=dimension)
+
+    def changes(request):
+        if request.texts == ("text",):
+            return MockTransport(dimension=8).embed(request, 1)
+        transport.info = replace(info, fingerprint="1" * 32, dimension=dimension)
+        return other.embed(request, 1)
+
+    transport = MockTransport(changes)
+    with pytest.raises(InvalidInput, match=r"expected the same model until all is done, with fingerprint '0{32}'"):
+        indexed(tmp_path, transport)
+    assert indexed(tmp_path, MockTransport(dimension=8)).embedded == 1
 
 
 def test_a_run_that_is_interrupted_keeps_what_it_has_embedded(tmp_path):
@@ -206,8 +225,10 @@ def test_the_reason_of_each_text_is_known_also_if_all_fail():
             raise InvalidInput.of(expected="more", got=f"text 0, {request.texts[0]}", remedy="write more")
         return MockTransport(dimension=8).embed(request, 1)
 
-    with NVEmbedClient(transport=MockTransport(refuses)) as client:
-        outcome = Embedder(client, truncate="NONE").outcome(["a", InvalidInput("no text"), "b"])
+    transport = MockTransport(refuses)
+    transport.info = MockTransport(dimension=8).info
+    with NVEmbedClient(transport=transport) as client:
+        outcome = Embedder(client, transport.info, truncate="NONE").outcome(["a", InvalidInput("no text"), "b"])
     assert [str(outcome.errors[i]) for i in range(3)] == [
         "expected more; got a text, a; write more", "no text", "expected more; got a text, b; write more",
     ]  # fmt: skip

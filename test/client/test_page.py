@@ -151,6 +151,25 @@ def test_the_models_own_instruction_is_compared_with_nothing(page):
     assert page.locator("#ranking .change").count() == 0
 
 
+def test_empty_lines_alone_are_no_passages_and_ask_nobody(page):
+    ask(page, QUESTION, [" ", "", " "])
+    passages = page.get_by_label("Passages", exact=True)
+    assert passages.evaluate("field => field.validationMessage") == "Write at least one passage."
+    expect(page.locator("#said")).to_have_text("Passages appear here, the nearest to the question first.")
+    ask(page)
+    assert len(rows(page)) == len(PASSAGES)
+
+
+def test_a_text_is_never_shortened_in_the_middle_of_a_character(page):
+    texts = ["x" * 399 + "\N{GRINNING FACE}" * 100, "y" * 499 + "\N{GRINNING FACE}" * 100]
+    ask(page, texts[1], texts)
+    assert sorted(text for text, _ in rows(page)) == ["x" * 399 + "…", "y" * 400 + "…"]
+    for tool in ("curl", "openai", "client"):
+        page.get_by_label(tool).check()
+        assert "\\ud83d" not in page.locator("#lines").text_content().replace("\\ud83d\\ude00", "")
+        assert '"' + "y" * 499 + '"' in page.locator("#lines").text_content()
+
+
 # --- lines to copy ---
 
 

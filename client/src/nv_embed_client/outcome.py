@@ -15,6 +15,7 @@ import numpy.typing as npt
 from nv_embed_client.client import NVEmbedClient
 from nv_embed_client.embedding_type import Embeddings, EmbeddingType
 from nv_embed_client.errors import InvalidInput, NVEmbedError, PartialFailure, ServerFailure
+from nv_embed_client.model_info import ModelInfo
 from nv_embed_client.wire import EmbedResult, InputType, Truncate
 
 T = TypeVar("T")
@@ -44,6 +45,7 @@ class Embedder:
     def __init__(
         self,
         client: NVEmbedClient,
+        model: ModelInfo,
         *,
         input_type: InputType = "passage",
         instruction: str | None = None,
@@ -52,10 +54,15 @@ class Embedder:
     ) -> None:
         """Embeds a word, so that options which no text can have are refused at once.
 
+        Args:
+            client: to the server or servers.
+            model: what they served when the caller asked. Nothing of another model is returned.
+
         Raises:
             NVEmbedError: the server refuses the options, or is absent.
         """
         self._client = client
+        self._model = model
         self._options: dict[str, Any] = {
             "input_type": input_type, "instruction": instruction, "truncate": truncate,
             "embedding_type": embedding_type, "token_counts": True, "is_truncated": True,
@@ -69,7 +76,7 @@ class Embedder:
         """What came of each text; those that are an error already keep it.
 
         Raises:
-            NVEmbedError: the server is gone, or fails whatever the text.
+            NVEmbedError: the server is gone, fails whatever the text, or came back with another model.
         """
         number = len(texts)
         missing = np.nan if self.dtype.kind == "f" else 0
@@ -79,7 +86,19 @@ class Embedder:
         )  # fmt: skip
         positions = [position for position in range(number) if position not in outcome.errors]
         self._fill(outcome, positions, [text for text in texts if isinstance(text, str)])
+        self._check_model()  # after each part, so that each one lies between two good answers
         return outcome
+
+    def _check_model(self) -> None:
+        now = self._client.model_info()
+        for name in ("fingerprint", "document_prompt", "query_prompt", "dimension"):
+            expected, got = getattr(self._model, name), getattr(now, name)
+            if expected != got:
+                raise InvalidInput.of(
+                    expected=f"the same model until all is done, with {name} {expected!r}",
+                    got=f"{now.name} with {got!r}",
+                    remedy="serve that model again, or start anew with this one",
+                )
 
     def _fill(self, outcome: Outcome, positions: list[int], texts: list[str]) -> None:
         if not texts:
@@ -107,6 +126,12 @@ class Embedder:
             return
         assert result.token_counts is not None
         assert result.is_truncated is not None
+        if result.embeddings.shape[1] != self.width:
+            self._check_model()
+            raise ServerFailure(
+                f"expected rows of {self.width} numbers; got {result.embeddings.shape[1]}; check that every server "
+                "serves the same model"
+            )
         outcome.embeddings[positions] = result.embeddings
         outcome.token_counts[positions] = result.token_counts
         outcome.is_truncated[positions] = result.is_truncated

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import filelock
 import lancedb
 import pyarrow as pa
 import pyarrow.parquet
@@ -16,9 +20,11 @@ from tqdm.auto import tqdm
 from nv_embed_client.bulk import parts
 from nv_embed_client.bulk.folder import Folder
 from nv_embed_client.bulk.plan import PLAN, SUCCESS
+from nv_embed_client.disk_errors import as_os_errors
 from nv_embed_client.errors import InvalidInput
 
 DEFAULT_TABLE = "texts"
+_TABLE_NAME = re.compile(r"[A-Za-z0-9_.-]+")  # as LanceDB wants it
 _ROWS_AT_ONCE = 2**16  # of one upsert, which looks through the ids of the table
 
 
@@ -41,8 +47,13 @@ def load(output: str, database: str, table_name: str = DEFAULT_TABLE, *, progres
         progress: show a bar.
 
     Raises:
-        InvalidInput: OUTPUT is not finished, or the table has vectors of something else.
+        InvalidInput: OUTPUT is not finished, the table has vectors of something else or other columns, or another
+            process loads into it.
     """
+    if not _TABLE_NAME.fullmatch(table_name):
+        raise InvalidInput.of(
+            expected="letters, digits, '_', '-' and '.' as --table", got=repr(table_name), remedy="choose another name"
+        )
     folder = Folder.at(output)
     if folder.read(SUCCESS) is None:
         raise InvalidInput.of(
@@ -53,7 +64,11 @@ def load(output: str, database: str, table_name: str = DEFAULT_TABLE, *, progres
     names = [entry.name for entry in folder.entries() if entry.name.endswith(".parquet")]
     connection = lancedb.connect(database)
     table, counts = None, {"inserted": 0, "updated": 0}
-    with tqdm(total=json.loads(folder.read(SUCCESS) or b"")["num_rows"], unit=" rows", disable=not progress) as bar:
+    with (
+        _alone(database, table_name),
+        as_os_errors(),
+        tqdm(total=json.loads(folder.read(SUCCESS) or b"")["num_rows"], unit=" rows", disable=not progress) as bar,
+    ):
         for rows in _groups(folder, names):
             if table is None:
                 table, is_new = _opened(connection, table_name, rows.schema, f"{table_name!r} in {database!r}")
@@ -67,6 +82,29 @@ def load(output: str, database: str, table_name: str = DEFAULT_TABLE, *, progres
                 counts["updated"] += done.num_updated_rows
             bar.update(len(rows))
     return Loaded(counts["inserted"], counts["updated"], 0 if table is None else table.count_rows())
+
+
+@contextmanager
+def _alone(database: str, table_name: str) -> Iterator[None]:
+    """Nobody else loads into the table meanwhile: two upserts at once both insert an id that is new to each.
+
+    An object store has no locks.
+    """
+    if "://" in database:
+        yield
+        return
+    lock = filelock.FileLock(Path(database, f"{table_name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise InvalidInput.of(
+            expected=f"nobody else who loads into {table_name!r} in {database!r}", got="another nv-embed load",
+            remedy="wait until it is done, and start again",
+        ) from None  # fmt: skip
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _groups(folder: Folder, names: list[str]) -> Iterator[Any]:
@@ -83,7 +121,7 @@ def _opened(connection: Any, name: str, schema: Any, where: str) -> tuple[Any, b
     """The table, and whether it is new.
 
     Raises:
-        InvalidInput: its vectors are of something else.
+        InvalidInput: its vectors are of something else, or its columns are others.
     """
     if name not in connection.table_names(limit=2**31 - 1):
         return connection.create_table(name, schema=schema), True
@@ -96,7 +134,19 @@ def _opened(connection: Any, name: str, schema: Any, where: str) -> tuple[Any, b
                 got=repr(new[key]),
                 remedy="choose another --table",
             )
+    if (new_columns := _columns(schema)) != (columns := _columns(table.schema)):
+        name = next(name for name in columns | new_columns if columns.get(name) != new_columns.get(name))
+        raise InvalidInput.of(
+            expected=f"the columns of {where}, so {name!r} as {columns.get(name, 'no column')}",
+            got=f"{new_columns.get(name, 'no column')}",
+            remedy="choose another --table",
+        )
     return table, False
+
+
+def _columns(schema: Any) -> dict[str, Any]:
+    """The type of each, as LanceDB has it."""
+    return {field.name: pa.string() if pa.types.is_string_view(field.type) else field.type for field in schema}
 
 
 def _told(schema: Any) -> dict[str, Any]:

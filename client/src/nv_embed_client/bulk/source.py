@@ -81,7 +81,12 @@ def pieces_of(folder: Folder, name: str, max_rows: int) -> Iterator[tuple[Piece,
 def schema_of(folder: Folder, name: str) -> Any:
     """Of a Parquet file."""
     with readable(name), folder.open(name) as file:
-        return pa.parquet.read_schema(file).remove_metadata()
+        schema = pa.parquet.read_schema(file).remove_metadata()
+    if len(set(schema.names)) < len(schema.names):
+        raise InvalidInput.of(
+            expected="different names of columns", got=f"{schema.names} in {name}", remedy="rename one"
+        )
+    return schema
 
 
 def unified(schemas: Iterable[Any]) -> Any:

@@ -56,9 +56,9 @@ def _look(wish: Wish, name: str) -> tuple[Any, ...]:
     """What one file has: a `_Seen` or the error, and the hashes of its ids in each shard."""
     folder = Folder.at(wish.input)
     pieces: list[Piece] = []
-    schemas = [source.schema_of(folder, name)] if format_of(name) == "parquet" else []
     hashes: list[list[Hashes]] = [[] for _ in range(NUM_SHARDS)]
     try:
+        schemas = [source.schema_of(folder, name)] if format_of(name) == "parquet" else []
         for piece, columns in source.pieces_of(folder, name, wish.rows_per_file):
             pieces.append(piece)
             if format_of(name) != "parquet":

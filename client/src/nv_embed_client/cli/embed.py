@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from nv_embed_client.cli import Commands
 from nv_embed_client.cli.instruction import add_instruction, instruction_in
-from nv_embed_client.cli.outputs import Output
+from nv_embed_client.cli.outputs import Output, partial_path_of
 from nv_embed_client.cli.row import Rows
 from nv_embed_client.cli.rows import FORMATS, OF_SUFFIXES, format_of, num_rows_of, rows_of
 from nv_embed_client.client import NVEmbedClient
@@ -73,8 +73,11 @@ def run(parsed: argparse.Namespace) -> int:
     out = parsed.out or _default_out(parsed.file, format)
     if parsed.file == "-" and format == "parquet":
         raise InvalidInput.of(expected="a file of Parquet", got="the standard input", remedy="write it to a file first")
-    if out != "-" and os.path.exists(out) and os.path.exists(parsed.file) and os.path.samefile(out, parsed.file):
-        raise InvalidInput.of(expected="another file to write than the input", got=repr(out), remedy="change --out")
+    for written in () if out == "-" else (out, partial_path_of(out)):
+        if os.path.exists(written) and os.path.exists(parsed.file) and os.path.samefile(written, parsed.file):
+            raise InvalidInput.of(
+                expected="another file to write than the input", got=repr(written), remedy="change --out"
+            )
     with NVEmbedClient(parsed.url, parsed.model_name) as client:
         info = client.model_info()
     counts: Counter[str] = Counter()
@@ -86,6 +89,7 @@ def run(parsed: argparse.Namespace) -> int:
     ):
         embedder = Embedder(
             client,
+            info,
             input_type="query" if parsed.query else "passage",
             instruction=instruction,
             truncate=parsed.truncate,

@@ -51,7 +51,7 @@ def run(parsed: argparse.Namespace) -> int:
         NVEmbedClient(parsed.url, parsed.model_name, retry=PATIENT) as client,
         tqdm(unit=" passages", disable=None) as bar,  # None: shown on a terminal only
     ):
-        summary = index(store, files, Embedder(client, embedding_type="float16"), pool, bar.update)
+        summary = index(store, files, Embedder(client, info, embedding_type="float16"), pool, bar.update)
     for error in files.unread.values():
         print(f"nv-embed: {error}", file=sys.stderr)
     for place, failure in summary.failures:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import sys
 from pathlib import Path
@@ -20,6 +22,8 @@ from nv_embed_client.outcome import Outcome
 
 if TYPE_CHECKING:
     import pyarrow as pa
+if sys.platform != "win32":
+    import fcntl
 
 
 class _Writer(Protocol):
@@ -43,7 +47,7 @@ class Output:
             metadata: about all rows, which Parquet keeps.
 
         Raises:
-            InvalidInput: it cannot be written, or has another suffix.
+            InvalidInput: it cannot be written, or has another suffix, or another process writes it.
         """
         suffix = ".jsonl" if path == "-" else Path(path).suffix.lower()
         if suffix not in (".npy", ".jsonl", ".parquet"):
@@ -54,10 +58,12 @@ class Output:
         if suffix == ".parquet":
             with needs_extra("parquet"):
                 import pyarrow.parquet  # noqa: F401 - before anything is made
+        if os.path.isdir(path):
+            raise InvalidInput.of(expected="a file to write", got=f"the folder {path!r}", remedy="change --out")
         self.path = path
-        self.partial_path = "-" if path == "-" else f"{path}.partial"
+        self.partial_path = partial_path_of(path)
         try:
-            self._file: BinaryIO = sys.stdout.buffer if path == "-" else open(self.partial_path, "wb")  # noqa: SIM115
+            self._file: BinaryIO = sys.stdout.buffer if path == "-" else _opened_alone(self.partial_path)
         except OSError as error:
             raise InvalidInput.of(
                 expected="a file that can be written",
@@ -89,14 +95,58 @@ class Output:
             if error is None:
                 self._file.flush()
             return
-        try:
+        with self._file:  # closed last, because until then no other process may write it
             self._writer.finish()  # also after a failure, so that what was written can be read
-        finally:
-            self._file.close()
-        if error is None:
-            os.replace(self.partial_path, self.path)
-        elif not self.num_rows:
-            os.unlink(self.partial_path)
+            self._file.flush()
+            if sys.platform == "win32":
+                self._file.close()  # there an open file cannot be renamed
+            if error is None:
+                os.replace(self.partial_path, self.path)
+            elif not self.num_rows:
+                os.unlink(self.partial_path)
+
+
+def partial_path_of(path: str) -> str:
+    """What an output is called until all is written."""
+    return "-" if path == "-" else f"{path}.partial"
+
+
+def _opened_alone(path: str) -> BinaryIO:
+    """A new file, or an old one without its content, which no other process of this command writes meanwhile."""
+
+    def opened(path: str, flags: int) -> int:
+        return os.open(path, flags & ~os.O_TRUNC, 0o666)  # the content may be that of another process
+
+    while True:
+        file = open(path, "wb", opener=opened)  # noqa: SIM115
+        try:
+            if _is_locked_by_another(file):
+                raise InvalidInput.of(
+                    expected=f"nobody else who writes {path}", got="another nv-embed embed",
+                    remedy="wait until it is done, or change --out",
+                )  # fmt: skip
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                file.truncate(0)
+                return file
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            file.close()
+            raise
+        file.close()  # its writer gave it its name just now
+
+
+def _is_locked_by_another(file: BinaryIO) -> bool:
+    """If not, it is locked by this process, as far as the file system has locks."""
+    if sys.platform != "win32":
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise
+    return False
 
 
 class _Npy:
@@ -143,14 +193,22 @@ class _JsonLines:
                 "num_tokens": None if failed else int(outcome.token_counts[i]),
                 "is_truncated": None if failed else bool(outcome.is_truncated[i]),
             }
-            try:
-                line = orjson.dumps(record, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)
-            except TypeError as error:
-                raise _no_json(str(error), rows.places[i]) from None
-            self._file.write(line)
+            self._file.write(_line(record, rows.places[i]))
 
     def finish(self) -> None:
         pass
+
+
+def _line(record: dict[str, Any], place: str) -> bytes:
+    try:
+        return orjson.dumps(record, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)
+    except TypeError as error:
+        if (vector := record["embedding"]) is not None:
+            record = record | {"embedding": vector.tolist()}
+        try:  # this one is slow, and writes integers of any size and deep nesting
+            return json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        except (TypeError, ValueError, RecursionError):
+            raise _no_json(str(error), place) from None
 
 
 def _no_json(problem: str, place: str) -> InvalidInput:

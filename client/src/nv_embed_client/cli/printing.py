@@ -16,7 +16,7 @@ def one_line(text: str, used: int = 0) -> str:
         text: its line breaks become spaces.
         used: characters that the line has before it. On a terminal the text is cut to what is left.
     """
-    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    text = " ".join(_harmless(text, " ").split())
     if not sys.stdout.isatty():
         return text
     room = max(shutil.get_terminal_size().columns - used, 20)
@@ -37,4 +37,9 @@ def warn_of_cut(*results: EmbedResult) -> None:
 def place(path: str, line: int) -> str:
     """Of a file with an absolute path: relative where it is in the current folder, so that it can be clicked."""
     relative = os.path.relpath(path)
-    return f"{path if relative.startswith('..') else relative}:{line}"
+    return f"{_harmless(path if relative.startswith('..') else relative, '?')}:{line}"
+
+
+def _harmless(text: str, instead: str) -> str:
+    """The text with something instead of each character that could change the terminal's state."""
+    return "".join(c if c.isprintable() else instead for c in text)

@@ -42,8 +42,10 @@ class Rows:
 def check_column(text_column: str, names: list[str], path: str) -> None:
     """
     Raises:
-        InvalidInput: there is no such column.
+        InvalidInput: there is no such column, or a name is there twice.
     """
+    if len(set(names)) < len(names):
+        raise InvalidInput.of(expected="columns with different names", got=f"{names} in {path}", remedy="rename some")
     if text_column not in names:
         raise InvalidInput.of(
             expected=f"a column {text_column!r}", got=f"{', '.join(map(repr, names)) or 'none'} in {path}",

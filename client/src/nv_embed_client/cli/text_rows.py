@@ -74,10 +74,6 @@ def csv_rows(file: BinaryIO, path: str, text_column: str, delimiter: str) -> Ite
     csv.field_size_limit(_MAX_CELL_CHARACTERS)
     reader = csv.reader(lines, delimiter=delimiter)
     header = next(reader, [])
-    if len(set(header)) < len(header):
-        raise InvalidInput.of(
-            expected="a header with different names of columns", got=f"{header} in {path}", remedy="rename some"
-        )
     check_column(text_column, header, path)
     while True:
         place = f"line {reader.line_num + 1} of {path}"

@@ -44,9 +44,13 @@ class GatewaySettings:
                 raise InvalidInput.of(
                     expected=f"{name} of more than 0", got=str(getattr(self, name)), remedy="correct it"
                 )
-        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable() and self.api_key):
-            raise InvalidInput.of(
-                expected="an API key of printable ASCII characters", got="another", remedy="make a new key"
+        if (key := self.api_key) is not None and not (
+            key.isascii() and key.isprintable() and key and key == key.strip()
+        ):
+            raise InvalidInput.of(  # HTTP takes a space at the end away
+                expected="an API key of printable ASCII characters, without a space at its ends",
+                got="another",
+                remedy="make a new key",
             )
 
     @property

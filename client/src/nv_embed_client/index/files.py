@@ -35,7 +35,7 @@ class TextFiles:
     def __post_init__(self) -> None:
         """
         Raises:
-            InvalidInput: a path does not exist.
+            InvalidInput: a path does not exist, or is the excluded folder.
         """
         self.paths = [os.path.abspath(path) for path in self.paths]
         self.excluded = os.path.abspath(self.excluded)
@@ -45,6 +45,10 @@ class TextFiles:
                     expected="folders or files that exist", got=repr(path),
                     remedy="correct the path; to forget a folder that is gone, index the one that it was in",
                 )  # fmt: skip
+            if path == self.excluded:
+                raise InvalidInput.of(
+                    expected="folders or files other than the index itself", got=repr(path), remedy="name another path"
+                )
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
         """The absolute path and the text of each."""

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from nv_embed_client.disk_errors import as_os_errors
 from nv_embed_client.errors import InvalidInput
 from nv_embed_client.extras import needs_extra
 from nv_embed_client.index.part import Key, Part
@@ -132,7 +133,8 @@ class Store:
             ],
             schema=self._table.schema,
         )
-        self._table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all().execute(table)
+        with as_os_errors():
+            self._table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all().execute(table)
 
     def copy(self, keys: Sequence[Key]) -> list[Key]:
         """Add passages whose text the store has at another place. Returns those that it does not have, after all."""
@@ -159,11 +161,13 @@ class Store:
     def remove(self, keys: Iterable[Key]) -> None:
         """Remove passages with all their parts."""
         for some in _slices([f"{key.file}:{key.line}:{key.digest}" for key in keys]):
-            self._table.delete(f"concat(file, ':', passage_line, ':', passage_digest) IN ({_quoted(some)})")
+            with as_os_errors():
+                self._table.delete(f"concat(file, ':', passage_line, ':', passage_digest) IN ({_quoted(some)})")
 
     def tidy(self) -> None:
         """Merge what many small writes left, and forget versions that nobody reads any more."""
-        self._table.optimize(cleanup_older_than=_OLD_VERSIONS_LIVE)
+        with as_os_errors():
+            self._table.optimize(cleanup_older_than=_OLD_VERSIONS_LIVE)
 
     def search(self, query: npt.NDArray[Any], top: int) -> list[Hit]:
         """The best passages, best first. Each vector is compared, so nothing is missed.

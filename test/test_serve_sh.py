@@ -129,7 +129,9 @@ def test_all_ports_in_use_are_said_at_once_with_free_ones(serve):
         servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in settings]
         ports = [server.getsockname()[1] for server in servers]
         done = serve(programs=["tritonserver"], RUNTIME="native", **dict(zip(settings, ports, strict=True)))
-        assert_refused(done, *(f"{name}: port {port} is already in" for name, port in zip(settings, ports, strict=True)))
+        assert_refused(
+            done, *(f"{name}: port {port} is already in" for name, port in zip(settings, ports, strict=True))
+        )
         offered = dict(re.findall(r"\b([A-Z]+_PORT)=([0-9]+) ", done.stderr))
         assert set(offered) == set(settings)
         assert not {*map(int, offered.values())} & {*ports}

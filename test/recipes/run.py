@@ -184,13 +184,15 @@ def pgvector(recipe: Recipe, small: Place, full: Place) -> str:
         here = replace(recipe, source=recipe.source.replace("postgresql://localhost/texts", f"{postgres.get_uri()}"))
         # Two rows are too few for the planner to want an index.
         # And too few to show how many the index gives at the most.
+        columns = "n::text, 'noise', " if "Bulk" in recipe.title else "'noise', "
         plan = (
             "database.execute('SET enable_seqscan = off')\n"
             "wide = '(SELECT array_agg(random() - 0.5 + 0 * n) FROM generate_series(1, 4096))::vector'\n"
-            f"columns = {"n::text, 'noise', " if "Bulk" in recipe.title else "'noise', "!r}\n"
+            f"columns = {columns!r}\n"
             "database.execute(f'INSERT INTO texts SELECT {columns}{wide} FROM generate_series(1, 300) AS n')\n"
             "inner = nearest[nearest.index('SELECT *'):nearest.index(') AS candidates')]\n"
-            "print('candidates', database.execute(f'SELECT count(*) FROM ({inner}) AS c', {'query': query}).fetchone()[0])\n"
+            "counted = database.execute(f'SELECT count(*) FROM ({inner}) AS c', {'query': query})\n"
+            "print('candidates', counted.fetchone()[0])\n"
             "for (line,) in database.execute('EXPLAIN ' + nearest, {'query': query}): print(line)\n"
             "print(f'{score:.2f}', text)\n"
         )

@@ -156,9 +156,7 @@ def _check_reachable(address: str | None) -> None:
         socket.create_connection((host, int(port)), timeout=10).close()
 
 
-def _embed(
-    plan: Plan, todo: list[int], told: tuple[str, str, str, float], workers: int, progress: Progress
-) -> None:
+def _embed(plan: Plan, todo: list[int], told: tuple[str, str, str, float], workers: int, progress: Progress) -> None:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # they count blocks

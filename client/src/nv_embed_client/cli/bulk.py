@@ -24,7 +24,9 @@ def add_to(commands: Commands, server: argparse.ArgumentParser) -> None:
         description="Embed a corpus into Parquet, with Ray. The same command continues what was killed, and leaves "
         "what is finished as it is. Texts that fail are listed in OUTPUT/_failed/. docs/scale.md says more.",
     )
-    parser.add_argument("input", metavar="INPUT", help="a file or a folder of .parquet, .jsonl, .csv or .txt, or its address")
+    parser.add_argument(
+        "input", metavar="INPUT", help="a file or a folder of .parquet, .jsonl, .csv or .txt, or its address"
+    )
     parser.add_argument("output", metavar="OUTPUT", help="a folder or an address, such as s3://bucket/folder")
     parser.add_argument("--text-column", default="text", metavar="NAME", help="(default: %(default)s)")
     parser.add_argument(

@@ -29,7 +29,9 @@ def add_to(commands: Commands, server: argparse.ArgumentParser) -> None:
         description="Print the cosine of each two texts. With --query the first text is a question, and the others are "
         "printed with their scores, the best first.",
     )
-    parser.add_argument("texts", metavar="TEXT", nargs="*", type=text_argument, help="two or more, with those of --file")
+    parser.add_argument(
+        "texts", metavar="TEXT", nargs="*", type=text_argument, help="two or more, with those of --file"
+    )
     parser.add_argument("--file", metavar="FILE", help="of more texts, as nv-embed embed reads it; a text on each line")
     parser.add_argument("--query", action="store_true", help="the first text is a query")
     parser.add_argument("--json", action="store_true", help="print JSON: a list of scores for each text, in order")

@@ -46,7 +46,9 @@ def run(parsed: argparse.Namespace) -> int:
 
     with NVEmbedClient(parsed.url, parsed.model_name) as client:
         store = Store(parsed.store, client.model_info())
-        query = client.embed([" ".join(parsed.question)], input_type="query", instruction=instruction, is_truncated=True)
+        query = client.embed(
+            [" ".join(parsed.question)], input_type="query", instruction=instruction, is_truncated=True
+        )
     warn_of_cut(query)
     for hit in store.search(query.embeddings[0], parsed.top):
         if parsed.json:

@@ -234,6 +234,7 @@ def test_it_starts_ray_by_itself_and_makes_ids(server, tmp_path):
     num_tokens = sum(pa.parquet.read_table(tmp_path / "out" / "part-000000.parquet")["num_tokens"].to_pylist())
     assert re.fullmatch(rf"{num_tokens} tokens in \d+ s: [\d,]+ tokens/s", second)
     assert "rror" not in done.stderr
+    assert "Set ray log level" not in done.stderr
     assert pa.parquet.read_table(tmp_path / "out" / "part-000000.parquet")["id"].to_pylist() == [
         "a.jsonl:0",
         "a.jsonl:1",

@@ -187,7 +187,7 @@ def pgvector(recipe: Recipe, small: Place, full: Place) -> str:
         columns = "n::text, 'noise', " if "Bulk" in recipe.title else "'noise', "
         plan = (
             "database.execute('SET enable_seqscan = off')\n"
-            "wide = '(SELECT array_agg(random() - 0.5 + 0 * n) FROM generate_series(1, 4096))::vector'\n"
+            "wide = '(SELECT array_agg(random() - 0.5) FROM generate_series(1, 4096) AS g WHERE g > 0 * n)::vector'\n"
             f"columns = {columns!r}\n"
             "database.execute(f'INSERT INTO texts SELECT {columns}{wide} FROM generate_series(1, 300) AS n')\n"
             "inner = nearest[nearest.index('SELECT *'):nearest.index(') AS candidates')]\n"

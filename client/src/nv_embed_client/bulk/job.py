@@ -10,6 +10,8 @@ import json
 import logging
 import os
 import socket
+import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -132,11 +134,12 @@ def _ray(address: str | None) -> Iterator[None]:
     here: dict[str, Any] = {"address": "local", "include_dashboard": False}
     try:
         _check_reachable(address)
-        ray.init(
-            **(here if address is None else {"address": address}),
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        with _without_rays_first_line():
+            ray.init(
+                **(here if address is None else {"address": address}),
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
     except (OSError, ValueError) as error:
         raise InvalidInput.of(
             expected="a cluster of Ray at --ray-address",
@@ -147,6 +150,25 @@ def _ray(address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _without_rays_first_line() -> Iterator[None]:
+    """Without what Ray's C++ writes to the standard error only because RAY_BACKEND_LOG_LEVEL is set."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as written:
+        os.dup2(written.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
+            written.seek(0)
+            for line in written:
+                if b"Set ray log level" not in line:
+                    os.write(2, line)
 
 
 def _check_reachable(address: str | None) -> None:

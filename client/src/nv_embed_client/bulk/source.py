@@ -49,7 +49,8 @@ def corpus_of(folder: Folder, address: str) -> tuple[list[Entry], list[Entry]]:
         files = [entry for entry in files if format_of(entry.name) != "txt"]
     if len(formats) != 1:
         raise InvalidInput.of(
-            expected="files of one format: .parquet, .jsonl, .csv or .txt, but for .parquet also as .gz, .bz2, .zst, .lz4",
+            expected="files of one format: .parquet, .jsonl, .csv or .txt, all but Parquet also as .gz, .bz2, .zst "
+            "or .lz4",
             got=f"{' and '.join(formats) or 'none'} at {address!r}",
             remedy="give the folder or the file that has them",
         )

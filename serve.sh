@@ -149,7 +149,8 @@ if [[ -n $TLS_CERT$TLS_KEY$TLS_CLIENT_CA ]]; then
 fi
 
 # Triton opens its ports only after the model is loaded, which is late to learn that one is taken.
-seen=' '
+is_taken() { (exec 3<>"/dev/tcp/${1/#0.0.0.0/127.0.0.1}/$2") 2>/dev/null; }
+seen=' ' taken=()
 for pair in "HTTP_PORT $HTTP_ADDRESS" "GRPC_PORT $ADDRESS" "METRICS_PORT $METRICS_ADDRESS" \
   ${GATEWAY_PORT:+"GATEWAY_PORT $GATEWAY_HOST"}; do
   read -r setting address <<<"$pair"
@@ -159,10 +160,22 @@ for pair in "HTTP_PORT $HTTP_ADDRESS" "GRPC_PORT $ADDRESS" "METRICS_PORT $METRIC
   fi
   [[ $seen != *" $port "* ]] || refuse "$setting: port $port is given twice. Set it to another one."
   seen+="$port "
-  if (exec 3<>"/dev/tcp/${address/#0.0.0.0/127.0.0.1}/$port") 2>/dev/null; then
-    refuse "$setting: port $port is already in use. Stop what listens there, or set $setting to a free port."
-  fi
+  if is_taken "$address" "$port"; then taken+=("$pair"); fi
 done
+if ((${#taken[@]})); then
+  lines=() others=''
+  for pair in "${taken[@]}"; do
+    read -r setting address <<<"$pair"
+    lines+=("$setting: port ${!setting} is already in use.")
+    other=${!setting}
+    while ((other = other > 65525 ? 1024 : other + 10)); [[ $seen == *" $other "* ]] || is_taken "$address" "$other"; do
+      :
+    done
+    seen+="$other "
+    others+="$setting=$other "
+  done
+  refuse "${lines[@]}" "Stop what listens there, or choose free ports: $others$0"
+fi
 
 if [[ -n $GATEWAY_PORT ]]; then check_gateway; fi
 

@@ -1,6 +1,8 @@
 """Random weights under the published names: for networks in memory, and as a checkpoint to time a server with.
 
     python benchmarks/synthetic.py /tmp/nv-embed-synthetic                # 15.7 GB, on the GPU if there is one
+    .venv/bin/python benchmarks/synthetic.py /tmp/one-layer --layers 1    # 2.2 GB; then
+    MODEL_PATH=/tmp/one-layer DEVICE=cpu ./serve.sh
     export NV_EMBED_CACHE_MEBIBYTES=0
     python benchmarks/serving.py --compare --engine --device cuda:0 --checkpoint /tmp/nv-embed-synthetic
 

@@ -1,5 +1,6 @@
 """What serve.sh decides and refuses by itself, before any model is loaded."""
 
+import contextlib
 import csv
 import json
 import os
@@ -117,9 +118,25 @@ def test_a_port_in_use_is_said_before_anything_is_installed_or_started(serve, tm
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         done = serve(programs=["docker", "tritonserver"], RUNTIME=runtime, **{setting: port})
-    assert_refused(done, f"{setting}: port {port} is already in use", f"set {setting} to a free port")
+    assert_refused(done, f"{setting}: port {port} is already in use", f"choose free ports: {setting}=")
     assert not (tmp_path / "venv").exists()
     assert not (tmp_path / "record").exists()
+
+
+def test_all_ports_in_use_are_said_at_once_with_free_ones(serve):
+    settings = ("HTTP_PORT", "GRPC_PORT", "METRICS_PORT")
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in settings]
+        ports = [server.getsockname()[1] for server in servers]
+        done = serve(programs=["tritonserver"], RUNTIME="native", **dict(zip(settings, ports, strict=True)))
+        assert_refused(
+            done, *(f"{name}: port {port} is already in" for name, port in zip(settings, ports, strict=True))
+        )
+        offered = dict(re.findall(r"\b([A-Z]+_PORT)=([0-9]+) ", done.stderr))
+        assert set(offered) == set(settings)
+        assert not {*map(int, offered.values())} & {*ports}
+        for port in offered.values():
+            socket.create_server(("127.0.0.1", int(port))).close()
 
 
 def test_ports_that_are_no_numbers_or_given_twice_are_refused(serve):

@@ -84,6 +84,7 @@ def test_json_keeps_what_looks_like_a_date_and_a_type_that_comes_late(tmp_path):
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', "expected jsonl in a.jsonl; got JSON parse error"),
         ("a.jsonl", b'"a"\n', "expected jsonl in a.jsonl; got JSON parse error"),
         ("a.jsonl.gz", b'{"text": "a"}\n', "expected jsonl in a.jsonl.gz; got "),
+        ("a.txt", b"\xff\n", "expected txt in a.txt; got 'utf-8' codec can't decode"),
         ("a.parquet", b"PAR1", "expected parquet in a.parquet; got "),
     ],
 )
@@ -95,12 +96,12 @@ def test_a_file_that_is_not_what_its_name_says_is_named(name, content, message, 
 
 
 def test_a_corpus_is_of_one_format_and_leaves_out_hidden_and_other_files(tmp_path):
-    for name in ("b/part.csv", "a.csv.gz", "README.md", "_failed/x.csv", ".cache/x.csv", "x.parquet.gz"):
+    for name in ("b/part.csv", "a.csv.gz", "README.md", "_failed/x.csv", ".cache/x.csv", "x.parquet.gz", "notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     files, others = source.corpus_of(Folder.at(str(tmp_path)), "here")
     assert [file.name for file in files] == ["a.csv.gz", "b/part.csv"]
-    assert [other.name for other in others] == ["README.md", "x.parquet.gz"]
+    assert [other.name for other in others] == ["README.md", "x.parquet.gz", "notes.txt"]
     (file,), _ = source.corpus_of(Folder.at(str(tmp_path / "a.csv.gz")), "here")
     assert file.name == "a.csv.gz"
     (file,), _ = source.corpus_of(Folder.at(str(tmp_path / "_failed" / "x.csv")), "here")

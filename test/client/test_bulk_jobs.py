@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -236,13 +237,40 @@ def test_it_starts_ray_by_itself_and_makes_ids(server, tmp_path):
     (tmp_path / "in/c.jsonl").write_text('{"text": null}\n')
     job = ["bulk", str(tmp_path / "in"), "out", "--url", server.url, "--workers", "1"]
     done = subprocess.run([*COMMAND, *job], cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS, check=False)
-    said = "out: 2 vectors, 0 texts were done before\nout/_failed: 1 texts that have no vector, and why\n"
-    assert (done.returncode, done.stdout) == (0, said), done.stderr
+    assert done.returncode == 0, done.stderr
+    first, second, third = done.stdout.splitlines()
+    assert first == "out: 2 vectors, 0 texts were done before"
+    num_tokens = sum(pa.parquet.read_table(tmp_path / "out" / "part-000000.parquet")["num_tokens"].to_pylist())
+    assert re.fullmatch(rf"{num_tokens} tokens in \d+ s: [\d,]+ tokens/s", second)
+    assert third == "out/_failed: 1 texts that have no vector, and why"
     assert "rror" not in done.stderr
+    assert "Set ray log level" not in done.stderr
     assert pa.parquet.read_table(tmp_path / "out" / "part-000000.parquet")["id"].to_pylist() == [
         "a.jsonl:0",
         "a.jsonl:1",
     ]
+
+
+def test_lines_of_text_are_a_corpus_and_a_log_gets_lines_of_progress(cluster, server, tmp_path, capsys):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\n\nthree" + b"\nmore" * 17)
+    arguments = ("--ray-address", cluster.address, "--rows-per-file", "2")
+    assert bulk(server.url, tmp_path / "a.txt", tmp_path / "out", *arguments) == 0
+    rows = {row["id"]: row["text"] for row in pa.dataset.dataset(tmp_path / "out").to_table().to_pylist()}
+    assert rows == {f"a.txt:{i}": text for i, text in enumerate(["one", "", "three", *["more"] * 17])}
+    shown = [line for line in capsys.readouterr().err.splitlines() if line.endswith(" tokens/s")]
+    assert [line.partition(" texts, ")[0] for line in shown] == [f"{2 * i} of 20" for i in range(1, 10)]
+
+
+def test_a_job_that_is_interrupted_says_that_the_same_command_continues(cluster, corpus, server, tmp_path):
+    folder, _ = corpus
+    log, output = tmp_path / "log", tmp_path / "out"
+    job = ["bulk", folder, output, "--id-column", "key", "--url", server.url, "--ray-address", cluster.address]
+    with started(*job, "--rows-per-file", "5", log=log) as driver:
+        eventually(lambda: parts(output) or driver.poll() is not None, SECONDS)
+        driver.send_signal(signal.SIGINT)
+        assert driver.wait(SECONDS) == 130, log.read_text()
+    assert log.read_text().endswith("nv-embed: stopped; the same command continues\n")
+    assert not (output / "_SUCCESS").exists()
 
 
 def test_what_is_not_begun_by_this_command_is_not_touched(server, corpus, tmp_path, capsys):
@@ -254,6 +282,17 @@ def test_what_is_not_begun_by_this_command_is_not_touched(server, corpus, tmp_pa
     assert "expected an OUTPUT outside INPUT, because all files there are read; got" in capsys.readouterr().err
     assert bulk(server.url, corpus[0], tmp_path / "out", "--ray-address", "127.0.0.1:1") == 2
     assert "expected a cluster of Ray at --ray-address; got '127.0.0.1:1'" in capsys.readouterr().err
+
+
+def test_a_search_in_what_load_made_says_how_to_search_it(finished, server, tmp_path):
+    store = tmp_path / "lance"
+    assert load(finished[0], store)[0] == 0
+    done = subprocess.run(
+        [*COMMAND, "search", "why", "--store", store, "--url", server.url],
+        capture_output=True, text=True, timeout=SECONDS, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert f"got the table 'texts' of nv-embed load at {store}; search it with LanceDB, as docs/scale.md" in done.stderr
 
 
 def load(*arguments):

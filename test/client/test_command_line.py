@@ -418,7 +418,45 @@ def test_status_of_an_absent_server_is_code_1_at_once(nv_embed):
     code, printed, (error,) = nv_embed("status", "--url", url)
     assert (code, printed) == (1, "")
     assert error.startswith(f"nv-embed: expected a server at {url}; got: ")
-    assert json.loads(nv_embed("status", "--url", url, "--json")[1]) == {"url": url, "ready": False}
+    assert "its gRPC port, by default 8001 (8000 is HTTP)" in error
+    assert json.loads(nv_embed("status", "--url", url, "--json")[1]) == {
+        "url": url,
+        "ready": False,
+        "servers": [{"url": url, "ready": False, "state": "no answer"}],
+    }
+
+
+def test_status_has_a_line_for_each_server_and_code_0_if_one_is_ready(nv_embed, server):
+    absent = [f"localhost:{port}" for port in free_ports(2)]
+    both = f"{absent[0]},{server.url}"
+    code, printed, errors = nv_embed("status", "--url", both)
+    assert (code, errors) == (0, [])
+    lines = printed.splitlines()
+    assert lines[:2] == [f"server      {absent[0]}: no answer", f"server      {server.url}, ready"]
+    assert lines[2].startswith("model ")
+    told = json.loads(nv_embed("status", "--url", both, "--json")[1])
+    assert (told["ready"], [each["ready"] for each in told["servers"]]) == (True, [False, True])
+    code, printed, errors = nv_embed("status", "--url", ",".join(absent))
+    assert (code, printed.splitlines(), len(errors)) == (1, [f"server      {url}: no answer" for url in absent], 1)
+
+
+def test_the_http_port_is_answered_with_the_grpc_port(nv_embed, server):
+    code, _, (error,) = nv_embed("status", "--url", f"localhost:{server.http}")
+    assert code == 1
+    assert error.endswith("TRITON_URL: its gRPC port, by default 8001 (8000 is HTTP)")
+
+
+def test_compare_takes_texts_of_a_file_too(nv_embed):
+    texts = list(DOCUMENTS.values())[:3]
+    write("a.txt", texts)
+    assert nv_embed("compare", "--query", "Why?", "--file", "a.txt") == nv_embed("compare", "--query", "Why?", *texts)
+
+
+def test_a_question_needs_no_quotes(nv_embed):
+    write("a.txt", list(DOCUMENTS.values())[:3])
+    nv_embed("index", "a.txt")
+    assert nv_embed("search", "how", "do", "bees", "--json") == nv_embed("search", "how do bees", "--json")
+    assert nv_embed("search", "how", "do", "bees")[0] == 0
 
 
 @pytest.mark.parametrize(

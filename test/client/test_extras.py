@@ -19,6 +19,7 @@ PARQUET = "from nv_embed_client.cli.rows import rows_of; next(rows_of('a.parquet
         ("gateway", "fastapi", "import nv_embed_client.gateway.__main__"),
         ("index", "lancedb", "import nv_embed_client.index"),
         ("parquet", "pyarrow", PARQUET),
+        ("bulk", "ray", "from nv_embed_client.cli.__main__ import main; main(['bulk', 'a', 'b'])"),
         ("langchain", "langchain_core", "import nv_embed_client.langchain"),
         ("llama-index", "llama_index", "import nv_embed_client.llama_index"),
         ("sentence-transformers", "torch", ENCODER),
@@ -33,5 +34,5 @@ def test_a_missing_extra_is_named(extra, missing, statement):
     done = subprocess.run([sys.executable, "-c", f"{hide}; {statement}"], capture_output=True, text=True, check=False)
     last = done.stderr.splitlines()[-1]
     assert f"expected the module {missing}" in last
-    assert f'pip install "nv-embed-client[{extra}]"' in last
+    assert f'pip install "./client[{extra}]" in a clone of the repository' in last
     assert f"\n{extra} = [" in (REPO / "client" / "pyproject.toml").read_text(encoding="utf-8")

@@ -183,8 +183,16 @@ def pgvector(recipe: Recipe, small: Place, full: Place) -> str:
     try:
         here = replace(recipe, source=recipe.source.replace("postgresql://localhost/texts", f"{postgres.get_uri()}"))
         # Two rows are too few for the planner to want an index.
+        # And too few to show how many the index gives at the most.
+        columns = "n::text, 'noise', " if "Bulk" in recipe.title else "'noise', "
         plan = (
             "database.execute('SET enable_seqscan = off')\n"
+            "wide = '(SELECT array_agg(random() - 0.5) FROM generate_series(1, 4096) AS g WHERE g > 0 * n)::vector'\n"
+            f"columns = {columns!r}\n"
+            "database.execute(f'INSERT INTO texts SELECT {columns}{wide} FROM generate_series(1, 300) AS n')\n"
+            "inner = nearest[nearest.index('SELECT *'):nearest.index(') AS candidates')]\n"
+            "counted = database.execute(f'SELECT count(*) FROM ({inner}) AS c', {'query': query})\n"
+            "print('candidates', counted.fetchone()[0])\n"
             "for (line,) in database.execute('EXPLAIN ' + nearest, {'query': query}): print(line)\n"
             "print(f'{score:.2f}', text)\n"
         )
@@ -193,7 +201,9 @@ def pgvector(recipe: Recipe, small: Place, full: Place) -> str:
         postgres.cleanup()
     if "Index Scan using texts_" not in output:
         raise Failed(f"the plan has no index:\n{output}")
-    return f"its statement can use the index; {asks_a_query(output, full)}"
+    if "candidates 100\n" not in output:
+        raise Failed(f"the index did not give 100 candidates of 302 rows:\n{output}")
+    return f"its statement can use the index, which gives 100 candidates; {asks_a_query(output, full)}"
 
 
 def after_bulk(check: Check) -> Check:

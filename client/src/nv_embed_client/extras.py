@@ -19,7 +19,7 @@ def needs_extra(extra: str) -> Iterator[None]:
         if (error.name or "").startswith("nv_embed_client"):
             raise
         raise ModuleNotFoundError(
-            f"expected the module {error.name}; found none; the extra brings it: "
-            f'pip install "nv-embed-client[{extra}]", or "./client[{extra}]" from the repository',
+            f"expected the module {error.name}; found none; the extra {extra} brings it: "
+            f'pip install "./client[{extra}]" in a clone of the repository',
             name=error.name,
         ) from error

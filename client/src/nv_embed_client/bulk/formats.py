@@ -10,11 +10,11 @@ import pyarrow as pa
 from nv_embed_client.errors import InvalidInput
 
 COMPRESSIONS = (".gz", ".bz2", ".zst", ".lz4")
-_FORMATS = {"parquet": "parquet", "jsonl": "jsonl", "ndjson": "jsonl", "json": "jsonl", "csv": "csv"}
+_FORMATS = {"parquet": "parquet", "jsonl": "jsonl", "ndjson": "jsonl", "json": "jsonl", "csv": "csv", "txt": "txt"}
 
 
 def format_of(name: str) -> str | None:
-    """ "parquet", "jsonl" or "csv" by a file's name, None for any other."""
+    """ "parquet", "jsonl", "csv" or "txt" by a file's name, None for any other."""
     stem, dot, suffix = name.rpartition(".")
     if dot + suffix in COMPRESSIONS:
         suffix = stem.rpartition(".")[2]

@@ -11,9 +11,10 @@ import logging
 import os
 import socket
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -23,6 +24,7 @@ from tqdm.auto import tqdm
 from nv_embed_client.bulk import PATIENCE_SECONDS, WORKERS, parts
 from nv_embed_client.bulk.folder import Folder, absolute
 from nv_embed_client.bulk.plan import SUCCESS, Plan, Wish
+from nv_embed_client.bulk.progress import Progress, Shown
 from nv_embed_client.bulk.source import corpus_of
 from nv_embed_client.bulk.survey import planned
 from nv_embed_client.bulk.worker import Worker, raised
@@ -41,6 +43,9 @@ class Summary:
     num_failed: int
     num_before: int
     """Of both, what earlier runs did."""
+    num_tokens: int = 0  # that this run computed
+    seconds: float = 0.0
+    """From the start of its workers to its last part."""
 
 
 def embed_corpus(
@@ -52,7 +57,7 @@ def embed_corpus(
     ray_address: str | None = None,
     workers: int = WORKERS,
     patience_seconds: float = PATIENCE_SECONDS,
-    progress: bool = False,
+    progress: Shown = "nothing",
 ) -> Summary:
     """Embed the rows of `wish.input` into Parquet files in `output`; continue what was begun there.
 
@@ -63,7 +68,7 @@ def embed_corpus(
         ray_address: of a cluster of Ray; None starts Ray on this machine.
         workers: processes that send requests.
         patience_seconds: how long a server may be away before the job ends with an error.
-        progress: show a bar.
+        progress: what to show on the standard error.
 
     Raises:
         InvalidInput: something must be mended before the job can go on.
@@ -97,9 +102,14 @@ def embed_corpus(
             done_parts = parts.finished(folder, range(len(plan.pieces)))
         num_before = sum(plan.pieces[number].num_rows for number in done_parts)
         todo = [number for number in range(len(plan.pieces)) if number not in done_parts]
-        if todo:
-            _embed(plan, todo, (output, url, model_name, patience_seconds), workers, num_before, progress)
-    return _finish(folder, plan, num_before)
+        shown = Progress(plan.num_rows, num_before, progress)
+        try:
+            if todo:
+                _embed(plan, todo, (output, url, model_name, patience_seconds), workers, shown)
+            seconds = shown.seconds
+        finally:
+            shown.close()
+    return replace(_finish(folder, plan, num_before), num_tokens=shown.num_tokens, seconds=seconds)
 
 
 def _checked(wish: Wish, output: str, workers: int, patience_seconds: float) -> tuple[Wish, str]:
@@ -122,11 +132,12 @@ def _ray(address: str | None) -> Iterator[None]:
     here: dict[str, Any] = {"address": "local", "include_dashboard": False}
     try:
         _check_reachable(address)
-        ray.init(
-            **(here if address is None else {"address": address}),
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        with _without_rays_first_line():
+            ray.init(
+                **(here if address is None else {"address": address}),
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
     except (OSError, ValueError) as error:
         raise InvalidInput.of(
             expected="a cluster of Ray at --ray-address",
@@ -139,6 +150,25 @@ def _ray(address: str | None) -> Iterator[None]:
         ray.shutdown()
 
 
+@contextmanager
+def _without_rays_first_line() -> Iterator[None]:
+    """Without what Ray's C++ writes to the standard error only because RAY_BACKEND_LOG_LEVEL is set."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as written:
+        os.dup2(written.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
+            written.seek(0)
+            for line in written:
+                if b"Set ray log level" not in line:
+                    os.write(2, line)
+
+
 def _check_reachable(address: str | None) -> None:
     """Raise an OSError or a ValueError at once, where Ray would try for more than a minute and then abort."""
     host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
@@ -146,9 +176,7 @@ def _check_reachable(address: str | None) -> None:
         socket.create_connection((host, int(port)), timeout=10).close()
 
 
-def _embed(
-    plan: Plan, todo: list[int], told: tuple[str, str, str, float], workers: int, num_before: int, progress: bool
-) -> None:
+def _embed(plan: Plan, todo: list[int], told: tuple[str, str, str, float], workers: int, progress: Progress) -> None:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # they count blocks
@@ -161,15 +189,11 @@ def _embed(
         compute=ray.data.ActorPoolStrategy(size=min(workers, len(todo))),
         num_cpus=_CPUS_OF_A_WORKER,
     )
-    num_failed = 0
-    with tqdm(total=plan.num_rows, initial=num_before, unit=" texts", disable=not progress, smoothing=0.05) as bar:
-        for row in rows.iter_rows():
-            if row["kind"]:
-                raise raised(row["kind"], row["message"])
-            num_rows = plan.pieces[row["number"]].num_rows
-            num_failed += num_rows - row["num_rows"]
-            bar.set_postfix_str(f"{num_failed} failed" if num_failed else "", refresh=False)
-            bar.update(num_rows)
+    for row in rows.iter_rows():
+        if row["kind"]:
+            raise raised(row["kind"], row["message"])
+        num_rows = plan.pieces[row["number"]].num_rows
+        progress.add(num_rows, num_rows - row["num_rows"], row["num_tokens"])
 
 
 def _finish(folder: Folder, plan: Plan, num_before: int) -> Summary:

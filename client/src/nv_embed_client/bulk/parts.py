@@ -83,6 +83,13 @@ def num_rows_of(folder: Folder, number: int) -> int | None:
         return None
 
 
+def num_tokens_of(folder: Folder, number: int) -> int:
+    """The tokens of a part that is there."""
+    with folder.open(name_of(number)) as file:
+        column = pa.parquet.ParquetFile(file).read(columns=["num_tokens"])["num_tokens"]
+    return sum(column.to_pylist())
+
+
 def finished(folder: Folder, numbers: Iterable[int]) -> dict[int, int]:
     """The rows of each part that is there, by its number."""
     with ThreadPoolExecutor(_READERS) as pool:

@@ -1,5 +1,5 @@
-"""The files of a corpus, and the rows of one part of a file. Knows Parquet, JSON lines and CSV, and neither ids nor
-vectors."""
+"""The files of a corpus, and the rows of one part of a file. Knows Parquet, JSON lines, CSV and lines, and neither ids
+nor vectors."""
 
 from __future__ import annotations
 
@@ -43,9 +43,14 @@ def corpus_of(folder: Folder, address: str) -> tuple[list[Entry], list[Entry]]:
     for entry in folder.entries():
         (others if format_of(entry.name) is None else files).append(entry)
     formats = sorted({str(format_of(entry.name)) for entry in files})
+    if len(formats) > 1 and "txt" in formats:  # beside other formats, it is a note about them
+        formats.remove("txt")
+        others += [entry for entry in files if format_of(entry.name) == "txt"]
+        files = [entry for entry in files if format_of(entry.name) != "txt"]
     if len(formats) != 1:
         raise InvalidInput.of(
-            expected="files of one format: .parquet, .jsonl or .csv, the last two also as .gz, .bz2, .zst or .lz4",
+            expected="files of one format: .parquet, .jsonl, .csv or .txt, all but Parquet also as .gz, .bz2, .zst "
+            "or .lz4",
             got=f"{' and '.join(formats) or 'none'} at {address!r}",
             remedy="give the folder or the file that has them",
         )

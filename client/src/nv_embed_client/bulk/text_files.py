@@ -1,7 +1,8 @@
-"""JSON lines and CSV: where rows end, and tables of them."""
+"""JSON lines, CSV and lines: where rows end, and tables of them."""
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import sys
@@ -58,7 +59,7 @@ def _row_ends(lines: Iterator[bytes], name: str, start: int) -> Iterator[tuple[b
         return
     for line in lines:
         start += len(line)
-        yield bool(line.strip()), start
+        yield format_of(name) == "txt" or bool(line.strip()), start
 
 
 def _records(lines: Iterable[bytes], name: str, start: int) -> Iterator[tuple[list[str], int]]:
@@ -83,13 +84,17 @@ def table(content: bytes, header: list[str] | None, name: str, first_row: int, s
     """The rows in some bytes of a file.
 
     Args:
-        header: the names of CSV's columns, None for JSON lines.
+        header: the names of CSV's columns, None for other formats.
         first_row: where they are in the file, for errors.
         schema: of JSON lines; None finds it in them.
 
     Raises:
         InvalidInput: they are not rows of that format.
     """
+    if format_of(name) == "txt":
+        lines = content.removeprefix(codecs.BOM_UTF8 if first_row == 0 else b"").split(b"\n")
+        texts = [line.removesuffix(b"\r").decode() for line in (lines if lines[-1] else lines[:-1])]
+        return pa.table({"text": pa.array(texts, pa.string())})
     if header is None:
         if not content.strip():
             return pa.table({})

@@ -38,19 +38,21 @@ class Worker:
     def __call__(self, batch: Row) -> Row:
         """Do the part whose number is in `batch`. Errors are data, because Ray would bury them under its own."""
         (number,) = batch["number"].tolist()
-        num_rows, kind, message = 0, "", ""
+        num_rows, num_tokens, kind, message = 0, 0, "", ""
         try:
-            num_rows = self._rows_of_part(number)
+            num_rows, num_tokens = self._done(number)
         except (NVEmbedError, OSError) as error:
             kind, message = type(error).__name__, str(error)
         return {
             "number": np.array([number]),
             "num_rows": np.array([num_rows]),
+            "num_tokens": np.array([num_tokens]),
             "kind": np.array([kind], object),
             "message": np.array([message], object),
         }
 
-    def _rows_of_part(self, number: int) -> int:
+    def _done(self, number: int) -> tuple[int, int]:
+        """The rows and the tokens of a part, once it is there."""
         plan = self._plan
         if plan is None:
             raise InvalidInput.of(
@@ -60,7 +62,7 @@ class Worker:
             )
         there = parts.num_rows_of(self._folder, number)
         if there is not None:  # Ray repeats what it lost sight of
-            return there
+            return there, parts.num_tokens_of(self._folder, number)
         table = rows_of(Folder.at(plan.wish.input), plan.pieces[number], plan.schema)
         texts = texts_of(table, plan.wish.text_column)
         wish = plan.wish
@@ -70,7 +72,7 @@ class Worker:
         vectors = embedder.vectors_of(texts, plan.width)
         self._check_model(plan)
         parts.write(self._folder, plan, number, table, vectors)
-        return len(vectors.rows)
+        return len(vectors.rows), int(vectors.num_tokens.sum())
 
     def _check_model(self, plan: Plan) -> None:
         plan.model.check(self._client.model_info().identity, self._address)

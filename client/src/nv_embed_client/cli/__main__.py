@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except Unavailable as error:
             raise Unavailable(
                 f"expected a server at {parsed.url}; got: {error}; start it, or give another address with --url or "
-                f"{URL_VARIABLE}"
+                f"{URL_VARIABLE}: its gRPC port, by default 8001 (8000 is HTTP)"
             ) from error
     except (NVEmbedError, ModuleNotFoundError) as error:
         print(f"nv-embed: {error}", file=sys.stderr)
@@ -63,9 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     server.add_argument(
         "--url",
         default=os.environ.get(URL_VARIABLE, DEFAULT_URL),
-        help="the server's gRPC address; several with commas, or dns:///host:port for all that a name has; "
-        f"{URL_VARIABLE} in the environment is another way to say it "
-        "(default: %(default)s)",
+        help="the server's gRPC address; separate several with commas; dns:///host:port means every server behind "
+        f"that name; default: ${URL_VARIABLE}, else {DEFAULT_URL}",
     )
     server.add_argument("--model-name", default=DEFAULT_MODEL_NAME, help="as Triton knows it (default: %(default)s)")
     for command in (embed, index, search, compare, status, bulk, distill):

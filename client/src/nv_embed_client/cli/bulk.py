@@ -21,7 +21,9 @@ def add_to(commands: Commands, server: argparse.ArgumentParser) -> None:
         description="Embed a corpus into Parquet, with Ray. The same command continues what was killed, and leaves "
         "what is finished as it is. Texts that fail are listed in OUTPUT/_failed/. docs/scale.md says more.",
     )
-    parser.add_argument("input", metavar="INPUT", help="a file or a folder of .parquet, .jsonl or .csv, or its address")
+    parser.add_argument(
+        "input", metavar="INPUT", help="a file or a folder of .parquet, .jsonl, .csv or .txt, or its address"
+    )
     parser.add_argument("output", metavar="OUTPUT", help="a folder or an address, such as s3://bucket/folder")
     parser.add_argument("--text-column", default="text", metavar="NAME", help="(default: %(default)s)")
     parser.add_argument(
@@ -68,14 +70,20 @@ def run(parsed: argparse.Namespace) -> int:
             ray_address=parsed.ray_address,
             workers=parsed.workers,
             patience_seconds=parsed.patience,
-            progress=sys.stderr.isatty(),
+            progress="bar" if sys.stderr.isatty() else "lines",
         )
     except NVEmbedError:
         raise
     except OSError as error:
         print(f"nv-embed: {error}; the same command continues", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("nv-embed: stopped; the same command continues", file=sys.stderr)
+        return 130
     print(f"{parsed.output}: {done.num_rows} vectors, {done.num_before} texts were done before")
+    if done.num_tokens:
+        rate = done.num_tokens / done.seconds
+        print(f"{done.num_tokens:,} tokens in {done.seconds:.0f} s: {rate:,.0f} tokens/s")
     if done.num_failed:
         print(f"{parsed.output}/_failed: {done.num_failed} texts that have no vector, and why")
     return 0

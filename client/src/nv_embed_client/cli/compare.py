@@ -11,7 +11,7 @@ import orjson
 from nv_embed_client.cli import Commands
 from nv_embed_client.cli.instruction import add_instruction, instruction_in
 from nv_embed_client.cli.printing import one_line, warn_of_cut
-from nv_embed_client.cli.texts import text_argument
+from nv_embed_client.cli.texts import text_argument, texts_of
 from nv_embed_client.client import NVEmbedClient
 from nv_embed_client.errors import InvalidInput
 
@@ -25,7 +25,10 @@ def add_to(commands: Commands, server: argparse.ArgumentParser) -> None:
         description="Print the cosine of each two texts. With --query the first text is a question, and the others are "
         "printed with their scores, the best first.",
     )
-    parser.add_argument("texts", metavar="TEXT", nargs="+", type=text_argument, help="two or more")
+    parser.add_argument(
+        "texts", metavar="TEXT", nargs="*", type=text_argument, help="two or more, with those of --file"
+    )
+    parser.add_argument("--file", metavar="FILE", help="of more texts, as nv-embed embed reads it; a text on each line")
     parser.add_argument("--query", action="store_true", help="the first text is a query")
     parser.add_argument("--json", action="store_true", help="print JSON: a list of scores for each text, in order")
     add_instruction(parser)
@@ -34,9 +37,11 @@ def add_to(commands: Commands, server: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> int:
     """Compare and print; returns the exit code."""
-    texts: list[str] = parsed.texts
+    texts: list[str] = parsed.texts + (list(texts_of(parsed.file)) if parsed.file is not None else [])
     if len(texts) < 2:
-        raise InvalidInput.of(expected="two or more texts", got="one", remedy="add another, each in quotes")
+        raise InvalidInput.of(
+            expected="two or more texts", got="one" if texts else "none", remedy="add another, each in quotes"
+        )
     if parsed.instruction is not None and not parsed.query:
         raise InvalidInput.of(
             expected="--query beside --instruction", got="--instruction alone", remedy="add --query, or leave it out"

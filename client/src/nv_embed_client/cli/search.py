@@ -25,7 +25,7 @@ def add_to(commands: Commands, server: argparse.ArgumentParser) -> None:
         help="search what was indexed",
         description="Print the passages of an index that fit a question best: score, place and text, a line for each.",
     )
-    parser.add_argument("question", metavar="QUESTION", type=text_argument)
+    parser.add_argument("question", metavar="QUESTION", nargs="+", type=text_argument, help="one or more words")
     parser.add_argument("--top", type=int, default=5, metavar="N", help="passages to print (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON lines: score, file, line, text")
     add_store(parser)
@@ -42,7 +42,9 @@ def run(parsed: argparse.Namespace) -> int:
 
     with NVEmbedClient(parsed.url, parsed.model_name) as client:
         store = Store(parsed.store, client.model_info())
-        query = client.embed([parsed.question], input_type="query", instruction=instruction, is_truncated=True)
+        query = client.embed(
+            [" ".join(parsed.question)], input_type="query", instruction=instruction, is_truncated=True
+        )
     warn_of_cut(query)
     for hit in store.search(query.embeddings[0], parsed.top):
         if parsed.json:

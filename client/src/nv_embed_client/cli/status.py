@@ -6,17 +6,22 @@ import argparse
 import re
 import sys
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import orjson
 
+from nv_embed_client.addresses import places_of
 from nv_embed_client.cli import Commands
 from nv_embed_client.client import NVEmbedClient
-from nv_embed_client.errors import InvalidInput, Unavailable
+from nv_embed_client.errors import DeadlineExceeded, InvalidInput, NVEmbedError
 from nv_embed_client.model_info import ModelInfo
+from nv_embed_client.retry import RetryPolicy
 
 _TIMEOUT_SECONDS = 10.0
+_ASKED_AT_ONCE = 16
 _WAITING = ("queue_tokens", "queue_bytes")  # of the server's metrics
 
 
@@ -26,7 +31,8 @@ def add_to(commands: Commands, server: argparse.ArgumentParser) -> None:
         "status",
         parents=[server],
         help="say whether the server is ready, and what it serves",
-        description="Say what the model is, and its limits. If it is not ready, the exit code is 1.",
+        description="Say of each server whether it is ready, what the model is, and its limits. If none is ready, the "
+        "exit code is 1.",
     )
     parser.add_argument(
         "--metrics-url",
@@ -38,24 +44,50 @@ def add_to(commands: Commands, server: argparse.ArgumentParser) -> None:
 
 
 def run(parsed: argparse.Namespace) -> int:
-    """Ask and print; returns the exit code."""
-    with NVEmbedClient(parsed.url, parsed.model_name) as client:
-        info = client.model_info(_TIMEOUT_SECONDS) if client.is_ready() else None
+    """Ask each server and print; returns the exit code."""
+    places_of(parsed.url)  # refuses what makes no sense
+    urls: list[str] = parsed.url.split(",")
+    with ThreadPoolExecutor(min(len(urls), _ASKED_AT_ONCE)) as pool:
+        told = dict(zip(urls, pool.map(partial(_asked, model_name=parsed.model_name), urls), strict=True))
+    info = next((each for each in told.values() if isinstance(each, ModelInfo)), None)
+    states = {url: _state(each, info) for url, each in told.items()}
     waiting = _waiting(parsed.metrics_url, parsed.model_name) if info and parsed.metrics_url else {}
     if parsed.json:
-        told = {"url": parsed.url, "ready": info is not None} | (asdict(info) if info else {}) | waiting
-        sys.stdout.buffer.write(orjson.dumps(told, option=orjson.OPT_APPEND_NEWLINE))
-    elif info is not None:
-        for name, value in _in_words(parsed.url, info, waiting).items():
+        servers = [
+            {"url": url, "ready": isinstance(each, ModelInfo), "state": states[url]} for url, each in told.items()
+        ]
+        words = {"url": parsed.url, "ready": info is not None, "servers": servers}
+        words |= (asdict(info) if info else {}) | waiting
+        sys.stdout.buffer.write(orjson.dumps(words, option=orjson.OPT_APPEND_NEWLINE))
+    elif info is not None or len(urls) > 1:
+        for url, state in states.items():
+            print(f"{'server':12}{url}{', ' if isinstance(told[url], ModelInfo) else ': '}{state}")
+        for name, value in (_in_words(info, waiting) if info else {}).items():
             print(f"{name:12}{value}")
     if info is None:
-        raise Unavailable(f"the model {parsed.model_name} is not ready")
+        raise next(each for each in told.values() if isinstance(each, NVEmbedError))
     return 0
 
 
-def _in_words(url: str, info: ModelInfo, waiting: dict[str, int]) -> dict[str, str]:
+def _asked(url: str, model_name: str) -> ModelInfo | NVEmbedError:
+    """What one server says, or why it does not."""
+    with NVEmbedClient(url, model_name, retry=RetryPolicy(max_attempts=1)) as client:
+        try:
+            return client.model_info(_TIMEOUT_SECONDS)
+        except NVEmbedError as error:
+            return error
+
+
+def _state(told: ModelInfo | NVEmbedError, first: ModelInfo | None) -> str:
+    if isinstance(told, ModelInfo):
+        same = first is None or told.fingerprint == first.fingerprint
+        return "ready" if same else f"ready with another model, whose fingerprint is {told.fingerprint}"
+    is_absent = isinstance(told, DeadlineExceeded) or "failed to connect" in str(told)
+    return "no answer" if is_absent else str(told)
+
+
+def _in_words(info: ModelInfo, waiting: dict[str, int]) -> dict[str, str]:
     words = {
-        "server": f"{url}, ready",
         "model": f"{info.name} ({info.kind}), {info.dtype} on {info.device}",
         "fingerprint": info.fingerprint,
         "dimension": f"{info.dimension}, pooling {info.pooling}",

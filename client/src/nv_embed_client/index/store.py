@@ -57,6 +57,13 @@ class Store:
         self.folder = os.path.abspath(folder)
         self._root = os.path.dirname(self.folder)
         if not os.path.isdir(os.path.join(self.folder, f"{_TABLE}.lance")):
+            loaded = _tables_of_load(self.folder)
+            if loaded:
+                raise InvalidInput.of(
+                    expected="an index of nv-embed index",
+                    got=f"the table {loaded[0]!r} of nv-embed load at {folder}",
+                    remedy="search it with LanceDB, as docs/scale.md shows, or name another place with --store",
+                )
             raise InvalidInput.of(
                 expected="an index to search", got=f"none at {folder}",
                 remedy="make one with nv-embed index FOLDER, or name its place with --store",
@@ -187,6 +194,16 @@ class Store:
     def _rows(self, condition: str) -> Iterator[dict[str, Any]]:
         for batch in self._table.search().where(condition).to_batches():
             yield from batch.to_pylist()
+
+
+def _tables_of_load(folder: str) -> list[str]:
+    """The names of the tables there whose vectors come from nv-embed bulk."""
+    if not os.path.isdir(folder):
+        return []
+    with _readable(folder):
+        database = lancedb.connect(folder)
+        names = sorted(entry.removesuffix(".lance") for entry in os.listdir(folder) if entry.endswith(".lance"))
+        return [name for name in names if _METADATA in (database.open_table(name).schema.metadata or {})]
 
 
 @contextmanager

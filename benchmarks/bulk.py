@@ -8,8 +8,8 @@ FOLDER is /usr/share/wordnet of Debian's wordnet-base. It needs the client with 
 First one call of one client embeds the texts with one server, and then with both. Then `nv-embed bulk` embeds them with
 both, undisturbed, on three nodes of Ray on this machine. Then it does so once more, and on the way a server is killed
 and started again, a node is killed, and the driver is killed and started again, each with SIGKILL. In both outputs each
-id must be there once, with the same vector as from one call; exit code 1 if not. The server's cache is off, so that
-every text is computed each time. Prints a table, and what was measured where, as Markdown.
+id must be there once, with the same vector as from one call to a cosine of 0.999; exit code 1 if not. The server's
+cache is off, so that every text is computed each time. Prints a table, and what was measured where, as Markdown.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from started_server import Ports, StartedServer, end_on_sigterm, free_ports, pro
 FILES = ("noun", "verb", "adj", "adv")
 NODES = 3
 WORKERS = 4
-TOLERANCE = 1e-4  # texts of other batches are added up in another order
+LEAST_COSINE = 0.999  # in bfloat16, texts of other batches are rounded elsewhere; other texts are far below it
 
 
 def texts_of(wordnet: Path) -> dict[str, str]:
@@ -73,7 +73,7 @@ class Servers:
         return [ports.url for ports in self._ports]
 
     def start(self, number: int) -> None:
-        settings = {"DEVICE": "cpu", "NV_EMBED_CACHE_MEBIBYTES": "0", "NV_EMBED_DTYPE": "float32"}  # rows are compared
+        settings = {"DEVICE": "cpu", "NV_EMBED_CACHE_MEBIBYTES": "0"}
         log = self._folder / f"server-{number}.log"
         self._started[number] = StartedServer(log, settings, ports=self._ports[number]).wait_until_ready()
 
@@ -166,7 +166,8 @@ def problems_of(output: Path, texts: dict[str, str], expected: dict[str, Any]) -
     if dict(zip(ids, table["text"].to_pylist(), strict=True)) != texts:
         found.append("other texts")
     vectors = table["embedding"].combine_chunks().flatten().to_numpy().reshape(len(ids), -1)
-    wrong = sum(not np.allclose(row, expected[id_], atol=TOLERANCE) for id_, row in zip(ids, vectors, strict=True))
+    cosines = (vectors * np.stack([expected[id_] for id_ in ids])).sum(axis=1)
+    wrong = int((~(cosines >= LEAST_COSINE)).sum())
     if wrong:
         found.append(f"{wrong} other vectors")
     if list(output.glob("_failed/*")):
@@ -217,7 +218,9 @@ def measured(
             seconds = time.perf_counter() - began
             assert result.token_counts is not None
             tokens = int(result.token_counts.sum())
-            rows.append((name, f"{len(texts) / seconds:,.0f} texts/s, {tokens / seconds:,.0f} tokens/s"))
+            info = client.model_info()
+            rate = f"{len(texts) / seconds:,.0f} texts/s, {tokens / seconds:,.0f} tokens/s"
+            rows.append((f"{name}, {info.dtype}", rate))
             if "two" in name:
                 rows.append(("- both servers had tokens waiting", f"{busy():.0%} of the time"))
         return dict(zip(texts, result.embeddings, strict=True))

@@ -444,6 +444,8 @@ def test_a_model_reloaded_and_unloaded_in_explicit_mode_serves_again(start_serve
     request = urllib.request.Request(url, headers={"nv-embed-admin": "sesame"})
     with urllib.request.urlopen(request, timeout=DEADLINE_SECONDS) as http:
         assert http.status == 200
+    # Triton 24.10 may crash if it is stopped while it still unloads.
+    eventually(lambda: server.log_text().count(f"successfully unloaded '{MODEL_NAME}'") == 2)
     assert server.stop() == 0
 
 

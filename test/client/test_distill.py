@@ -178,14 +178,13 @@ def test_an_absent_server_is_named_and_the_code_is_1(tmp_path, capsys):
     assert main(["distill", str(tmp_path / "twin"), *arguments]) == 1
     error = capsys.readouterr().err
     assert f"nv-embed: expected a server at localhost:{port}; got: " in error
-    assert error.endswith("start it, or give another address with --url or TRITON_URL\n")
+    assert "start it, or give another address with --url or TRITON_URL" in error
 
 
-def test_the_url_comes_from_the_environment(monkeypatch, capsys):
-    monkeypatch.setenv("TRITON_URL", "example:8001")
+def test_the_help_says_where_the_url_comes_from(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["distill", "--help"])
-    assert "(default: example:8001)" in " ".join(capsys.readouterr().out.split())
+    assert "default: $TRITON_URL, else localhost:8001" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_gateway_is_a_subcommand(capsys):

@@ -425,7 +425,6 @@ def test_sigterm_while_the_model_loads_leaves_no_process_and_no_memory_behind(to
     eventually(lambda: not any(region.exists() for region in regions))
 
 
-@pytest.mark.skip(reason="Triton 24.10 often crashes once a model that was reloaded is unloaded: docs/operations.md")
 def test_a_model_reloaded_and_unloaded_in_explicit_mode_serves_again(start_server):
     server = start_server(
         ["--model-control-mode=explicit", f"--load-model={MODEL_NAME}"],  # later arguments win
@@ -433,12 +432,18 @@ def test_a_model_reloaded_and_unloaded_in_explicit_mode_serves_again(start_serve
         NV_EMBED_MAX_BATCH_TOKENS="300",
     )
     key = {"triton-grpc-protocol-nv-embed-admin": "sesame"}
-    for change in (server.client.load_model, server.client.unload_model):
+
+    def num_alive() -> int:
+        log = server.log_text()
+        return log.count("successfully loaded") - log.count("successfully unloaded")
+
+    for change, num_left in ((server.client.load_model, 1), (server.client.unload_model, 0)):
         with ThreadPoolExecutor() as pool:
             with server.held(texts(100)) as clients:
                 changed = pool.submit(change, MODEL_NAME, headers=key)
             assert {status(outcome) for outcome in clients.wait()} == {"OK"}  # by the model that was asked
             changed.result(DEADLINE_SECONDS)
+        eventually(lambda num_left=num_left: num_alive() == num_left)  # the older one has taken down what it had
     server.client.load_model(MODEL_NAME, headers=key)
     assert server.embed_query("loaded again").shape == (1, 64)
     url = f"http://localhost:{server.http}/v2/models/{MODEL_NAME}/config"

@@ -6,6 +6,7 @@ the texts of any number of requests share a forward pass although Triton itself 
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import gc
 import json
@@ -194,7 +195,7 @@ class TritonPythonModel:
         self._batcher.stop()
         self._watchdog.stop()
         self._drains.join(1.0)
-        # Metrics live in memory shared with the server. That is gone when the interpreter ends, and to collect them
+        # Replies live in memory shared with the server. That is gone when the interpreter ends, and to collect them
         # then is a segmentation fault.
         del self._batcher
         gc.collect()
@@ -257,6 +258,16 @@ def _shared_memory() -> SharedMemory:
     )
 
 
+def _kept(metric: Any) -> Any:
+    """The same, never deleted.
+
+    Triton deletes by name: what one instance of a model deletes, its next instance and other models still use, and the
+    server crashes. Nor may the interpreter collect it at its end, because the shared memory in which it lives is gone.
+    """
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(metric))
+    return metric
+
+
 class TritonMetrics:
     """The table of metrics as Triton's own, on its metrics port. A label tells models apart."""
 
@@ -268,7 +279,7 @@ class TritonMetrics:
             "histogram": pb_utils.MetricFamily.HISTOGRAM,
         }
         self._families = {
-            metric: pb_utils.MetricFamily(metric.metric_name, metric.description, kinds[metric.kind])
+            metric: _kept(pb_utils.MetricFamily(metric.metric_name, metric.description, kinds[metric.kind]))
             for metric in Metric
         }
         self._series: dict[tuple[Metric, Labels], Any] = {}
@@ -286,7 +297,7 @@ class TritonMetrics:
         if (metric, labels) not in self._series:
             buckets = {"buckets": list(metric.buckets)} if metric.buckets else {}
             named = {"model": self._model_name, **dict(labels)}
-            self._series[metric, labels] = self._families[metric].Metric(labels=named, **buckets)
+            self._series[metric, labels] = _kept(self._families[metric].Metric(labels=named, **buckets))
         return self._series[metric, labels]
 
 

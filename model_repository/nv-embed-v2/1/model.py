@@ -259,11 +259,7 @@ def _shared_memory() -> SharedMemory:
 
 
 def _kept(metric: Any) -> Any:
-    """The same, never deleted.
-
-    Triton deletes by name: what one instance of a model deletes, its next instance and other models still use, and the
-    server crashes. Nor may the interpreter collect it at its end, because the shared memory in which it lives is gone.
-    """
+    """The same, never deleted: Triton deletes by name what other instances still use, and the server crashes."""
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(metric))
     return metric
 

@@ -1,24 +1,27 @@
-"""Core-milliseconds that a request costs, by process: that drifts less than rates do, and says who spends it."""
+"""Core-milliseconds that a request costs, by process: they drift less than rates do, and say who spends them."""
 
 from __future__ import annotations
 
 import os
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import TypeVar
 
-from other_work import Moment, seconds_between
-from processes import GATEWAY, processes_behind
+from processes import GATEWAY, all_processes, processes_behind
 
 WHO = {"tritonserver": "tritonserver", "triton_python_b": "model", GATEWAY: "gateway"}  # by a process's name
+Answer = TypeVar("Answer")
 
 
 @dataclass(slots=True)
 class CoreTime:
     """Of one load on one target, in one round or in all."""
 
-    seconds: Counter[str] = field(default_factory=Counter)  # by who used them; others are on another machine
-    num_requests: int = 0  # answered
+    seconds: Counter[str]  # by who used them, of all that are seen
+    num_requests: int  # answered
 
     def add(self, other: CoreTime) -> None:
         """Take in another round."""
@@ -26,7 +29,7 @@ class CoreTime:
         self.num_requests += other.num_requests
 
     def per_request(self) -> dict[str, float | None]:
-        """Milliseconds; None of those who are not there or not seen, and of all if nothing was answered."""
+        """Milliseconds; None of those that do not run on this machine, and of all if nothing was answered."""
         return {
             who: round(1000 * self.seconds[who] / self.num_requests, 3)
             if who in self.seconds and self.num_requests
@@ -35,11 +38,36 @@ class CoreTime:
         }
 
 
-def core_time(before: Moment, after: Moment, urls: Sequence[str], num_requests: int) -> CoreTime:
-    """Of what is behind these addresses, and of this process, which is the client."""
-    found = CoreTime(num_requests=num_requests)
-    found.seconds["client"] = seconds_between(before, after, [os.getpid()])
-    for pid in set().union(*(processes_behind(url, before.processes) for url in urls)):
-        if who := WHO.get(before.processes[pid].name):
-            found.seconds[who] += seconds_between(before, after, [pid])
-    return found
+@dataclass(slots=True)
+class CoreClock:
+    """Of this process, which is the client, and of what is behind addresses."""
+
+    who: Mapping[int, str]  # by pid
+    spent: Counter[str] = field(default_factory=Counter)  # seconds, during the last call
+
+    @classmethod
+    def of(cls, urls: Sequence[str]) -> CoreClock:
+        """That of the processes that run now."""
+        processes = all_processes()
+        behind = set().union(*(processes_behind(url, processes) for url in urls))
+        who = {pid: WHO[processes[pid].name] for pid in behind if processes[pid].name in WHO}
+        return cls(who | {os.getpid(): "client"})
+
+    def around(self, call: Callable[..., Answer], *arguments: object) -> Answer:
+        """What the call returns; `spent` then says who used what meanwhile."""
+        before = self._read()
+        answer = call(*arguments)
+        after = self._read()
+        self.spent = Counter()
+        for pid in before.keys() & after.keys():  # one that ended has no clock any more
+            self.spent[self.who[pid]] += after[pid] - before[pid]
+        return answer
+
+    def _read(self) -> dict[int, float]:
+        seconds = {}
+        for pid in self.who:
+            with suppress(OSError):
+                # The clock of a process, all its threads together, as clock_getcpuclockid(3) names it on Linux. It has
+                # nanoseconds; /proc has hundredths of a second, too few for what tritonserver uses.
+                seconds[pid] = time.clock_gettime(~pid << 3 | 2)
+        return seconds

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TypeAlias, TypeVar
 
 from bare_engine import BareEngine
-from core_time import CoreTime, core_time
+from core_time import CoreClock, CoreTime
 from loads import Gateway, Load, Sample, Server, Stream, requests_of
-from other_work import Moment, moment, other_work
+from other_work import moment, other_work
 from processes import processes_behind
 from started_server import progress
 
@@ -122,35 +122,35 @@ class Rounds:
                     samples += [(stream, target.name, sample) for stream, sample in results.items()]
                     core_times.append((" and ".join(results), target.name, spent))
                 elif part in BARE:
-                    ways, *_ = self._watched(self._bare, target, load[0], seconds, f"{seed} {part}")
+                    ways = self._watched(self._bare, target, load[0], seconds, f"{seed} {part}")
                     samples += [(load[0].name, way, sample) for way, sample in ways.items()]
             if self._engine and part == "beside":
                 bulk, probe = load
-                passes["full batch"], *_ = self._watched(self._engine.batch_seconds, bulk, seed, self._max_batch_tokens)
-                passes["one query"], *_ = self._watched(self._engine.batch_seconds, probe, seed, None)
+                passes["full batch"] = self._watched(self._engine.batch_seconds, bulk, seed, self._max_batch_tokens)
+                passes["one query"] = self._watched(self._engine.batch_seconds, probe, seed, None)
         for stream, target_name, sample in samples:
             self.samples.setdefault((stream, target_name), []).append(sample)
         for streams, target_name, spent in core_times:
-            self.core_times.setdefault((streams, target_name), CoreTime()).add(spent)
+            self.core_times.setdefault((streams, target_name), CoreTime(Counter(), 0)).add(spent)
         for batch, duration in passes.items():
             self.passes.setdefault(batch, []).append(duration)
 
     def _put(self, server: Server, load: Load, seconds: float, seed: str) -> tuple[dict[str, Sample], CoreTime]:
-        results, before, after = self._watched(asyncio.run, server.run(load, seconds, seed))
+        # The gateway stands before the first server.
+        clock = CoreClock.of([server.url, *([self._servers[0].url] if isinstance(server, Gateway) else [])])
+        results = self._watched(clock.around, asyncio.run, server.run(load, seconds, seed))
         for stream in load:
             sample = results[stream.name]
             sample.num_tokens = self._count_tokens and self._count_tokens(sample.texts, stream.is_query)
             sample.texts.clear()
-        # The gateway stands before the first server.
-        urls = [server.url, *([self._servers[0].url] if isinstance(server, Gateway) else [])]
-        return results, core_time(before, after, urls, sum(len(sample.latencies) for sample in results.values()))
+        return results, CoreTime(clock.spent, sum(len(sample.latencies) for sample in results.values()))
 
     def _bare(self, engine: BareEngine, stream: Stream, seconds: float, seed: str) -> dict[str, Sample]:
         ways = {"engine, full batches": self._max_batch_tokens, "engine, as in flight": None}
         return {way: engine.run(stream, seconds, seed, tokens) for way, tokens in ways.items()}
 
-    def _watched(self, call: Callable[..., Answer], *arguments: object) -> tuple[Answer, Moment, Moment]:
-        """What the call returns, and the moments around it; raises Disturbed if others used too much meanwhile."""
+    def _watched(self, call: Callable[..., Answer], *arguments: object) -> Answer:
+        """What the call returns; raises Disturbed if others used too much meanwhile."""
         before = moment()
         answer = call(*arguments)
         after = moment()
@@ -158,7 +158,7 @@ class Rounds:
         others = other_work(before, after, own)
         if others.share > self._arguments.allow_other_work:
             raise Disturbed(str(others))
-        return answer, before, after
+        return answer
 
 
 def token_counter(checkpoint: Path | None) -> Callable[[Sequence[str], bool], int] | None:

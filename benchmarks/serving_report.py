@@ -65,7 +65,7 @@ def report(
             f"forward pass: full batch of {max_batch_tokens} tokens {1000 * passes['full batch']:.0f} ms, one query "
             f"{1000 * passes['one query']:.1f} ms; 1.5 full batches and one query: {1000 * bound:.0f} ms"
         )
-    print("dtype: " + ", ".join(f"{name} {dtype or 'not known'}" for name, dtype in dtypes.items()))
+    print("dtype: " + "; ".join(f"{name}: {dtype or 'not known'}" for name, dtype in dtypes.items()))
     void = {name: rounds.void[name] for name in rounds.loads}
     print("void rounds, because of other work: " + ", ".join(f"{name} {count}" for name, count in void.items()))
     settings = {k: os.path.relpath(v, ROOT) if isinstance(v, Path) else v for k, v in vars(arguments).items()}

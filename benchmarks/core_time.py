@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -20,12 +19,13 @@ Answer = TypeVar("Answer")
 class CoreTime:
     """Of one load on one target, in one round or in all."""
 
-    seconds: Counter[str]  # by who used them, of all that are seen
+    seconds: dict[str, float]  # by who used them, of all that are seen
     num_requests: int  # answered
 
     def add(self, other: CoreTime) -> None:
         """Take in another round."""
-        self.seconds.update(other.seconds)  # which keeps zeros, as += does not
+        for who, seconds in other.seconds.items():
+            self.seconds[who] = self.seconds.get(who, 0.0) + seconds
         self.num_requests += other.num_requests
 
     def per_request(self) -> dict[str, float | None]:
@@ -43,7 +43,7 @@ class CoreClock:
     """Of this process, which is the client, and of what is behind addresses."""
 
     who: Mapping[int, str]  # by pid
-    spent: Counter[str] = field(default_factory=Counter)  # seconds, during the last call
+    spent: dict[str, float] = field(default_factory=dict)  # seconds, during the last call
 
     @classmethod
     def of(cls, urls: Sequence[str]) -> CoreClock:
@@ -58,9 +58,10 @@ class CoreClock:
         before = self._read()
         answer = call(*arguments)
         after = self._read()
-        self.spent = Counter()
+        self.spent = {}
         for pid in before.keys() & after.keys():  # one that ended has no clock any more
-            self.spent[self.who[pid]] += after[pid] - before[pid]
+            who = self.who[pid]
+            self.spent[who] = self.spent.get(who, 0.0) + after[pid] - before[pid]
         return answer
 
     def _read(self) -> dict[int, float]:

@@ -131,7 +131,7 @@ class Rounds:
         for stream, target_name, sample in samples:
             self.samples.setdefault((stream, target_name), []).append(sample)
         for streams, target_name, spent in core_times:
-            self.core_times.setdefault((streams, target_name), CoreTime(Counter(), 0)).add(spent)
+            self.core_times.setdefault((streams, target_name), CoreTime({}, 0)).add(spent)
         for batch, duration in passes.items():
             self.passes.setdefault(batch, []).append(duration)
 

@@ -251,7 +251,7 @@ def score_of(output: str, what: str) -> str:
 def aiperf(recipe: Recipe, small: Place, full: Place) -> str:
     small.run(recipe)
     asked = sorted(int(number) for number in re.findall(r"--request-count (\d+)", recipe.source))
-    reports = small.folder.glob("artifacts/**/profile_export_aiperf.json")
+    reports = small.folder.glob("artifacts/*/profile_export_aiperf.json")
     figures = [json.loads(report.read_text(encoding="utf-8")) for report in reports]
     answered = sorted(int(each["request_count"]["avg"]) for each in figures)
     if answered != asked or any(each.get("error_request_count", {}).get("avg") for each in figures):

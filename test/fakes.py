@@ -130,6 +130,7 @@ class FakedBatcher(Batcher):
     def __init__(self, *engines, encoder=None, publish=None, **limits):
         defaults = {
             "max_batch_tokens": 100,
+            "most_small_batches": 1000,
             "target_batch_seconds": None,
             "max_queue_tokens": 5000,
             "max_queue_bytes": 10**6,

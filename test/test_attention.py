@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from nv_embed.compute.attention import attend_each, choose_attention, prove
+from nv_embed.compute.attention import attend_each, attend_short_together, choose_attention, prove
+from nv_embed.compute.pieces import Whole
 from nv_embed.errors import DeviceError
 from nv_embed.models.protocol import Heads, PackedBatch
 from torch.nn import functional
@@ -34,9 +35,33 @@ def attend_causally(q, k, v, batch, work):
     return out
 
 
-def test_a_cpu_computes_one_sequence_after_the_other():
-    assert choose_attention("auto", HEADS, CPU, torch.float32) is attend_each
+def test_a_cpu_computes_short_sequences_together_unless_told_otherwise():
+    assert choose_attention("auto", HEADS, CPU, torch.float32) is attend_short_together
     assert choose_attention("sdpa", HEADS, CPU, torch.float32) is attend_each
+
+
+@pytest.mark.parametrize("seqlens", [(7,), (1, 5, 3), (64, 1, 40, 64), (1, 65), (60, 1, 1, 1, 1), (20,) * 9])
+@pytest.mark.parametrize("num_kv_heads", [2, 6])
+def test_short_sequences_computed_together_attend_to_themselves_alone(seqlens, num_kv_heads):
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(sum(seqlens), 6 + 2 * num_kv_heads, 8, generator=generator)
+    q, k, v = qkv.split_with_sizes((6, num_kv_heads, num_kv_heads), dim=1)
+    nothing = torch.empty(0, dtype=torch.int32)
+    batch = PackedBatch(nothing, nothing, nothing, max(seqlens), seqlens, nothing, seqlens)
+    attended = attend_short_together(q, k, v, batch, Whole())
+    torch.testing.assert_close(attended, attend_masked(q, k, v, batch, Whole()), atol=1e-5, rtol=1e-5)
+
+
+def test_a_sequence_that_is_not_finite_spoils_no_other():
+    seqlens = (3, 9, 5)
+    q, k, v = torch.randn(17, 3, 4, 8, generator=torch.Generator().manual_seed(0)).unbind(dim=1)
+    nothing = torch.empty(0, dtype=torch.int32)
+    batch = PackedBatch(nothing, nothing, nothing, 9, seqlens, nothing, seqlens)
+    expected = attend_each(q, k, v, batch, Whole())
+    k[3:12], v[3:12] = torch.nan, torch.inf
+    attended = attend_short_together(q, k, v, batch, Whole())
+    torch.testing.assert_close(attended[:3], expected[:3])
+    torch.testing.assert_close(attended[12:], expected[12:])
 
 
 @pytest.mark.parametrize("name", ["varlen", "flash-attn"])

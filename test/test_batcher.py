@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -169,10 +170,30 @@ def large(num_tokens, num_texts):
     return [f"{text:<30000}" for text in distinct(num_tokens, num_texts)]
 
 
+def long(num_tokens):
+    """A text that is too long to be tokenized by the thread that takes it."""
+    return f"{num_tokens:<5000}"
+
+
+def test_what_is_short_is_tokenized_by_the_thread_that_takes_it():
+    class WhoEncodes(FakeEncoder):
+        threads: ClassVar = []
+
+        def encode(self, texts, *arguments, **options):
+            self.threads.append(threading.current_thread().name)
+            return super().encode(texts, *arguments, **options)
+
+    with FakedBatcher(encoder=WhoEncodes()) as batcher:
+        for text, is_query in ((5, False), (6, True), (long(7), False), (long(8), True)):
+            batcher.ask(text, is_query=is_query).lengths()
+    mine = threading.current_thread().name
+    assert WhoEncodes.threads == [mine, mine, "nv-embed-tokenize-documents", "nv-embed-tokenize-queries"]
+
+
 def test_a_query_does_not_wait_for_documents_to_be_tokenized():
     encoder = HeldEncoder()
     with FakedBatcher(encoder=encoder) as batcher:
-        bulk = batcher.ask(5)
+        bulk = batcher.ask(long(5))
         eventually(lambda: encoder.encoded, WAIT_SECONDS)
         assert batcher.ask(20, is_query=True).lengths() == [20]
         assert not bulk.answered.is_set()
@@ -232,15 +253,15 @@ def test_bulk_that_fills_the_queue_shuts_out_neither_queries_nor_what_is_known()
 
 def test_bytes_that_wait_to_be_tokenized_add_up_to_what_may_wait():
     encoder = HeldEncoder()
-    with FakedBatcher(encoder=encoder, max_queue_bytes=4) as batcher:
-        first = batcher.ask(100)
+    with FakedBatcher(encoder=encoder, max_queue_bytes=9000) as batcher:
+        first = batcher.ask(long(100))
         eventually(lambda: encoder.encoded, WAIT_SECONDS)
-        refused = batcher.ask(10).outcome()
+        refused = batcher.ask(long(10)).outcome()
         assert isinstance(refused, Unavailable)
-        assert "at most 4 bytes of text to wait; got 3 waiting and 2 more; retry later" in str(refused)
+        assert "at most 9000 bytes of text to wait; got 5000 waiting and 5000 more; retry later" in str(refused)
         encoder.gate.set()
         assert first.lengths() == [100]
-        assert batcher.ask(10).lengths() == [10]
+        assert batcher.ask(long(10)).lengths() == [10]
 
 
 # --- nothing computed twice -----------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from nv_embed.requests import EmbedRequest
 from nv_embed.scheduling import ledger
 from nv_embed.scheduling.answers import Answer
 from nv_embed.scheduling.ledger import Ledger
-from nv_embed.scheduling.policy import BatchLimits
+from nv_embed.scheduling.policy import BatchLimits, most_small_batches
 from nv_embed.scheduling.states import Text
 from nv_embed.scheduling.timers import Timers
 
@@ -66,7 +66,9 @@ class Requests(RuleBasedStateMachine):
         max_queue_texts=st.sampled_from([8, 1000]),
     )
     def start(self, cache_bytes, max_queue_tokens, max_queue_texts):
-        self.limits = BatchLimits(MAX_BATCH_TOKENS, None, max_queue_tokens, 500, max_queue_texts, 60.0, 8, cache_bytes)
+        self.limits = BatchLimits(
+            MAX_BATCH_TOKENS, 1, None, max_queue_tokens, 500, max_queue_texts, 60.0, 8, cache_bytes
+        )
         self.ledger = self.ledger_class(self.limits)
         self.now = 1000.0
         self.answered = Counter()
@@ -324,7 +326,7 @@ def submitted(ledger, *texts, is_query=False, now=0.0, timeout=None):
 
 @pytest.fixture
 def new_ledger():
-    return Ledger(BatchLimits(10_000, None, 10**6, 10**6, 10**6, 60.0, 8, 10**6))
+    return Ledger(BatchLimits(10_000, 2, None, 10**6, 10**6, 10**6, 60.0, 8, 10**6))
 
 
 def test_what_waits_is_shared_out_among_the_engines_that_have_nothing_to_do(new_ledger):
@@ -371,6 +373,49 @@ def test_timers_of_finished_requests_are_forgotten(new_ledger):
     assert list(timers.due(1e6)) == [request]
 
 
+def test_a_finished_request_wakes_nobody(new_ledger):
+    gone, _ = submitted(new_ledger, 10, now=100.0)
+    submitted(new_ledger, 10, now=103.0)
+    assert new_ledger.next_timer == 100.5
+    new_ledger.cancelled(gone)
+    assert new_ledger.next_timer == 103.5
+
+
+@pytest.mark.parametrize("end", ["computed", "failed", "did_not_fit", "given_up"])
+def test_few_tokens_are_left_to_the_engine_that_computes_few_until_it_is_done(end):
+    ledger = Ledger(BatchLimits(10_000, 1, None, 10**6, 10**6, 10**6, 60.0, 8, 0))
+    submitted(ledger, 100, is_query=True)
+    batch, _ = ledger.chosen(10_000, 1)
+    submitted(ledger, 100, is_query=True)
+    assert not ledger.has_work
+    submitted(ledger, 156, is_query=True)
+    assert ledger.has_work, "as many as make a batch of their own"
+    both, _ = ledger.chosen(10_000, 0)
+    assert both.num_tokens == 256
+    submitted(ledger, 100, is_query=True)
+    assert not ledger.has_work
+    arguments = {"computed": [[np.ones(2, np.float32)]], "failed": [ComputeFailed("it broke")], "did_not_fit": ["big"]}
+    getattr(ledger, end)(batch, *arguments.get(end, []))
+    assert ledger.has_work
+
+
+def test_few_tokens_are_left_to_nobody_beside_large_batches_and_on_gpus():
+    ledger = Ledger(BatchLimits(10_000, most_small_batches(["cuda", "cuda"]), None, 10**6, 10**6, 10**6, 60.0, 8, 0))
+    submitted(ledger, 100, is_query=True)
+    ledger.chosen(10_000, 1)
+    submitted(ledger, 100, is_query=True)
+    assert ledger.has_work
+    ledger = Ledger(BatchLimits(10_000, 1, None, 10**6, 10**6, 10**6, 60.0, 8, 0))
+    submitted(ledger, 300)
+    ledger.chosen(10_000, 1)
+    submitted(ledger, 100, is_query=True)
+    assert ledger.has_work
+
+
+def test_small_batches_leave_half_of_the_cores():
+    assert [most_small_batches(["cpu"] * n) for n in (1, 2, 3, 8)] == [1, 1, 1, 4]
+
+
 def test_a_request_is_asked_more_and_more_seldom_whether_it_is_cancelled(new_ledger):
     submitted(new_ledger, 10, now=100.0)
     asked = []
@@ -381,7 +426,7 @@ def test_a_request_is_asked_more_and_more_seldom_whether_it_is_cancelled(new_led
 
 
 def test_identical_texts_cost_one_place_in_a_batch():
-    ledger = Ledger(BatchLimits(100, None, 10**6, 10**6, 10**6, 60.0, 8, 0))
+    ledger = Ledger(BatchLimits(100, 2, None, 10**6, 10**6, 10**6, 60.0, 8, 0))
     same = [submitted(ledger, 30, is_query=True)[0] for _ in range(50)]
     other, _ = submitted(ledger, 35, is_query=True)
     batch, _ = ledger.chosen(100, 0)

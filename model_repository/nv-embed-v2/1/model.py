@@ -40,7 +40,7 @@ from nv_embed.requests import OUTPUTS, EmbedRequest, Instructions, RequestLimits
 from nv_embed.scheduling.answers import LARGE_ANSWER_BYTES, Answer, Outcome
 from nv_embed.scheduling.batcher import Batcher
 from nv_embed.scheduling.pace import MIN_BATCH_TOKENS
-from nv_embed.scheduling.policy import BatchLimits
+from nv_embed.scheduling.policy import BatchLimits, most_small_batches
 from nv_embed.settings import Settings, variables_of
 from nv_embed.shared_memory import SharedMemory
 from nv_embed.watchdog import DRAIN_SECONDS, Watchdog, shared_memory
@@ -142,6 +142,7 @@ class TritonPythonModel:
         self._request_limits = RequestLimits(config.max_request_documents, config.max_request_bytes)
         batch_limits = BatchLimits(
             max_batch_tokens=config.max_batch_tokens or measured,
+            most_small_batches=most_small_batches([engine.device.type for engine in engines]),
             target_batch_seconds=None if config.max_batch_tokens else target_seconds,
             max_queue_tokens=config.max_queue_tokens,
             max_queue_bytes=config.max_queue_bytes,

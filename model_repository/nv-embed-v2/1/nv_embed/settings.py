@@ -146,7 +146,8 @@ class Settings:
         "auto",
         _one_of("auto", "varlen", "flash-attn", "sdpa"),
         """Attention kernel: `varlen` (torch's flash attention), `flash-attn` (the package of that name) or `sdpa` (one
-        text after another). `auto` is `varlen` in half precision on a GPU that has it, and `sdpa` elsewhere.""",
+        text after another). `auto` is `varlen` in half precision on a GPU that has it. On a CPU it is `sdpa`, but texts
+        of up to 64 tokens are computed together. Elsewhere it is `sdpa`.""",
     )
     compile: str = _setting(
         "auto",

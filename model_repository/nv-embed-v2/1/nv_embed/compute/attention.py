@@ -21,6 +21,7 @@ from nv_embed.models.protocol import Attend, Heads, PackedBatch, Work
 logger = logging.getLogger(__name__)
 
 _FEWEST_QUERIES = 768  # of a piece: with fewer, the CPU's kernel takes smaller blocks
+_SHORT_TOKENS = 64  # with more, attending takes much longer than calling for it
 _LARGEST_DIFFERENCE = 0.05  # of a kernel in half precision from float32, of values up to 4
 _OLDEST_CAPABILITY = (8, 0)  # of GPUs that flash attention runs on: Ampere
 
@@ -62,6 +63,29 @@ def _parts(piece: slice, num_kv_heads: int, seqlen: int) -> Iterator[tuple[slice
         yield slice(head, head + 1), slice(max(piece.start - first, 0), min(piece.stop - first, seqlen))
 
 
+def attend_short_together(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, work: Work) -> Tensor:
+    """Short sequences in one call, padded to the longest; longer ones one after the other.
+
+    A call for each short sequence takes longer than what it computes. And each of its steps waits for Python's lock
+    while other threads take requests and send answers.
+    """
+    num_sequences, longest = len(batch.seqlens), batch.max_seqlen
+    if num_sequences == 1 or longest > _SHORT_TOKENS or num_sequences * longest > 2 * len(q):
+        return attend_each(q, k, v, batch, work)
+    exists = torch.arange(longest) < torch.tensor(batch.seqlens)[:, None]  # [S, longest]
+    (places,) = exists.flatten().nonzero(as_tuple=True)  # [T]
+
+    def padded(x: Tensor) -> Tensor:
+        """[T, heads, D] to [S, heads, longest, D]."""
+        rows = x.new_zeros(num_sequences * longest, *x.shape[1:]).index_copy_(0, places, x)
+        return rows.view(num_sequences, longest, *x.shape[1:]).transpose(1, 2)
+
+    attended = functional.scaled_dot_product_attention(
+        padded(q), padded(k), padded(v), attn_mask=exists[:, None, None], enable_gqa=True
+    )
+    return attended.transpose(1, 2)[exists]
+
+
 def choose_attention(name: str, heads: Heads, device: torch.device, dtype: torch.dtype) -> Attend:
     """The kernel for a network's heads on a device in a precision.
 
@@ -73,7 +97,10 @@ def choose_attention(name: str, heads: Heads, device: torch.device, dtype: torch
     Raises:
         DeviceError: the kernel named is missing, does not run here or computes something else.
     """
-    if name == "sdpa" or (name == "auto" and device.type == "cpu"):  # nothing else runs there
+    if name == "auto" and device.type == "cpu":  # nothing else runs there
+        logger.info("%s: attention one sequence after the other, short ones together", device)
+        return attend_short_together
+    if name == "sdpa":
         logger.info("%s: attention one sequence after the other", device)
         return attend_each
     kernel = "varlen" if name == "auto" else name

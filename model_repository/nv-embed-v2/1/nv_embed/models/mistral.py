@@ -102,7 +102,7 @@ class MistralNetwork(Network):
         return functional.embedding(batch.input_ids, self.embed_tokens), *self.rotation(batch.position_ids)
 
     def rotation(self, position_ids: Tensor) -> tuple[Tensor, ...]:
-        """[T] to cosines and sines for keys, then those for queries if they differ: [T, 1, D / 2] float32 each."""
+        """[T] to cosines and sines for keys, then those for queries if they differ: [T, 1, D] float32 each."""
         raise NotImplementedError
 
     def places(self) -> Iterator[tuple[str, Tensor]]:
@@ -154,8 +154,12 @@ class Layer(nn.Module):
         sizes = self.sizes
         h = rms_norm(x, self.input_norm, sizes.rms_norm_eps)
         heads = (sizes.num_heads, sizes.num_kv_heads, sizes.num_kv_heads)
-        q, k, v = self.qkv(h).view(len(x), -1, sizes.head_dim).split_with_sizes(heads, dim=1)
-        return rotate(q, *rotation[-2:]), rotate(k, *rotation[:2]), v
+        qkv = self.qkv(h).view(len(x), -1, sizes.head_dim)
+        if len(rotation) == 2:  # the same of queries and keys, so all heads at once
+            q, k = rotate(qkv[:, : -sizes.num_kv_heads], *rotation).split_with_sizes(heads[:2], dim=1)
+            return q, k, qkv[:, -sizes.num_kv_heads :]
+        q, k, v = qkv.split_with_sizes(heads, dim=1)
+        return rotate(q, *rotation[2:]), rotate(k, *rotation[:2]), v
 
     def after_attention(self, x: Tensor, attended: Tensor) -> Tensor:
         """x: [T, C], attended: [T, H, D] to [T, C]."""
@@ -194,12 +198,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rotary(position_ids: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of positions: [T] and [D / 2] to [T, 1, D / 2] float32."""
+    """Cosines and sines of positions, as `rotate` wants them: [T] and [D / 2] to [T, 1, D] float32."""
     angles = position_ids.float()[:, None, None] * frequencies
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions in the half-split layout: element i is paired with i + D / 2. x: [T, heads, D]."""
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    exact = x.float()
+    return (exact * cos).addcmul_(exact.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)

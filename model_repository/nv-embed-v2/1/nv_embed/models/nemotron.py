@@ -210,7 +210,7 @@ class NemotronNetwork(MistralNetwork):
         self.frequencies = yarn_frequencies(self.config).to(self.norm.device)
 
     def rotation(self, position_ids: Tensor) -> tuple[Tensor, ...]:
-        """[T] to cosines and sines for keys, and those for queries: [T, 1, D / 2] float32 each.
+        """[T] to cosines and sines for keys, and those for queries: [T, 1, D] float32 each.
 
         A query is multiplied by a number that grows with its position, which its cosines and sines do on the way.
         """

@@ -116,7 +116,7 @@ class NVEmbedNetwork(MistralNetwork):
         self.pooling = LatentPooling(config)
 
     def rotation(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """[T] to cosines and sines [T, 1, D / 2] float32."""
+        """[T] to cosines and sines [T, 1, D] float32."""
         head_dim = self.config.head_dim
         exponents = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim
         return rotary(position_ids, self.config.rope_theta**-exponents)

@@ -7,10 +7,12 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from heapq import heappop, heappush
 from itertools import count
-from queue import Empty, PriorityQueue
+from queue import Empty, SimpleQueue
 from threading import Lock, Thread
 from typing import Any, Protocol, TypeAlias
 
@@ -55,6 +57,8 @@ class Answer:
 
 
 Outcome: TypeAlias = Answer | RequestError
+# When it should happen, a number that tells equal times apart, and what happens; None is the end.
+_Event: TypeAlias = tuple[float, int, Callable[[], None] | None]
 
 
 class Reply(Protocol):
@@ -94,7 +98,9 @@ class Outbox:
         self._large_waits_seconds = large_waits_seconds
         self._lock = Lock()
         self._num_unsent = self._num_unsent_texts = 0
-        self._events: PriorityQueue[tuple[float, int, Callable[[], None] | None]] = PriorityQueue()
+        # A plain queue, because a thread that adds to it must not wait for this one. The order is made behind it.
+        self._events: SimpleQueue[_Event] = SimpleQueue()
+        self._ordered: list[_Event] = []
         self._numbers = count()  # of events that are equal in order
         self._thread = Thread(target=self._run, name="nv-embed-answer", daemon=True)
         self._thread.start()
@@ -161,12 +167,8 @@ class Outbox:
                 updates.extend(self._collect())
                 # Once more after the last event, because other threads may count just after they announced it.
                 collect_at, is_news = (now + _PUBLISH_SECONDS if is_news else math.inf), False
-            wait = 0.0 if updates else collect_at - now
-            try:
-                _, _, event = self._events.get(timeout=max(wait, 0.0) if wait < math.inf else None)
-            except Empty:
-                pass
-            else:
+            if self._is_event_there(0.0 if updates else max(collect_at - now, 0.0)):
+                _, _, event = heappop(self._ordered)
                 if event is None:
                     break
                 collect_at, is_news = min(collect_at, time.monotonic() + _PUBLISH_SECONDS), True
@@ -177,6 +179,15 @@ class Outbox:
                 self._publish_safely(updates.popleft())
         for update in [*updates, *self._collect()]:
             self._publish_safely(update)
+
+    def _is_event_there(self, wait_seconds: float) -> bool:
+        """Put what has come in order; wait so long for the first event if there is none."""
+        with suppress(Empty):
+            if not self._ordered:
+                heappush(self._ordered, self._events.get(timeout=wait_seconds if wait_seconds < math.inf else None))
+            while True:
+                heappush(self._ordered, self._events.get_nowait())
+        return bool(self._ordered)
 
     def _publish_safely(self, update: Update) -> None:
         try:

@@ -1,7 +1,7 @@
 """Requests in, batches to the engines, one answer for each request: the threads around the ledger.
 
-Each thread has one duty: the caller's submits, two tokenize, one for each entry of `engines` computes, one watches the
-clock, and the one of `answers.py` sends. Knows neither torch nor Triton.
+Each thread has one duty: the caller's submits and tokenizes what is short, two tokenize what is long, one for each
+entry of `engines` computes, one watches the clock, and the one of `answers.py` sends. Knows neither torch nor Triton.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ class Batcher:
     def submit(self, spec: EmbedRequest, reply: Reply) -> None:
         """Take charge of a request; returns at once, raises nothing."""
         request = self._ledger.submit(spec, reply)
-        (self._queries if spec.is_query else self._documents).add(request)
+        tokenizing = self._queries if spec.is_query else self._documents
+        self._guard(partial(tokenizing.add, request))
 
     def answer_without_vectors(self, reply: Reply) -> None:
         """Answer, and count, a request that asks for no vectors: it neither waits nor is computed."""
@@ -135,14 +136,14 @@ class Batcher:
     def _end(self) -> None:
         self._ledger.end()
         for tokenizing in (self._queries, self._documents):
-            tokenizing.add(None)
+            tokenizing.end()
 
     def _give_up(self) -> None:
         self._end()
         self._on_fatal()
 
     def _guard(self, duty: Callable[[], None]) -> None:
-        """Do the duty of a thread. If that breaks, answer everybody."""
+        """Do the duty of a thread, or a part of it. If that breaks, answer everybody."""
         try:
             duty()
         except BaseException:

@@ -21,7 +21,7 @@ from nv_embed.errors import Cancelled, ComputeFailed, InvalidRequest, OutOfDevic
 from nv_embed.requests import EmbedRequest
 from nv_embed.scheduling.answers import Answer, Outcome, Reply
 from nv_embed.scheduling.fair_queue import FairQueue, Flow
-from nv_embed.scheduling.policy import BatchLimits, room, share
+from nv_embed.scheduling.policy import BatchLimits, is_small, room, share
 from nv_embed.scheduling.states import Answers, Batch, Request, Settled, Text
 from nv_embed.scheduling.timers import Timers
 from nv_embed.scheduling.vector_cache import Vector, VectorCache
@@ -53,6 +53,7 @@ class Ledger:
         self.num_queue_tokens = 0  # of texts that wait to be computed
         self.num_texts = 0  # of `requests`
         self.tally = Tally()
+        self._small_batches: set[Batch] = set()  # that are computed now
         self._timers = Timers()
         self._refuse_at = math.inf  # when what is unfinished is refused because the server is about to stop
         self._is_stopping = False
@@ -64,8 +65,11 @@ class Ledger:
 
     @property
     def has_work(self) -> bool:
-        """Whether there may be something to choose."""
-        return bool(self._halves) or self._queue.next_kind() is not None
+        """Whether an engine that is idle should choose something."""
+        if self._halves:
+            return True
+        is_left = len(self._small_batches) >= self._limits.most_small_batches and is_small(self.num_queue_tokens)
+        return not is_left and self._queue.next_kind() is not None
 
     @property
     def has_short_work(self) -> bool:
@@ -187,6 +191,8 @@ class Ledger:
                 entries[text.key].append(text)
         self.tally.num_cached_texts += num_known
         batch.entries = list(entries.values())
+        if batch.entries and is_small(batch.num_tokens):
+            self._small_batches.add(batch)
         return batch, answers
 
     @staticmethod
@@ -202,6 +208,7 @@ class Ledger:
     def computed(self, batch: Batch, vectors: Sequence[Vector | None]) -> Answers:
         """A batch is computed. `vectors`: one for each entry, kept as they are; None where it is not finite."""
         answers = Answers()
+        self._small_batches.discard(batch)
         for texts, vector in zip(batch.entries, vectors, strict=True):
             if vector is None:
                 answers += self._fail(texts, ComputeFailed, _NOT_FINITE)
@@ -213,11 +220,13 @@ class Ledger:
 
     def failed(self, batch: Batch, error: RequestError) -> Answers:
         """A batch could not be computed."""
+        self._small_batches.discard(batch)
         requests = (text.request for texts in batch.entries for text in texts)
         return [answer for request in requests for answer in self._finish(request, error)]
 
     def did_not_fit(self, batch: Batch, reason: str) -> Answers:
         """A batch did not fit on the device: its halves are chosen next. A single text has nothing to halve."""
+        self._small_batches.discard(batch)
         if len(batch.entries) > 1:
             middle = len(batch.entries) // 2
             self._halves.extendleft([batch.entries[middle:], batch.entries[:middle]])
@@ -227,6 +236,7 @@ class Ledger:
 
     def given_up(self, batch: Batch) -> Answers:
         """A batch was given up while it was computed, because nobody waited for it any more."""
+        self._small_batches.discard(batch)
         self.tally.num_dropped_texts += sum(map(len, batch.entries))
         return []
 

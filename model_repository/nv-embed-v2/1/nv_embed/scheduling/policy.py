@@ -6,12 +6,14 @@ Which text comes next is in `fair_queue.py`.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nv_embed.scheduling.pace import MIN_BATCH_TOKENS
 
 _QUERY_RESERVE = 8  # an eighth more may wait for queries, so that bulk which fills the queue does not shut them out
 _USUAL_PASS_SECONDS = 0.5
+_SMALL_TOKENS = 256  # with fewer, a batch takes hardly less time than with as many
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +21,7 @@ class BatchLimits:
     """How much is computed at once, and how much may wait and for how long."""
 
     max_batch_tokens: int
+    most_small_batches: int  # at once, see `most_small_batches`
     target_batch_seconds: float | None  # fewer tokens when a batch takes longer than this; None: never
     max_queue_tokens: int
     max_queue_bytes: int
@@ -36,6 +39,20 @@ def room(limit: int, *, is_query: bool) -> int:
 def share(num_waiting_tokens: int, num_idle_engines: int) -> int:
     """Tokens for one engine while others have nothing to do, so that together they finish sooner."""
     return max(math.ceil(num_waiting_tokens / (num_idle_engines + 1)), MIN_BATCH_TOKENS)
+
+
+def is_small(num_tokens: int) -> bool:
+    """Whether a batch of these would be more work for each text than a larger one."""
+    return num_tokens < _SMALL_TOKENS
+
+
+def most_small_batches(device_kinds: Sequence[str]) -> int:
+    """How many small batches are computed at once, by the kind of each engine's device: 'cpu' or 'cuda'.
+
+    What waits meanwhile makes the next batch larger. On a CPU taking requests and sending answers needs cores as well,
+    so small batches leave half of them.
+    """
+    return max(len(device_kinds) // 2, 1) if set(device_kinds) == {"cpu"} else len(device_kinds)
 
 
 def may_interrupt(own_seconds: float, others_seconds: float) -> bool:

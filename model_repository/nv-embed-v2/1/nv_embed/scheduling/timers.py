@@ -23,7 +23,9 @@ class Timers:
 
     @property
     def next_at(self) -> float:
-        """The earliest time at which `due` has something to give."""
+        """The earliest time at which `due` has something to give. A finished request wakes nobody."""
+        while self._heap and self._heap[0][-1].is_finished:
+            heapq.heappop(self._heap)
         return self._heap[0][0] if self._heap else math.inf
 
     def set(self, request: Request, at: float) -> None:
@@ -37,6 +39,4 @@ class Timers:
     def due(self, now: float) -> Iterator[Request]:
         """Unfinished requests whose time has come, each taken out as it is given."""
         while self.next_at <= now:
-            *_, request = heapq.heappop(self._heap)
-            if not request.is_finished:
-                yield request
+            yield heapq.heappop(self._heap)[-1]

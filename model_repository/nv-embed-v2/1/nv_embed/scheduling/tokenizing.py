@@ -1,4 +1,7 @@
-"""The threads that tokenize: one for queries and one for documents, so that no query waits for a slice of bulk."""
+"""Tokenizing: what is short on the thread that takes the request, because handing it over would take longer.
+
+What is long has two threads, one for queries and one for documents, so that no query waits for a slice of bulk.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 # Requests take turns, with a slice of about this size each, so that none waits for a huge one.
 _SLICE_CHARACTERS = 64 * 1024
+_SHORT_BYTES = 4096  # a millisecond's work at most
 
 
 class Tokenizer(Protocol):
@@ -31,26 +35,32 @@ class Tokenizer(Protocol):
 
 
 class Tokenizing:
-    """What one such thread does."""
+    """What one such thread does, and what is done in its place."""
 
     def __init__(self, tokenizer: Tokenizer, ledger: SharedLedger, metrics: Recorder) -> None:
         self._tokenizer, self._ledger, self._metrics = tokenizer, ledger, metrics
         self._waiting: SimpleQueue[Request | None] = SimpleQueue()
 
-    def add(self, request: Request | None) -> None:
-        """Have a request tokenized; None ends the thread."""
-        self._waiting.put(request)
+    def add(self, request: Request) -> None:
+        """Tokenize a short request now. Have a long one tokenized."""
+        if request.spec.num_bytes <= _SHORT_BYTES:
+            self._tokenize_slice(request)
+        else:
+            self._waiting.put(request)
+
+    def end(self) -> None:
+        """End the thread."""
+        self._waiting.put(None)
 
     def run(self) -> None:
         """Until the end."""
         while (request := self._waiting.get()) is not None:
-            started = time.monotonic()
             self._tokenize_slice(request)
-            self._metrics.add(Metric.TOKENIZE_SECONDS, time.monotonic() - started)
             if not (request.is_finished or request.is_tokenized):
                 self._waiting.put(request)
 
     def _tokenize_slice(self, request: Request) -> None:
+        started = time.monotonic()
         # Read before `is_finished`, because the ledger takes the texts away after it has set that.
         spec, start = request.spec, len(request.texts)
         if request.is_finished:
@@ -72,3 +82,4 @@ class Tokenizing:
             logger.exception("tokenizing failed")
             failure = ComputeFailed("tokenizing this request failed; the server's log says why")
             self._ledger.tell(partial(ledger.refused, request, failure))
+        self._metrics.add(Metric.TOKENIZE_SECONDS, time.monotonic() - started)

@@ -55,6 +55,7 @@ class Stream:
     num_texts: int  # of a request
     num_clients: int = 0
     rate: float = 0.0
+    texts: tuple[str, ...] = ()  # of which requests are made; none: of new ones
 
 
 Load: TypeAlias = "tuple[Stream, ...]"
@@ -63,6 +64,8 @@ Load: TypeAlias = "tuple[Stream, ...]"
 def requests_of(stream: Stream, seed: str) -> Iterator[list[str]]:
     """The texts of one request after the other, without end."""
     random = Random(f"{seed} {stream.lengths} {stream.is_query}")
+    while stream.texts:
+        yield random.choices(stream.texts, k=stream.num_texts)
     low, high = LENGTHS[stream.lengths]
     while True:
         texts = []
@@ -158,6 +161,22 @@ class Server:
                 )
             )
         return samples
+
+    def dtype(self) -> str | None:
+        """The precision that it computes in; None of one that does not say it, such as the baseline."""
+        request = infer_request(["dtype"], True, ["model_info"], self.model_name)
+        request.parameters["model_info"].bool_param = True
+        with grpc.insecure_channel(self.url, options=CHANNEL_OPTIONS) as channel:
+            call = channel.unary_unary(
+                METHOD,
+                request_serializer=pb.ModelInferRequest.SerializeToString,
+                response_deserializer=pb.ModelInferResponse.FromString,
+            )
+            try:
+                told = call(request, timeout=60).raw_output_contents[0]
+            except grpc.RpcError:
+                return None
+        return str(json.loads(told[4:])["dtype"])  # after its length
 
     @asynccontextmanager
     async def _connected(self) -> AsyncIterator[Embed]:

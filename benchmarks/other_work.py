@@ -54,7 +54,8 @@ def other_work(before: Moment, after: Moment, roots: Iterable[int]) -> OtherWork
     """
     roots = list(roots)
     own = [family_seconds(then, roots) for then in (before, after)]
-    others = max(after.busy - before.busy - (own[1] - own[0]), 0.0)
+    busy = after.busy - before.busy
+    others = min(max(busy - (own[1] - own[0]), 0.0), busy)
     share = others / (after.total - before.total) if after.total > before.total else 0.0
     strangers = after.processes.keys() - families(roots, after.processes)
     used = {f"{after.processes[pid].name} (pid {pid})": seconds_between(before, after, [pid]) for pid in strangers}

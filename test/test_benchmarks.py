@@ -12,13 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from nv_embed.compute.host import multiplies_bfloat16
 from nv_embed.compute.loading import load_engine
 from nv_embed.models import read_checkpoint
 from serving import ROOT, Server, free_ports
 
 BENCHMARKS = ROOT / "benchmarks"
 BASELINE = BENCHMARKS / "baseline" / "model_repository"
-MOMENT = ("--seconds", "0.4", "--warm-up", "0.1")
+MOMENT = ("--seconds", "0.4", "--warm-up", "0.1", "--allow-other-work", "1")
 
 
 @pytest.fixture(scope="module")
@@ -134,9 +135,35 @@ def test_serving_measures_every_load_on_two_servers_and_the_bare_engine(toy_serv
 @pytest.mark.server
 def test_serving_compares_servers_that_it_starts_itself(toy):
     output, answer = run(
-        "serving.py", "--compare", "--checkpoint", toy, "--loads", "query", "--rounds", "2", *MOMENT
+        "serving.py", "--compare", "--checkpoint", toy, "--loads", "query,cached", "--rounds", "2", *MOMENT
     )  # fmt: skip
-    assert set(by_load(answer)) == {("query", "nv-embed"), ("query", "baseline")}, output
+    dtypes = {"baseline": "float32"} | ({"baseline, bfloat16": "bfloat16"} if multiplies_bfloat16() else {})
+    assert answer["dtypes"].pop("nv-embed") in ("float32", "bfloat16")
+    assert answer["dtypes"] == dtypes
+    expected = {(load, target) for load in ("query", "cached") for target in ("nv-embed", *dtypes)}
+    assert set(by_load(answer)) == expected, output
+    assert {f"query: nv-embed / {name}" for name in dtypes} <= set(answer["ratios"])
+    assert answer["void_rounds"] == {"query": 0, "cached": 0}
+    assert {(row["load"], row["target"]) for row in answer["core_ms_per_request"]} == expected
+    for row in answer["core_ms_per_request"]:
+        assert row["model"] > 0
+        assert row["client"] > 0
+        assert row["tritonserver"] is not None
+        assert row["gateway"] is None
+
+
+def test_rounds_beside_other_work_are_no_measurement(toy_server, toy):
+    spin = "while True: pass"
+    with subprocess.Popen([sys.executable, "-c", spin]) as busy:
+        try:
+            output, _ = run(
+                "serving.py", "--url", toy_server.url, "--checkpoint", toy, "--loads", "query", "--rounds", "1",
+                *MOMENT[:4], "--allow-other-work", "0", rc=2,
+            )  # fmt: skip
+        finally:
+            busy.kill()
+    assert output.count("query: void, because others used") == 2  # and one round more, to make up
+    assert "no measurement of query" in output
 
 
 def test_serving_writes_a_plot(toy_server, toy, tmp_path):

@@ -12,7 +12,7 @@ def test_the_gateway_is_a_target_of_the_serving_benchmark(server):
         [
             *(sys.executable, REPO / "benchmarks" / "serving.py", "--url", server.url, "--gateway"),
             *("--loads", "query,documents", "--lengths", "short", "--documents", "4", "--document-clients", "2"),
-            *("--clients", "2", "--rounds", "2", "--seconds", "0.5", "--warm-up", "0.1"),
+            *("--clients", "2", "--rounds", "2", "--seconds", "0.5", "--warm-up", "0.1", "--allow-other-work", "1"),
         ],
         capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
@@ -24,3 +24,7 @@ def test_the_gateway_is_a_target_of_the_serving_benchmark(server):
             assert results[load, target]["requests"] > 0
             assert results[load, target]["errors"] == {}
         assert answer["ratios"][f"{load}: gateway / server"]["median"] > 0
+    spent = {(row["load"], row["target"]): row for row in answer["core_ms_per_request"]}
+    assert all(spent["query", "gateway"][who] is not None for who in ("tritonserver", "model", "gateway", "client"))
+    assert spent["query", "gateway"]["gateway"] > 0
+    assert spent["query", "server"]["gateway"] is None

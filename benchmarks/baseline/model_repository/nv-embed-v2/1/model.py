@@ -2,7 +2,9 @@
 
 NV-Embed-v2's own format is computed by `transformers`' Mistral, any other folder by sentence-transformers' `encode`.
 
-The folder of the checkpoint and the device come from NV_EMBED_MODEL_PATH and NV_EMBED_DEVICE, which serve.sh sets.
+The folder of the checkpoint and the device come from NV_EMBED_MODEL_PATH and NV_EMBED_DEVICE, which serve.sh sets, the
+precision from NV_EMBED_DTYPE. With "auto", or without it, NV-Embed-v2's format is computed in float32 on a CPU and in
+the checkpoint's own precision on a GPU, and any other folder as the library does it.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import triton_python_backend_utils as pb_utils
 
 QUERY_INSTRUCTION = "Instruct: Given a question, retrieve passages that answer the question\nQuery: "
 MAX_LENGTH = 32768
+DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
 class TritonPythonModel:
@@ -28,8 +31,14 @@ class TritonPythonModel:
         """Load and warm up."""
         folder = Path(os.environ["NV_EMBED_MODEL_PATH"])
         kind = Library if (folder / "modules.json").is_file() else Embedder
+        dtype = os.environ.get("NV_EMBED_DTYPE", "auto")
+        if dtype not in DTYPES:
+            raise pb_utils.TritonModelException(
+                f"the baseline does not start: NV_EMBED_DTYPE: expected one of {', '.join(DTYPES)}, got {dtype!r}; "
+                "correct it, or unset it"
+            )
         try:
-            embedder = kind(folder, os.environ.get("NV_EMBED_DEVICE", "cpu"))
+            embedder = kind(folder, os.environ.get("NV_EMBED_DEVICE", "cpu"), dtype)
         except ImportError as error:
             raise pb_utils.TritonModelException(
                 f"the baseline does not start: {error}; pip install -r benchmarks/baseline/requirements.txt"
@@ -60,7 +69,7 @@ class TritonPythonModel:
 class Embedder:
     """A checkpoint to a ready network, texts to vectors."""
 
-    def __init__(self, folder: Path, device: str) -> None:
+    def __init__(self, folder: Path, device: str, dtype: str) -> None:
         import torch
         from padded import PaddedNetwork
         from safetensors.torch import load_file
@@ -68,10 +77,11 @@ class Embedder:
 
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         target = torch.device(device.partition(",")[0])
-        dtype = torch.float32 if target.type == "cpu" else getattr(torch, raw["torch_dtype"])
+        if dtype == "auto":
+            dtype = "float32" if target.type == "cpu" else raw["torch_dtype"]
         weights: dict[str, Any] = {}
         for path in sorted(folder.glob("*.safetensors")):
-            weights |= {name: tensor.to(target, dtype) for name, tensor in load_file(path).items()}
+            weights |= {name: tensor.to(target, getattr(torch, dtype)) for name, tensor in load_file(path).items()}
         self._network = PaddedNetwork(raw, weights)
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._tokenizer.enable_truncation(MAX_LENGTH)
@@ -88,13 +98,17 @@ class Embedder:
 class Library:
     """A folder of sentence-transformers, as its users call it."""
 
-    def __init__(self, folder: Path, device: str) -> None:
+    def __init__(self, folder: Path, device: str, dtype: str) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
+        import torch
         from sentence_transformers import SentenceTransformer
 
         self._model = SentenceTransformer(str(folder), device=device.partition(",")[0], local_files_only=True)
+        if dtype != "auto":
+            self._model.to(dtype=getattr(torch, dtype))
 
     def embed(self, texts: Sequence[str], *, is_query: bool) -> npt.NDArray[np.float32]:
         """[texts, dimension], rows of length 1."""
         encode = self._model.encode_query if is_query else self._model.encode_document
-        return encode(list(texts), normalize_embeddings=True, show_progress_bar=False)  # type: ignore[no-any-return]
+        rows = encode(list(texts), normalize_embeddings=True, show_progress_bar=False)
+        return rows.astype(np.float32, copy=False)  # type: ignore[no-any-return]

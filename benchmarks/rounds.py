@@ -1,0 +1,185 @@
+"""The rounds of a benchmark of servers: targets take turns with every load, and a round beside other work is void."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TypeAlias, TypeVar
+
+from bare_engine import BareEngine
+from core_time import CoreClock, CoreTime
+from loads import Gateway, Load, Sample, Server, Stream, requests_of
+from other_work import moment, other_work
+from processes import processes_behind
+from started_server import progress
+
+BARE = ("query", "documents")  # loads that are put on the bare engine too
+NUM_CACHED = 50
+Samples: TypeAlias = "dict[tuple[str, str], list[Sample]]"  # stream and target -> one for each valid round
+CoreTimes: TypeAlias = "dict[tuple[str, str], CoreTime]"  # load and target -> of all valid rounds
+Answer = TypeVar("Answer")
+
+
+class Disturbed(Exception):
+    """Others used the processors meanwhile: how much, and who."""
+
+
+def loads_of(arguments: argparse.Namespace) -> dict[str, dict[str, Load]]:
+    """What is run for each name in --loads, without the open loop, whose rate is not known yet."""
+    query = Stream("query", True, arguments.query_lengths, 1, num_clients=arguments.clients)
+    documents = Stream(
+        "documents", False, arguments.lengths, arguments.documents, num_clients=arguments.document_clients
+    )
+    bulk = Stream("bulk alone", False, arguments.lengths, arguments.documents, num_clients=arguments.bulk_clients)
+    beside = Stream("bulk beside", False, arguments.lengths, arguments.documents, num_clients=arguments.bulk_clients)
+    probe = Stream("queries beside", True, arguments.query_lengths, 1, rate=arguments.probe_rate)
+    texts = tuple(text for (text,) in islice(requests_of(query, f"{arguments.seed} cached"), NUM_CACHED))
+    cached = Stream("cached", True, arguments.query_lengths, 1, num_clients=arguments.clients, texts=texts)
+    loads: dict[str, dict[str, Load]] = {
+        "query": {"query": (query,)},
+        "documents": {"documents": (documents,)},
+        "mixed": {"mixed": (bulk,), "beside": (beside, probe)},
+        "cached": {"cached": (cached,)},
+    }
+    return {name: parts for name, parts in loads.items() if name in arguments.loads}
+
+
+class Rounds:
+    """All rounds of one run, and what they found."""
+
+    def __init__(
+        self,
+        arguments: argparse.Namespace,
+        servers: list[Server],
+        engine: BareEngine | None,
+        max_batch_tokens: int | None,
+    ) -> None:
+        self.samples: Samples = {}
+        self.core_times: CoreTimes = {}
+        self.passes: dict[str, list[float]] = {}  # durations of single forward passes, in seconds
+        self.valid: Counter[str] = Counter()  # rounds by the name in --loads
+        self.void: Counter[str] = Counter()
+        self.loads = loads_of(arguments)
+        self._arguments, self._servers, self._engine = arguments, servers, engine
+        self._max_batch_tokens = max_batch_tokens
+        self._count_tokens = token_counter(arguments.checkpoint)
+
+    def run(self) -> None:
+        """Warm up; then run as many rounds, and up to as many again in place of void ones."""
+        self._warm_up()
+        wanted = self._arguments.rounds
+        for number in range(2 * wanted):
+            lacking = [name for name in self.loads if self.valid[name] < wanted]
+            if not lacking:
+                return
+            of = f" of {wanted}" if number < wanted else f", in place of void ones: {', '.join(lacking)}"
+            progress(f"round {number + 1}{of}")
+            for name in lacking:
+                try:
+                    self._round(number, name)
+                    self.valid[name] += 1
+                except Disturbed as disturbed:
+                    self.void[name] += 1
+                    progress(f"round {number + 1}, {name}: void, because {disturbed}")
+
+    def _warm_up(self) -> None:
+        arguments, seed = self._arguments, f"{self._arguments.seed} warm-up"
+        bare = " and the bare engine" * bool(self._engine)
+        progress(f"warm-up: {len(self._servers)} servers{bare}, {arguments.warm_up:g} s each load")
+        parts = [load for parts in self.loads.values() for load in parts.values()]
+        if self._engine:
+            for load in parts:
+                self._bare(self._engine, load[0], arguments.warm_up, seed)
+        rates = []
+        for server in self._servers:
+            for load in parts:
+                asyncio.run(server.run(load, arguments.warm_up, seed))
+            if "open" in arguments.loads and not arguments.rate:
+                closed = Stream("query", True, arguments.query_lengths, 1, num_clients=arguments.clients)
+                results = asyncio.run(server.run((closed,), arguments.warm_up, f"{arguments.seed} rate"))
+                rates.append(results["query"].requests_per_second)
+        if "open" in arguments.loads:
+            rate = arguments.rate or max(0.7 * min(rates), 0.5)
+            progress(f"open loop: {rate:.1f} queries/s")
+            self.loads["open"] = {"open": (Stream("query, open loop", True, arguments.query_lengths, 1, rate=rate),)}
+
+    def _round(self, number: int, name: str) -> None:
+        """One load on all targets. Nothing is kept if it raises Disturbed."""
+        seconds, seed = self._arguments.seconds, f"{self._arguments.seed} round {number}"
+        targets: list[Server | BareEngine] = [*self._servers, *([self._engine] if self._engine else [])]
+        samples: list[tuple[str, str, Sample]] = []
+        core_times: list[tuple[str, str, CoreTime]] = []
+        passes: dict[str, float] = {}
+        for part, load in self.loads[name].items():
+            for target in targets if number % 2 == 0 else targets[::-1]:
+                if isinstance(target, Server):
+                    results, spent = self._put(target, load, seconds, f"{seed} {part}")
+                    samples += [(stream, target.name, sample) for stream, sample in results.items()]
+                    core_times.append((" and ".join(results), target.name, spent))
+                elif part in BARE:
+                    ways = self._watched(self._bare, target, load[0], seconds, f"{seed} {part}")
+                    samples += [(load[0].name, way, sample) for way, sample in ways.items()]
+            if self._engine and part == "beside":
+                bulk, probe = load
+                passes["full batch"] = self._watched(self._engine.batch_seconds, bulk, seed, self._max_batch_tokens)
+                passes["one query"] = self._watched(self._engine.batch_seconds, probe, seed, None)
+        for stream, target_name, sample in samples:
+            self.samples.setdefault((stream, target_name), []).append(sample)
+        for streams, target_name, spent in core_times:
+            self.core_times.setdefault((streams, target_name), CoreTime({}, 0)).add(spent)
+        for batch, duration in passes.items():
+            self.passes.setdefault(batch, []).append(duration)
+
+    def _put(self, server: Server, load: Load, seconds: float, seed: str) -> tuple[dict[str, Sample], CoreTime]:
+        # The gateway stands before the first server.
+        clock = CoreClock.of([server.url, *([self._servers[0].url] if isinstance(server, Gateway) else [])])
+        results = self._watched(clock.around, asyncio.run, server.run(load, seconds, seed))
+        for stream in load:
+            sample = results[stream.name]
+            sample.num_tokens = self._count_tokens and self._count_tokens(sample.texts, stream.is_query)
+            sample.texts.clear()
+        return results, CoreTime(clock.spent, sum(len(sample.latencies) for sample in results.values()))
+
+    def _bare(self, engine: BareEngine, stream: Stream, seconds: float, seed: str) -> dict[str, Sample]:
+        ways = {"engine, full batches": self._max_batch_tokens, "engine, as in flight": None}
+        return {way: engine.run(stream, seconds, seed, tokens) for way, tokens in ways.items()}
+
+    def _watched(self, call: Callable[..., Answer], *arguments: object) -> Answer:
+        """What the call returns; raises Disturbed if others used too much meanwhile."""
+        before = moment()
+        answer = call(*arguments)
+        after = moment()
+        own = {os.getpid()}.union(*(processes_behind(server.url, before.processes) for server in self._servers))
+        others = other_work(before, after, own)
+        if others.share > self._arguments.allow_other_work:
+            raise Disturbed(str(others))
+        return answer
+
+
+def token_counter(checkpoint: Path | None) -> Callable[[Sequence[str], bool], int] | None:
+    """Counts tokens as the network is fed them; None where the checkpoint's tokenizer is not at hand."""
+    if checkpoint is None:
+        progress("no tokens/s: --checkpoint says by whose tokenizer")
+        return None
+    if (checkpoint / "modules.json").is_file():
+        progress("no tokens/s: they are counted as NV-Embed-v2 is fed")
+        return None
+    try:
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    except Exception:  # the Rust library raises bare Exception
+        progress(f"no tokens/s: that takes the tokenizers library and {checkpoint}/tokenizer.json")
+        return None
+    instruction = "Instruct: Given a question, retrieve passages that answer the question\nQuery: "
+
+    def count(texts: Sequence[str], is_query: bool) -> int:
+        prefix = instruction if is_query else ""
+        return sum(len(e.ids) for e in tokenizer.encode_batch_fast([f"{prefix}{text}</s>" for text in texts]))
+
+    return count

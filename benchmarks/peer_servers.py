@@ -105,7 +105,7 @@ class Running:
             at: an empty folder, for logs and what peers write.
         """
         self.servers: list[Server] = []
-        self.dtypes: dict[str, str] = {}  # of ours, as they say
+        self.dtypes: dict[str, str | None] = {}  # of ours, as they say
         self._venvs, self._stack, self._at = venvs, stack, at
         self._model = at / MODEL_NAME  # all know it by this name
         self._model.symlink_to(model.resolve())
@@ -124,10 +124,10 @@ class Running:
             url = before["nv-embed-grpc"]  # the same server, once directly and once through its gateway
         else:
             url = self._stack.enter_context(StartedServer(self._at / f"{name}.log", settings)).ports.url
-        with NVEmbedClient(url, MODEL_NAME) as client:
-            self.dtypes[name] = client.model_info().dtype
+        server = Server(name, url, MODEL_NAME)
+        self.dtypes[name] = server.dtype()
         if name == "nv-embed-grpc":
-            self.servers.append(Server(name, url, MODEL_NAME))
+            self.servers.append(server)
             return
         known = ("--model-name", MODEL_NAME)
         gateway = self._stack.enter_context(StartedGateway(self._at / f"{name}-gateway.log", url, known))

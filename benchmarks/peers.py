@@ -41,16 +41,17 @@ import statistics
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TypeAlias
 
 import numpy as np
 from loads import Load, Refused, Sample, Server, Stream, requests_of, rounded
 from machine import machine
 from other_work import moment, other_work
 from peer_servers import FOLDER, OURS, PEERS, Missing, Running, Venv, vectors
+from rounds import Samples
+from serving_report import print_rates, print_table, ratio
 from started_server import end_on_sigterm, progress
 
 MIN_COSINE = 0.999
@@ -65,7 +66,6 @@ LOADS: dict[str, Load] = {
         Stream("queries beside", **_QUERY, rate=5.0),
     ),
 }
-Samples: TypeAlias = "dict[str, dict[str, list[Sample]]]"  # by stream and target, one for each valid round
 
 
 def different(servers: Sequence[Server], venv: Venv, model: Path) -> tuple[dict[str, float], list[str]]:
@@ -89,29 +89,30 @@ def measure(arguments: argparse.Namespace, servers: Sequence[Server]) -> tuple[S
     void: Counter[str] = Counter()
     progress(f"warm-up: {arguments.warm_up:g} s each load")
     for server in servers:
-        for load in LOADS.values():
-            asyncio.run(server.run(load, arguments.warm_up, f"{arguments.seed} warm-up"))
+        for name, load in LOADS.items():
+            asyncio.run(server.run(load, arguments.warm_up, f"{arguments.seed} warm-up {name}"))
     for number in range(2 * arguments.rounds):
         for name in [name for name in LOADS if valid[name] < arguments.rounds]:
             progress(f"round {number + 1}: {name}")
-            found = one_round(arguments, LOADS[name], servers, number)
+            in_turn = servers if number % 2 == 0 else servers[::-1]
+            found = one_round(arguments, LOADS[name], in_turn, f"{arguments.seed} round {number} {name}")
             if found is None:
                 void[name] += 1
                 continue
             valid[name] += 1
             for stream, target, sample in found:
-                samples.setdefault(stream, {}).setdefault(target, []).append(sample)
+                samples.setdefault((stream, target), []).append(sample)
     return samples, void
 
 
 def one_round(
-    arguments: argparse.Namespace, load: Load, servers: Sequence[Server], number: int
+    arguments: argparse.Namespace, load: Load, servers: Sequence[Server], seed: str
 ) -> list[tuple[str, str, Sample]] | None:
     """One load on all targets, as (stream, target, sample); None if it is void."""
     found = []
-    for server in servers if number % 2 == 0 else servers[::-1]:
+    for server in servers:
         before = moment()
-        results = asyncio.run(server.run(load, arguments.seconds, f"{arguments.seed} round {number}"))
+        results = asyncio.run(server.run(load, arguments.seconds, seed))
         others = other_work(before, moment(), [os.getpid()])  # every target is a child of this process
         if others.share > arguments.allow_other_work:
             progress(f"void, because {others} while {server.name} was measured")
@@ -125,67 +126,42 @@ def one_round(
 # --- what is reported -----------------------------------------------------------------------------------
 
 
-def texts_per_second(sample: Sample) -> float:
-    return sample.num_texts / sample.seconds if sample.seconds else 0.0
-
-
-def p99(sample: Sample) -> float:
-    return float(np.percentile(sample.latencies, 99)) if sample.latencies else 0.0
-
-
-def ratio(over: Sequence[Sample], under: Sequence[Sample], of: Callable[[Sample], float]) -> dict[str, Any] | None:
-    """Of one target over another, round by round: median, lowest, highest."""
-    ratios = [of(a) / of(b) for a, b in zip(over, under, strict=True) if of(a) and of(b)]
+def p99_ratio(slower: Sequence[Sample], faster: Sequence[Sample]) -> dict[str, float | None] | None:
+    """How much longer the slowest requests took, round by round: median, lowest, highest."""
+    pairs = zip(slower, faster, strict=True)
+    ratios = [p99(a) / p99(b) for a, b in pairs if a.latencies and b.latencies]
     if not ratios:
         return None
     return {"median": rounded(statistics.median(ratios)), "low": rounded(min(ratios)), "high": rounded(max(ratios))}
 
 
-def print_table(rows: Sequence[Sequence[str]], num_left: int) -> None:
-    """Columns of equal width; the first `num_left` flush left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = [
-            cell.ljust(w) if i < num_left else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        print("  ".join(cells).rstrip())
+def p99(sample: Sample) -> float:
+    return float(np.percentile(sample.latencies, 99))
 
 
-def report(samples: Samples, names: Sequence[str]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Print both tables; return their contents."""
-    rows, results = [["load", "target", "requests", "errors", "texts/s", "p50 ms", "p90 ms", "p99 ms"]], []
-    for stream, by_target in samples.items():
-        for name in names:
-            total = Sample()
-            for sample in by_target[name]:
-                total.add(sample)
-            summary = total.summary()
-            results.append({"load": stream, "target": name, **summary})
-            keys = ("requests", "texts_per_second", "p50_ms", "p90_ms", "p99_ms")
-            requests, *numbers = ("-" if summary[key] is None else f"{summary[key]:g}" for key in keys)
-            rows.append([stream, name, requests, str(total.errors.total()), *numbers])
-    print_table(rows, 2)
-
+def print_ratios(samples: Samples, names: Sequence[str]) -> dict[str, dict[str, float | None]]:
+    """Print how many times as fast ours are, a row for each peer; return the ratios by what is compared."""
     ours, peers = ([name for name in names if name in kind] for kind in (OURS, PEERS))
-    ratios: dict[str, Any] = {}
-    rows = [["times as fast as", "", *ours]]
-    for stream, by_target in samples.items():
+    ratios = {}
+    rows = [["times as fast", "as", *ours]]
+    for stream in dict.fromkeys(stream for stream, _ in samples):
         for peer in peers:
             cells = []
             for name in ours:
-                if stream == "queries beside":  # they come at a given rate: what differs is how long they wait
-                    key, found = f"{stream}, p99: {peer} / {name}", ratio(by_target[peer], by_target[name], p99)
+                if stream == "queries beside":  # they come at a given rate, so only their waiting differs
+                    label = f"{stream}, p99: {peer} / {name}"
+                    found = p99_ratio(samples[stream, peer], samples[stream, name])
                 else:
-                    key = f"{stream}: {name} / {peer}"
-                    found = ratio(by_target[name], by_target[peer], texts_per_second)
-                ratios[key] = found
-                cells.append(f"{found['median']:g} ({found['low']:g} to {found['high']:g})" if found else "-")
+                    label = f"{stream}: {name} / {peer}"
+                    found = ratio(samples, (stream, name), (stream, peer))
+                if found:
+                    ratios[label] = found
+                cells.append("{median:.3g} ({low:.3g} to {high:.3g})".format(**found) if found else "-")
             rows.append([f"{stream}, p99" if stream == "queries beside" else stream, peer, *cells])
     if ours and peers:
         print()
-        print_table(rows, 2)
-    return results, ratios
+        print_table(rows)
+    return ratios
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -214,12 +190,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     arguments = parse()
     end_on_sigterm()
-    venvs = {
-        "infinity": Venv("infinity", arguments.infinity_venv),
-        "fastapi": Venv("fastapi", arguments.fastapi_venv),  # always: it has the reference
-    }
-    if not any(name.startswith("infinity") for name in arguments.targets):
-        del venvs["infinity"]
+    venvs = {"fastapi": Venv("fastapi", arguments.fastapi_venv)}  # always: it computes what all must give
+    if any(name.startswith("infinity") for name in arguments.targets):
+        venvs["infinity"] = Venv("infinity", arguments.infinity_venv)
     try:
         for venv in venvs.values():
             venv.check()
@@ -240,10 +213,14 @@ def main() -> int:
         except Refused as refusal:
             print(f"no measurement: {refusal}", file=sys.stderr)
             return 2
-    if missing_loads := {stream.name for load in LOADS.values() for stream in load} - samples.keys():
+    if missing_loads := {stream.name for load in LOADS.values() for stream in load} - {key for key, _ in samples}:
         print(f"no measurement: every round was void of {', '.join(sorted(missing_loads))}", file=sys.stderr)
         return 2
-    results, ratios = report(samples, arguments.targets)
+    results = print_rates(samples)
+    ratios = print_ratios(samples, arguments.targets)
+    print("\ndtype: " + ", ".join(f"{name}: {dtype}" for name, dtype in running.dtypes.items()))
+    print("lowest cosine to the reference: " + ", ".join(f"{name} {cosine:.5f}" for name, cosine in lowest.items()))
+    print("void rounds, because of other work: " + ", ".join(f"{name} {void[name]}" for name in LOADS))
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
     versions = {name: venv.versions() for name, venv in venvs.items()}
     print(json.dumps({

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from socketserver import StreamRequestHandler, ThreadingTCPServer
+from threading import Thread
 
 import numpy as np
 import peers
 import pytest
 import tiny_models
 from conftest import REPO
-from loads import Gateway, Sample, Server
+from loads import Gateway, Sample, Server, Stream
 from openai import OpenAI
 from other_work import OtherWork
 from peer_servers import Venv, vectors
@@ -126,3 +129,30 @@ def test_ratios_say_how_much_faster_this_server_is_also_where_only_waiting_diffe
         "queries beside, p99: fastapi / nv-embed": {"median": 5.0, "low": 4.0, "high": 6.0},
     }
     assert "2.5 (2 to 3)" in capsys.readouterr().out
+
+
+def test_a_server_may_close_connections_that_were_idle():
+    class Once(StreamRequestHandler):
+        """Answers one request, and closes without having said so."""
+
+        def handle(self):
+            length = 0
+            while (line := self.rfile.readline()) != b"\r\n":
+                if line.lower().startswith(b"content-length:"):
+                    length = int(line.partition(b":")[2])
+            num_texts = len(json.loads(self.rfile.read(length))["input"])
+            body = json.dumps({"data": [{"embedding": "AAAAAA=="}] * num_texts}).encode()
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+
+    with ThreadingTCPServer(("127.0.0.1", 0), Once) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            gateway = Gateway("closes", f"http://127.0.0.1:{server.server_address[1]}")
+            load = (Stream("queries", True, "short", 1, num_clients=2),)
+            sample = asyncio.run(gateway.run(load, 0.2, "seed"))["queries"]
+        finally:
+            server.shutdown()
+            thread.join()
+    assert sample.num_texts > 2
+    assert not sample.errors

@@ -15,10 +15,11 @@ from bare_engine import BareEngine
 from core_time import CoreClock, CoreTime
 from loads import Gateway, Load, Sample, Server, Stream, requests_of
 from other_work import moment, other_work
-from processes import processes_behind
+from processes import all_processes, processes_behind
 from started_server import progress
 
 BARE = ("query", "documents")  # loads that are put on the bare engine too
+WAYS = ("engine, full batches", "engine, as in flight")
 NUM_CACHED = 50
 Samples: TypeAlias = "dict[tuple[str, str], list[Sample]]"  # stream and target -> one for each valid round
 CoreTimes: TypeAlias = "dict[tuple[str, str], CoreTime]"  # load and target -> of all valid rounds
@@ -49,6 +50,11 @@ def loads_of(arguments: argparse.Namespace) -> dict[str, dict[str, Load]]:
     return {name: parts for name, parts in loads.items() if name in arguments.loads}
 
 
+def name_of(load: Load) -> str:
+    """Of all its streams together."""
+    return " and ".join(stream.name for stream in load)
+
+
 class Rounds:
     """All rounds of one run, and what they found."""
 
@@ -71,14 +77,20 @@ class Rounds:
 
     def run(self) -> None:
         """Warm up; then run as many rounds, and up to as many again in place of void ones."""
+        processes = all_processes()
+        for server in self._servers:
+            if not processes_behind(server.url, processes):
+                progress(
+                    f"{server.name}: no process of this machine serves {server.url}, so neither other work beside it "
+                    "nor its core time is seen"
+                )
         self._warm_up()
         wanted = self._arguments.rounds
         for number in range(2 * wanted):
             lacking = [name for name in self.loads if self.valid[name] < wanted]
-            if not lacking:
-                return
-            of = f" of {wanted}" if number < wanted else f", in place of void ones: {', '.join(lacking)}"
-            progress(f"round {number + 1}{of}")
+            if lacking:
+                of = f" of {wanted}" if number < wanted else f", in place of void ones: {', '.join(lacking)}"
+                progress(f"round {number + 1}{of}")
             for name in lacking:
                 try:
                     self._round(number, name)
@@ -86,6 +98,15 @@ class Rounds:
                 except Disturbed as disturbed:
                     self.void[name] += 1
                     progress(f"round {number + 1}, {name}: void, because {disturbed}")
+        self.samples = dict(sorted(self.samples.items(), key=self._place))
+        self.core_times = dict(sorted(self.core_times.items(), key=self._place))
+
+    def _place(self, entry: tuple[tuple[str, str], object]) -> tuple[int, int]:
+        """Where it belongs, whichever round was the first valid one: loads as they are run, then targets."""
+        loads = [load for parts in self.loads.values() for load in parts.values()]
+        streams = [name for load in loads for name in (*(stream.name for stream in load), name_of(load))]
+        targets = [*(server.name for server in self._servers), *WAYS]
+        return streams.index(entry[0][0]), targets.index(entry[0][1])
 
     def _warm_up(self) -> None:
         arguments, seed = self._arguments, f"{self._arguments.seed} warm-up"
@@ -120,7 +141,7 @@ class Rounds:
                 if isinstance(target, Server):
                     results, spent = self._put(target, load, seconds, f"{seed} {part}")
                     samples += [(stream, target.name, sample) for stream, sample in results.items()]
-                    core_times.append((" and ".join(results), target.name, spent))
+                    core_times.append((name_of(load), target.name, spent))
                 elif part in BARE:
                     ways = self._watched(self._bare, target, load[0], seconds, f"{seed} {part}")
                     samples += [(load[0].name, way, sample) for way, sample in ways.items()]
@@ -146,8 +167,8 @@ class Rounds:
         return results, CoreTime(clock.spent, sum(len(sample.latencies) for sample in results.values()))
 
     def _bare(self, engine: BareEngine, stream: Stream, seconds: float, seed: str) -> dict[str, Sample]:
-        ways = {"engine, full batches": self._max_batch_tokens, "engine, as in flight": None}
-        return {way: engine.run(stream, seconds, seed, tokens) for way, tokens in ways.items()}
+        tokens = (self._max_batch_tokens, None)
+        return {way: engine.run(stream, seconds, seed, n) for way, n in zip(WAYS, tokens, strict=True)}
 
     def _watched(self, call: Callable[..., Answer], *arguments: object) -> Answer:
         """What the call returns; raises Disturbed if others used too much meanwhile."""

@@ -26,8 +26,8 @@ drift of the machine meets all alike. Ratios are taken within a round; their med
 A run beside other work is no measurement. A round of a load is void for all targets if others used more than 5 % of the
 processors' time (`--allow-other-work`) while one of them was measured. It is left out, and up to as many rounds as
 `--rounds` are run in place of void ones. A load without a valid round has no measurement, and the exit code is 2. The
-servers at `--url` and `--baseline-url` are no others if they run on this machine. Of a server on another machine, what
-else that machine does is not seen. The second table has the processor time that a request costs, by process.
+servers at `--url` and `--baseline-url` are no others if they run on this machine. What else another machine does, or a
+GPU, is not seen. The second table has the processor time that a request costs, by process.
 
 `--compare` starts this repository's server and benchmarks/baseline on free ports. On a CPU `baseline` computes in
 float32. If the CPU multiplies bfloat16, `baseline, bfloat16` is a target of its own. `--engine` adds the bare engine,
@@ -118,7 +118,7 @@ def settings_by_server(checkpoint: Path, device: str) -> dict[str, dict[str, str
     """Settings of the servers that --compare starts, by their names."""
     model = {"MODEL_PATH": str(checkpoint), "DEVICE": device}
     usual = model | {"MODEL_REPOSITORY": str(BASELINE_REPOSITORY)}
-    if device.partition(":")[0] != "cpu":
+    if device.partition(",")[0] != "cpu":  # the baseline computes on the first
         return {"nv-embed": model, "baseline": usual | {"NV_EMBED_DTYPE": "auto"}}
     settings = {"nv-embed": model, "baseline": usual | {"NV_EMBED_DTYPE": "float32"}}
     if multiplies_bfloat16():

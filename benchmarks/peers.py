@@ -41,7 +41,7 @@ import statistics
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -102,7 +102,8 @@ def measure(arguments: argparse.Namespace, servers: Sequence[Server]) -> tuple[S
             valid[name] += 1
             for stream, target, sample in found:
                 samples.setdefault((stream, target), []).append(sample)
-    return samples, void
+    order = [(stream.name, server.name) for load in LOADS.values() for stream in load for server in servers]
+    return {key: samples[key] for key in order if key in samples}, void
 
 
 def one_round(
@@ -164,6 +165,38 @@ def print_ratios(samples: Samples, names: Sequence[str]) -> dict[str, dict[str, 
     return ratios
 
 
+def report(
+    arguments: argparse.Namespace,
+    running: Running,
+    venvs: Mapping[str, Venv],
+    lowest: dict[str, float],
+    samples: Samples,
+    void: Counter[str],
+) -> None:
+    """Print what was found; the last line has it for programs.
+
+    Args:
+        arguments: of the command.
+        running: what was measured.
+        venvs: of the peers.
+        lowest: cosines to the reference, by target.
+        samples: of valid rounds.
+        void: the number of the other rounds, by load.
+    """
+    results = print_rates(samples)
+    ratios = print_ratios(samples, arguments.targets)
+    print("\ndtype: " + (", ".join(f"{name}: {dtype}" for name, dtype in running.dtypes.items()) or "none of ours"))
+    print("lowest cosine to the reference: " + ", ".join(f"{name} {cosine:.5f}" for name, cosine in lowest.items()))
+    print("void rounds, because of other work: " + ", ".join(f"{name} {void[name]}" for name in LOADS))
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
+    versions = {name: venv.versions() for name, venv in venvs.items()}
+    print(json.dumps({
+        "benchmark": "peers", "settings": settings, "machine": machine(), "versions": versions,
+        "dtypes": running.dtypes, "lowest_cosine": {name: round(cosine, 6) for name, cosine in lowest.items()},
+        "results": results, "ratios": ratios, "void_rounds": dict(void),
+    }))  # fmt: skip
+
+
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", default=",".join((*OURS, *PEERS)), help="some of %(default)s")
@@ -213,22 +246,12 @@ def main() -> int:
         except Refused as refusal:
             print(f"no measurement: {refusal}", file=sys.stderr)
             return 2
-    if missing_loads := {stream.name for load in LOADS.values() for stream in load} - {key for key, _ in samples}:
-        print(f"no measurement: every round was void of {', '.join(sorted(missing_loads))}", file=sys.stderr)
-        return 2
-    results = print_rates(samples)
-    ratios = print_ratios(samples, arguments.targets)
-    print("\ndtype: " + ", ".join(f"{name}: {dtype}" for name, dtype in running.dtypes.items()))
-    print("lowest cosine to the reference: " + ", ".join(f"{name} {cosine:.5f}" for name, cosine in lowest.items()))
-    print("void rounds, because of other work: " + ", ".join(f"{name} {void[name]}" for name in LOADS))
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
-    versions = {name: venv.versions() for name, venv in venvs.items()}
-    print(json.dumps({
-        "benchmark": "peers", "settings": settings, "machine": machine(), "versions": versions,
-        "dtypes": running.dtypes, "lowest_cosine": {name: round(cosine, 6) for name, cosine in lowest.items()},
-        "results": results, "ratios": ratios, "void_rounds": dict(void),
-    }))  # fmt: skip
-    return 0
+    if samples:
+        report(arguments, running, venvs, lowest, samples, void)
+    missing = [name for name, load in LOADS.items() if (load[0].name, arguments.targets[0]) not in samples]
+    if missing:
+        print(f"no measurement of {', '.join(missing)}: others used the processors in every round", file=sys.stderr)
+    return 2 if missing else 0
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from http.client import HTTPConnection
+from http.client import HTTPConnection, HTTPResponse
 from random import Random
 from typing import Any, TypeAlias
 
@@ -209,8 +209,7 @@ class Gateway(Server):
             connection = idle.pop() if idle else HTTPConnection(self.url.removeprefix("http://"), timeout=600)
             kind = "query" if is_query else "passage"
             body = {"model": self.model_name, "input": list(texts), "input_type": kind, "encoding_format": "base64"}
-            connection.request("POST", "/v1/embeddings", json.dumps(body), {"Content-Type": "application/json"})
-            response = connection.getresponse()
+            response = self._posted(json.dumps(body), connection)
             answer = response.read()
             idle.append(connection)
             if response.status != 200:
@@ -225,6 +224,17 @@ class Gateway(Server):
             yield embed
         for connection in idle:
             connection.close()
+
+    def _posted(self, body: str, connection: HTTPConnection) -> HTTPResponse:
+        is_new = connection.sock is None
+        try:
+            connection.request("POST", "/v1/embeddings", body, {"Content-Type": "application/json"})
+            return connection.getresponse()
+        except ConnectionError:
+            if is_new:
+                raise
+            connection.close()  # by the server while it was idle, as uvicorn does after 5 s
+            return self._posted(body, connection)
 
 
 async def _closed_loop(stream: Stream, seed: str, embed: Embed, start: float, until: float, sample: Sample) -> None:

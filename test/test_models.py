@@ -117,6 +117,7 @@ class Letters:
     dimension, hidden_size, longest_text, dtype = 26, 26, None, "float32"
     query_instruction, document_instruction = "", ""
     numbers_per_token = 1
+    network, samples = torch.nn.Module(), ()
 
     def num_parameters(self):
         return 0

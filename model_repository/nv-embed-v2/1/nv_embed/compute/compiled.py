@@ -95,8 +95,12 @@ def _with_dynamic_rows(function: Callable[..., Any], *inputs: Tensor) -> Any:
     return function(*inputs)
 
 
+def sample_sequences(vocab_size: int, lengths: Sequence[int] = _SAMPLE_LENGTHS) -> list[TokenSequence]:
+    """Of these lengths, to try a network with. Their tokens mean nothing."""
+    ids = np.arange(sum(lengths), dtype=np.int32) * 7919 % vocab_size
+    return [TokenSequence(part, 0) for part in np.split(ids, np.cumsum(lengths)[:-1])]
+
+
 def _sample_vectors(network: Network, device: torch.device, lengths: Sequence[int]) -> Tensor:
-    ids = np.arange(sum(lengths), dtype=np.int32) * 7919 % network.vocab_size
-    sequences = [TokenSequence(part, 0) for part in np.split(ids, np.cumsum(lengths)[:-1])]
-    vectors: Tensor = network(pack(sequences, device), Whole())
+    vectors: Tensor = network(pack(sample_sequences(network.vocab_size, lengths), device), Whole())
     return vectors

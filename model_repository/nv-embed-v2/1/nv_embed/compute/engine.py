@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from nv_embed.compute.compiled import compile_network
+from nv_embed.compute.compiled import compile_network, sample_sequences
 from nv_embed.compute.devices import Computed, Device, NextBatch
 from nv_embed.compute.packing import pack
 from nv_embed.compute.pieces import nothing
@@ -25,6 +25,11 @@ class PackedModel:
         self.network, self._device = network, device
         with torch.inference_mode():
             self.is_compiled = compile_network(network, compile_layers, device)
+
+    @property
+    def samples(self) -> list[TokenSequence]:
+        """See `Model`."""
+        return sample_sequences(self.network.vocab_size)
 
     def embed(self, sequences: Sequence[TokenSequence], work: Work) -> Tensor:
         """See `Model`."""

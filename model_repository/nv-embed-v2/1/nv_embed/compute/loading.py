@@ -15,6 +15,7 @@ from nv_embed.compute.auto_dtype import faster
 from nv_embed.compute.devices import Device, existing_device
 from nv_embed.compute.engine import Engine, PackedModel
 from nv_embed.compute.host import most_cores, multiplies_bfloat16, reserve_memory, reserved_memory
+from nv_embed.compute.layout import arrange
 from nv_embed.compute.precision import SAMPLE_TOKENS, SAMPLES, Precision, Rounding
 from nv_embed.compute.weights import load_network
 from nv_embed.errors import DeviceError, InvalidRequest, in_short
@@ -62,7 +63,11 @@ def load_engine(
 
     def load(dtype: str, num_texts: int) -> Engine:
         precision = Precision.choose(dtype, target.torch_device, checkpoint)
-        return _load(folder, checkpoint, target, precision, attention, compile_layers, num_texts, max_sequence_tokens)
+        texts = (num_texts, max_sequence_tokens)
+        loaded = _load(folder, checkpoint, target, precision, attention, compile_layers, *texts)
+        if device == "cpu":
+            arrange(loaded)
+        return loaded
 
     engine = load(dtype, num_batches if device == "cpu" else 0)
     if dtype != "auto" or device != "cpu" or not multiplies_bfloat16():

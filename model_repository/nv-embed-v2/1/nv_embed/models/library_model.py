@@ -248,7 +248,8 @@ class LibraryModel:
             dimension: of a vector; what the library returns is cut to it.
             pad_id: the padding token; None for a table of token vectors, whose texts need no padding.
         """
-        self._library, self._device, self._dimension, self._pad_id = library, device, dimension, pad_id
+        self.network, self._device, self._dimension, self._pad_id = library, device, dimension, pad_id
+        self.samples: list[TokenSequence] = []  # once it is compared
         kinds = (torch.nn.Embedding, torch.nn.EmbeddingBag)
         tables = {id(each.weight) for each in library.modules() if isinstance(each, kinds)}
         self._multiply_adds = max(sum(each.numel() for each in library.parameters() if id(each) not in tables), 1)
@@ -271,15 +272,16 @@ class LibraryModel:
         if self._pad_id is not None:  # a table takes texts of any length
             samples.append(SAMPLES[-1] * min(tokenizer.max_sequence_tokens, _MOST_SAMPLE_REPEATS))
         for task, prompt in prompts.items():
-            encode = self._library.encode_query if task == "query" else self._library.encode_document
+            encode = self.network.encode_query if task == "query" else self.network.encode_document
             sequences = tokenizer.encode(samples, prompt)
             for sample, sequence in zip(samples, sequences, strict=True):
-                features = self._library.preprocess([sample], prompt=prompt, task=task)
+                features = self.network.preprocess([sample], prompt=prompt, task=task)
                 if features["input_ids"].flatten().tolist() != sequence.input_ids.tolist():
                     raise CheckpointError(
                         "expected the tokens of a text to be those of its prompt and the text; got a model that "
                         "sentence-transformers feeds in another way; it cannot be served here"
                     )
+            self.samples = sequences[: len(SAMPLES)]
             vectors = self.embed_group([each for each in sequences if each.num_tokens <= _MOST_SAMPLE_TOKENS])
             if not vectors.isfinite().all():
                 got = f"none for {', '.join(missing)}" if missing else "vectors with NaN or infinite numbers"
@@ -289,7 +291,7 @@ class LibraryModel:
                 )
             alone = [encode([sample], normalize_embeddings=True, convert_to_tensor=True) for sample in SAMPLES]
             distance = (vectors[: len(alone)] - torch.cat(alone).float()).norm(dim=1).max().item()
-            if not distance <= _MOST_DISTANCE[self._library.dtype]:
+            if not distance <= _MOST_DISTANCE[self.network.dtype]:
                 raise CheckpointError(
                     "expected texts that are computed together to have the vectors that sentence-transformers gives "
                     f"each alone; got a distance of {distance:.1g}; it cannot be served here"
@@ -314,7 +316,7 @@ class LibraryModel:
     def embed_group(self, sequences: Sequence[TokenSequence]) -> Tensor:
         """The same of sequences with as many masked tokens, in one pass."""
         features = self._flat(sequences) if self._pad_id is None else self._padded(sequences, self._pad_id)
-        vectors = self._library(features)["sentence_embedding"][:, : self._dimension].float()
+        vectors = self.network(features)["sentence_embedding"][:, : self._dimension].float()
         rows: Tensor = vectors / vectors.norm(dim=-1, keepdim=True)
         return rows
 

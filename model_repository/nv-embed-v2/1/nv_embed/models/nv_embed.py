@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from nv_embed.models.config_file import Section
 from nv_embed.models.mistral import MistralNetwork, MistralSizes, read_sizes, rms_norm, rotary
-from nv_embed.models.protocol import PackedBatch, Read, Work, mean_shares, parameter
+from nv_embed.models.protocol import Matrix, PackedBatch, Read, Work, mean_shares, parameter
 from nv_embed.tokenizer import Template, Tokenizer
 
 # The published model's own query template. The trailing space is part of it.
@@ -135,15 +135,17 @@ class NVEmbedNetwork(MistralNetwork):
     def places(self) -> Iterator[tuple[str, Tensor]]:
         """Where each published tensor goes that is copied as it is and is no layer's."""
         pooling = self.pooling
+        assert pooling.mlp_in.bias is not None
+        assert pooling.mlp_out.bias is not None
         yield from super().places()
         yield _CROSS_ATTENTION + "norm.weight", pooling.norm_weight
         yield _CROSS_ATTENTION + "norm.bias", pooling.norm_bias
         yield _MLP + "norm.weight", pooling.mlp_norm_weight
         yield _MLP + "norm.bias", pooling.mlp_norm_bias
-        yield _MLP + "fn.net.0.weight", pooling.mlp_in_weight
-        yield _MLP + "fn.net.0.bias", pooling.mlp_in_bias
-        yield _MLP + "fn.net.2.weight", pooling.mlp_out_weight
-        yield _MLP + "fn.net.2.bias", pooling.mlp_out_bias
+        yield _MLP + "fn.net.0.weight", pooling.mlp_in.weight
+        yield _MLP + "fn.net.0.bias", pooling.mlp_in.bias
+        yield _MLP + "fn.net.2.weight", pooling.mlp_out.weight
+        yield _MLP + "fn.net.2.bias", pooling.mlp_out.bias
 
     def folded_shapes(self) -> dict[str, tuple[int, ...]]:
         """The latents, and the four projections of the cross-attention to them."""
@@ -176,8 +178,9 @@ class NVEmbedNetwork(MistralNetwork):
             k = context @ read(_CROSS_ATTENTION + "fn.to_kv.weight", rows).T  # [L, cross_head_dim]
             v = context @ read(_CROSS_ATTENTION + "fn.to_kv.weight", value_rows).T
             folded = slice(head * config.num_latents, (head + 1) * config.num_latents)
-            pooling.keys[folded] = k @ read(_CROSS_ATTENTION + "fn.to_q.weight", rows) * config.cross_head_dim**-0.5
-            pooling.values[folded] = v @ read(_CROSS_ATTENTION + "fn.to_out.weight", slice(None), rows).T
+            scale = config.cross_head_dim**-0.5
+            pooling.keys.weight[folded] = k @ read(_CROSS_ATTENTION + "fn.to_q.weight", rows) * scale
+            pooling.values.weight[:, folded] = read(_CROSS_ATTENTION + "fn.to_out.weight", slice(None), rows) @ v.T
 
     def parts_on_tokens(self) -> list[tuple[nn.Module, str]]:
         """The halves of every layer, and the pooling head."""
@@ -198,25 +201,24 @@ class LatentPooling(nn.Module):
         self.num_cross_heads = config.num_cross_heads
         self.multiply_adds = 2 * folded * hidden_size + 8 * hidden_size**2  # of a token
         self.norm_weight, self.norm_bias = parameter(hidden_size), parameter(hidden_size)
-        self.keys = parameter(folded, hidden_size)  # softmax scale included
-        self.values = parameter(folded, hidden_size)
+        self.keys = Matrix(folded, hidden_size)  # softmax scale included
+        self.values = Matrix(hidden_size, folded)
         self.mlp_norm_weight, self.mlp_norm_bias = parameter(hidden_size), parameter(hidden_size)
-        self.mlp_in_weight, self.mlp_in_bias = parameter(8 * hidden_size, hidden_size), parameter(8 * hidden_size)
-        self.mlp_out_weight, self.mlp_out_bias = parameter(hidden_size, 4 * hidden_size), parameter(hidden_size)
+        self.mlp_in = Matrix(8 * hidden_size, hidden_size, has_bias=True)
+        self.mlp_out = Matrix(hidden_size, 4 * hidden_size, has_bias=True)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x: [P, C] to [P, C] and the MLP's activations [P, 4 * C]; what is pooled is the mean of both, see `out`."""
         h = functional.layer_norm(x, x.shape[-1:], self.norm_weight, self.norm_bias)
-        scores = functional.linear(h, self.keys).view(len(x), self.num_cross_heads, -1)  # [P, X, L]
+        scores = self.keys(h).view(len(x), self.num_cross_heads, -1)  # [P, X, L]
         attended = scores.softmax(dim=-1, dtype=torch.float32).to(x.dtype).flatten(1)  # [P, X * L]
-        x = x + attended @ self.values
+        x = x + self.values(attended)
         h = functional.layer_norm(x, x.shape[-1:], self.mlp_norm_weight, self.mlp_norm_bias)
         # The value comes first and the gate second, the reverse of the layers' MLP; and GELU is the exact one.
-        value, gate = functional.linear(h, self.mlp_in_weight, self.mlp_in_bias).chunk(2, dim=-1)
+        value, gate = self.mlp_in(h).chunk(2, dim=-1)
         return x, value * functional.gelu(gate)
 
     def out(self, mlp_mean: Tensor) -> Tensor:
         """The last linear: [S, 4 * C] float32 to what is added to the mean of the tokens, [S, C]."""
         # The input is rounded, not the weight made float32, which would take longer than the product.
-        weight = self.mlp_out_weight
-        return functional.linear(mlp_mean.to(weight.dtype), weight, self.mlp_out_bias)
+        return self.mlp_out(mlp_mean.to(self.mlp_out.weight.dtype))  # type: ignore[no-any-return]

@@ -114,15 +114,16 @@ def parameter(*shape: int) -> nn.Parameter:
 
 
 class Matrix(nn.Module):
-    """One of a layer's matrices. `compute/precision.py` has others to put in its place."""
+    """What tokens are multiplied by. `compute/precision.py` has others to put in the place of a layer's."""
 
-    def __init__(self, num_outputs: int, num_inputs: int) -> None:
+    def __init__(self, num_outputs: int, num_inputs: int, *, has_bias: bool = False) -> None:
         super().__init__()
         self.weight = parameter(num_outputs, num_inputs)
+        self.bias = parameter(num_outputs) if has_bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [T, inputs] to [T, outputs]."""
-        return functional.linear(x, self.weight)
+        return functional.linear(x, self.weight, self.bias)
 
 
 class Network(nn.Module):
@@ -238,6 +239,14 @@ class Checkpoint(Described, Protocol):
 
 class Model(Protocol):
     """What an engine runs on a device."""
+
+    @property
+    def network(self) -> nn.Module:
+        """What holds its weights."""
+
+    @property
+    def samples(self) -> Sequence[TokenSequence]:
+        """Texts to try it with."""
 
     def embed(self, sequences: Sequence[TokenSequence], work: Work) -> Tensor:
         """[S, dimension] float32 rows of length 1, in the order of the sequences. A row does not depend on others."""

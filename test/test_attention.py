@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from nv_embed.compute import attention
 from nv_embed.compute.attention import attend_each, attend_short_together, choose_attention, prove
 from nv_embed.compute.pieces import Whole
 from nv_embed.errors import DeviceError
@@ -50,6 +51,33 @@ def test_short_sequences_computed_together_attend_to_themselves_alone(seqlens, n
     batch = PackedBatch(nothing, nothing, nothing, max(seqlens), seqlens, nothing, seqlens)
     attended = attend_short_together(q, k, v, batch, Whole())
     torch.testing.assert_close(attended, attend_masked(q, k, v, batch, Whole()), atol=1e-5, rtol=1e-5)
+    rounded = attend_short_together(q.bfloat16(), k.bfloat16(), v.bfloat16(), batch, Whole())
+    torch.testing.assert_close(rounded.float(), attended, atol=0.03, rtol=0.03)
+
+
+@pytest.mark.parametrize(
+    ("seqlens", "num_calls"),
+    [((1, 5, 3), 1), ((64, 1, 40, 64), 1), ((20,) * 9, 1), ((1, 65), 2), ((60, 1, 1, 1, 1), 5), ((7,), 1)],
+)
+def test_only_short_sequences_of_about_one_length_share_a_call(seqlens, num_calls, monkeypatch):
+    calls, attend = [], functional.scaled_dot_product_attention
+
+    def counted(*arguments, **options):
+        calls.append(1)
+        return attend(*arguments, **options)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", counted)
+    q, k, v = torch.randn(sum(seqlens), 3, 4, 8).unbind(dim=1)
+    nothing = torch.empty(0, dtype=torch.int32)
+    batch = PackedBatch(nothing, nothing, nothing, max(seqlens), seqlens, nothing, seqlens)
+    attend_short_together(q, k, v, batch, Whole())
+    assert len(calls) == num_calls
+
+
+def test_short_sequences_are_computed_one_after_the_other_where_together_they_are_not_right(monkeypatch, caplog):
+    monkeypatch.setattr(attention, "attend_short_together", attend_causally)
+    assert choose_attention("auto", HEADS, CPU, torch.float32) is attend_each
+    assert "attention one sequence after the other, which is slower, because: it differs" in caplog.text
 
 
 def test_a_sequence_that_is_not_finite_spoils_no_other():

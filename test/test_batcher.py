@@ -170,6 +170,32 @@ def large(num_tokens, num_texts):
     return [f"{text:<30000}" for text in distinct(num_tokens, num_texts)]
 
 
+def test_a_request_of_many_texts_is_not_short_however_little_they_are():
+    encoder = HeldEncoder()
+    with FakedBatcher(encoder=encoder) as batcher:
+        many = batcher.ask(*distinct(1, 17))  # returns although the encoder is held
+        assert batcher.ask(20, is_query=True).lengths() == [20]
+        encoder.gate.set()
+        assert many.lengths() == [1] * 17
+
+
+def test_what_is_left_for_a_larger_batch_is_computed_when_the_small_one_before_is_done():
+    engines = FakeEngine(), FakeEngine()
+    with FakedBatcher(*engines, most_small_batches=1) as batcher:
+        for engine in engines:
+            engine.gate.clear()
+        first = batcher.ask(10, is_query=True)
+        eventually(lambda: engines[0].batches or engines[1].batches, WAIT_SECONDS)
+        left = [batcher.ask(n, is_query=True) for n in (20, 30)]
+        batcher.wait_for(50)
+        time.sleep(0.1)  # in which an engine that did not leave them would begin
+        assert sum(len(engine.batches) for engine in engines) == 1
+        for engine in engines:
+            engine.gate.set()
+        assert [reply.lengths() for reply in (first, *left)] == [[10], [20], [30]]
+        assert sorted(batch for engine in engines for batch in engine.batches) == [[10], [20, 30]]
+
+
 def long(num_tokens):
     """A text that is too long to be tokenized by the thread that takes it."""
     return f"{num_tokens:<5000}"

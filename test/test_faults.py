@@ -319,7 +319,7 @@ def test_a_stop_answers_what_is_in_flight_and_ends_with_exit_code_0(start_server
         assert words not in server.log_text()
 
 
-@pytest.mark.parametrize(("number", "message"), [(102, "DeviceLost"), (103, "a thread of the batcher died")])
+@pytest.mark.parametrize(("number", "message"), [(102, "DeviceLost"), (103, "the batcher broke")])
 def test_a_lost_device_and_a_dead_thread_answer_everyone_unavailable_and_end_the_server(start_server, number, message):
     server = start_server(NV_EMBED_MAX_BATCH_TOKENS="300")
     others = [texts(100), texts(100, "two")]

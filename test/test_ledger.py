@@ -412,8 +412,8 @@ def test_few_tokens_are_left_to_nobody_beside_large_batches_and_on_gpus():
     assert ledger.has_work
 
 
-def test_small_batches_leave_half_of_the_cores():
-    assert [most_small_batches(["cpu"] * n) for n in (1, 2, 3, 8)] == [1, 1, 1, 4]
+def test_small_batches_leave_one_or_two_cores_and_never_more_than_half():
+    assert [most_small_batches(["cpu"] * n) for n in (1, 2, 3, 4, 8)] == [1, 1, 1, 2, 6]
 
 
 def test_a_request_is_asked_more_and_more_seldom_whether_it_is_cancelled(new_ledger):

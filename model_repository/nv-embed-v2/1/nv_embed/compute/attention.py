@@ -21,8 +21,9 @@ from nv_embed.models.protocol import Attend, Heads, PackedBatch, Work
 logger = logging.getLogger(__name__)
 
 _FEWEST_QUERIES = 768  # of a piece: with fewer, the CPU's kernel takes smaller blocks
-_SHORT_TOKENS = 64  # with more, attending takes much longer than calling for it
+_SHORT_TOKENS = 64  # with more, computing attention takes longer than the call itself
 _LARGEST_DIFFERENCE = 0.05  # of a kernel in half precision from float32, of values up to 4
+_FLASH = "varlen", "flash-attn"
 _OLDEST_CAPABILITY = (8, 0)  # of GPUs that flash attention runs on: Ampere
 
 
@@ -66,8 +67,8 @@ def _parts(piece: slice, num_kv_heads: int, seqlen: int) -> Iterator[tuple[slice
 def attend_short_together(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, work: Work) -> Tensor:
     """Short sequences in one call, padded to the longest; longer ones one after the other.
 
-    A call for each short sequence takes longer than what it computes. And each of its steps waits for Python's lock
-    while other threads take requests and send answers.
+    A call for each short sequence takes longer than what it computes. Each of its steps also waits for Python's lock
+    while other threads receive requests and send answers.
     """
     num_sequences, longest = len(batch.seqlens), batch.max_seqlen
     if num_sequences == 1 or longest > _SHORT_TOKENS or num_sequences * longest > 2 * len(q):
@@ -91,21 +92,21 @@ def choose_attention(name: str, heads: Heads, device: torch.device, dtype: torch
 
     Args:
         name: 'sdpa', one sequence after the other; 'varlen', torch's flash attention for all at once; 'flash-attn', the
-            package of that name; or 'auto': varlen where it runs, else sdpa. The log says which and why.
+            package of that name; or 'auto': varlen where it runs, on a CPU `attend_short_together`, else sdpa. The log
+            says which and why.
         heads: of the network, with which the kernel is proved.
 
     Raises:
         DeviceError: the kernel named is missing, does not run here or computes something else.
     """
-    if name == "auto" and device.type == "cpu":  # nothing else runs there
-        logger.info("%s: attention one sequence after the other, short ones together", device)
-        return attend_short_together
     if name == "sdpa":
         logger.info("%s: attention one sequence after the other", device)
         return attend_each
-    kernel = "varlen" if name == "auto" else name
+    kernel = name
+    if name == "auto":
+        kernel = "sdpa, short sequences together" if device.type == "cpu" else "varlen"
     try:
-        attend = _flash(kernel, device, dtype)
+        attend = attend_short_together if kernel not in _FLASH else _flash(kernel, device, dtype)
         prove(attend, heads, device, dtype)
     except torch.AcceleratorError as error:  # nothing can be computed on this device any more
         raise DeviceError(f"attention: {kernel} broke {device}: {in_short(error)}; set attention to 'sdpa'") from None
@@ -156,21 +157,21 @@ def _flash(kernel: str, device: torch.device, dtype: torch.dtype) -> Attend:
 
 
 def prove(attend: Attend, heads: Heads, device: torch.device, dtype: torch.dtype) -> None:
-    """Compare with the readable kernel, in float32, on sequences of one token, a few, and more than a block.
+    """Compare with the readable kernel, in float32, on short sequences, on one token, and on more than a block.
 
     Raises:
         ValueError: the kernel computes something else.
     """
-    seqlens = (1, 5, 300)
-    cu_seqlens = torch.tensor([0, *seqlens], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
-    nothing = torch.empty(0, dtype=torch.int32, device=device)
-    batch = PackedBatch(nothing, nothing, cu_seqlens, max(seqlens), seqlens, nothing, seqlens)
-    sizes = (heads.num_heads, heads.num_kv_heads, heads.num_kv_heads)
-    generator = torch.Generator(device).manual_seed(0)
-    # Strided as in the network, where all three are parts of one product.
-    fused = torch.randn(sum(seqlens), sum(sizes), heads.head_dim, device=device, dtype=dtype, generator=generator)
-    q, k, v = fused.split_with_sizes(sizes, dim=1)
-    expected = attend_each(q.float(), k.float(), v.float(), batch, Whole())
-    difference = (attend(q, k, v, batch, Whole()).float() - expected).abs().max().item()
-    if not difference < _LARGEST_DIFFERENCE:  # NaN is not smaller either
-        raise ValueError(f"it differs from the reference by {difference:.3g}")
+    for seqlens in ((3, 5, 4), (1, 5, 300)):
+        cu_seqlens = torch.tensor([0, *seqlens], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
+        nothing = torch.empty(0, dtype=torch.int32, device=device)
+        batch = PackedBatch(nothing, nothing, cu_seqlens, max(seqlens), seqlens, nothing, seqlens)
+        sizes = (heads.num_heads, heads.num_kv_heads, heads.num_kv_heads)
+        generator = torch.Generator(device).manual_seed(0)
+        # Strided, as they are in the network: parts of a product, or of what was rotated.
+        fused = torch.randn(sum(seqlens), sum(sizes), heads.head_dim, device=device, dtype=dtype, generator=generator)
+        q, k, v = fused.split_with_sizes(sizes, dim=1)
+        expected = attend_each(q.float(), k.float(), v.float(), batch, Whole())
+        difference = (attend(q, k, v, batch, Whole()).float() - expected).abs().max().item()
+        if not difference < _LARGEST_DIFFERENCE:  # NaN is not smaller either
+            raise ValueError(f"it differs from the reference by {difference:.3g}")

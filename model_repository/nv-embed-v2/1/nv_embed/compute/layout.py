@@ -1,7 +1,7 @@
-"""How matrices lie in a CPU's memory. Those that are multiplied again and again can lie as oneDNN reads them fastest.
+"""How matrices lie in a CPU's memory: row by row, or as oneDNN reads them fastest.
 
-Torch keeps a matrix row by row. So oneDNN, which multiplies bfloat16, rearranges it in every product, and what
-multiplies float32 in its place is made for processors of one maker. Torch's own compiler arranges matrices in this way.
+Torch keeps a matrix row by row. oneDNN multiplies bfloat16, and has to rearrange the matrix for every product. Float32
+goes to MKL, which is tuned for Intel's processors. Torch's own compiler arranges constant matrices with the same calls.
 """
 
 from __future__ import annotations
@@ -10,22 +10,23 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from nv_embed.compute.engine import Engine, PackedModel
 from nv_embed.errors import in_short
 from nv_embed.models.protocol import Matrix
-from nv_embed.sequence import TokenSequence
 
 logger = logging.getLogger(__name__)
 
 _ROWS = 64  # of the products for which it is arranged; others are right, too
 _LEAST_COSINE = {torch.float32: 0.99999, torch.bfloat16: 0.999}  # of each sample text's vectors before and after
-_LEAST_GAIN = 0.95  # of speed; a smaller loss may be chance, and every start should come to the same
+_MOST_SHARE = 1.05  # of the time before; a smaller loss may be chance, and every start should come to the same
 _MOST_ROUNDS, _MOST_SECONDS = 5, 1.0
 
 
@@ -33,7 +34,7 @@ def arrange(engine: Engine, clock: Callable[[], float] = time.monotonic) -> None
     """Arrange the matrices of an engine on a CPU, unless that makes it slower or changes the vectors of its samples.
 
     The log says which. Compiled layers are left as they are, because what is compiled is compiled for their matrices.
-    So are other dtypes than float32 and bfloat16.
+    Other dtypes than float32 and bfloat16 are left, too.
     """
     if isinstance(engine.model, PackedModel) and engine.model.is_compiled:
         return
@@ -41,28 +42,22 @@ def arrange(engine: Engine, clock: Callable[[], float] = time.monotonic) -> None
     dtype = next((matrix.weight.dtype for matrix in matrices), None)
     if dtype not in _LEAST_COSINE:
         return
-    samples = engine.model.samples
-    vectors, seconds = engine.embed(samples), _best_seconds(engine, samples, clock)
     try:
+        before, seconds = _measured(engine, clock)
         for matrix in matrices:
             _arrange(matrix)
-        cosine = float((vectors * engine.embed(samples)).sum(axis=1).min())
-        gain = seconds / _best_seconds(engine, samples, clock)
-    except (
-        AttributeError,
-        NotImplementedError,
-        RuntimeError,
-        TypeError,
-    ) as error:  # what this torch or processor lacks
+        after, arranged_seconds = _measured(engine, clock)
+    except Exception as error:  # what torch, the processor, the memory or a library lacks has no error of its own
         why = in_short(error)
     else:
-        why = f"sample texts take {1 / gain:.2f} of the time, and their vectors have a cosine of at least {cosine:.6f}"
-        if cosine >= _LEAST_COSINE[dtype] and gain >= _LEAST_GAIN:  # NaN is not
-            logger.info("%s: %s matrices arranged for oneDNN, because %s", engine.device, engine.dtype, why)
+        share, cosine = arranged_seconds / seconds, float((before * after).sum(axis=1).min())
+        why = f"sample texts take {share:.2f} of the time, and their vectors have a cosine of at least {cosine:.6f}"
+        if cosine >= _LEAST_COSINE[dtype] and share <= _MOST_SHARE:  # NaN is not
+            logger.info("%s: %s matrices arranged for oneDNN: %s", engine.device, engine.dtype, why)
             return
     for matrix in matrices:
         _restore(matrix)
-    logger.info("%s: %s matrices left row by row, because arranged for oneDNN: %s", engine.device, engine.dtype, why)
+    logger.info("%s: %s matrices left row by row; arranged for oneDNN: %s", engine.device, engine.dtype, why)
 
 
 def _matrices(network: nn.Module) -> list[Matrix | nn.Linear]:
@@ -92,13 +87,13 @@ def _product(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     return product
 
 
-def _best_seconds(engine: Engine, samples: Sequence[TokenSequence], clock: Callable[[], float]) -> float:
-    """Of a pass over the samples: what else the machine does makes others longer."""
+def _measured(engine: Engine, clock: Callable[[], float]) -> tuple[npt.NDArray[np.float32], float]:
+    """The samples' vectors, and the seconds of the fastest pass: what else the machine does makes others longer."""
     best, begun = math.inf, clock()
     for _ in range(_MOST_ROUNDS):
         started = clock()
-        engine.embed(samples)
+        vectors = engine.embed(engine.model.samples)
         best = min(best, clock() - started)
         if clock() - begun > _MOST_SECONDS:
             break
-    return best
+    return vectors, best

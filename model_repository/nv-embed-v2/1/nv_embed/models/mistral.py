@@ -186,9 +186,12 @@ class Layer(nn.Module):
 
     @property
     def numbers_per_token(self) -> int:
-        """Input, queries, keys and values, and what attention returns; later the output in the place of some."""
+        """Input, queries, keys and values, and what attention returns; later the output in the place of some.
+
+        And up to four rotations, whose float32 numbers count double.
+        """
         sizes = self.sizes
-        return sizes.hidden_size + 2 * (sizes.num_heads + sizes.num_kv_heads) * sizes.head_dim
+        return sizes.hidden_size + (2 * (sizes.num_heads + sizes.num_kv_heads) + 8) * sizes.head_dim
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

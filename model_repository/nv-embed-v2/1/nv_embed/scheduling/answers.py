@@ -98,7 +98,7 @@ class Outbox:
         self._large_waits_seconds = large_waits_seconds
         self._lock = Lock()
         self._num_unsent = self._num_unsent_texts = 0
-        # A plain queue, because a thread that adds to it must not wait for this one. The order is made behind it.
+        # A plain queue, because a thread that adds to it must not wait for this one, which sorts what it takes out.
         self._events: SimpleQueue[_Event] = SimpleQueue()
         self._ordered: list[_Event] = []
         self._numbers = count()  # of events that are equal in order

@@ -66,7 +66,7 @@ class Batcher:
             thread.start()
 
     def submit(self, spec: EmbedRequest, reply: Reply) -> None:
-        """Take charge of a request; returns at once, raises nothing."""
+        """Take charge of a request, and tokenize it if it is short; raises nothing."""
         request = self._ledger.submit(spec, reply)
         tokenizing = self._queries if spec.is_query else self._documents
         self._guard(partial(tokenizing.add, request))
@@ -147,5 +147,5 @@ class Batcher:
         try:
             duty()
         except BaseException:
-            logger.exception("a thread of the batcher died; every request gets an error and the server must restart")
+            logger.exception("the batcher broke; every request gets an error and the server must restart")
             self._give_up()

@@ -68,8 +68,8 @@ class Ledger:
         """Whether an engine that is idle should choose something."""
         if self._halves:
             return True
-        is_left = len(self._small_batches) >= self._limits.most_small_batches and is_small(self.num_queue_tokens)
-        return not is_left and self._queue.next_kind() is not None
+        waits_for_more = len(self._small_batches) >= self._limits.most_small_batches and is_small(self.num_queue_tokens)
+        return not waits_for_more and self._queue.next_kind() is not None
 
     @property
     def has_short_work(self) -> bool:

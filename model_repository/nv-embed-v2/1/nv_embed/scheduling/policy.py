@@ -13,7 +13,8 @@ from nv_embed.scheduling.pace import MIN_BATCH_TOKENS
 
 _QUERY_RESERVE = 8  # an eighth more may wait for queries, so that bulk which fills the queue does not shut them out
 _USUAL_PASS_SECONDS = 0.5
-_SMALL_TOKENS = 256  # with fewer, a batch takes hardly less time than with as many
+_SMALL_TOKENS = 256  # below it a text costs more than in a larger batch, which reads the weights once for all
+_MOST_SPARED = 2  # engines: however many cores there are, one process of Python receives and answers, beside Triton
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,17 +43,18 @@ def share(num_waiting_tokens: int, num_idle_engines: int) -> int:
 
 
 def is_small(num_tokens: int) -> bool:
-    """Whether a batch of these would be more work for each text than a larger one."""
+    """Whether a text costs more in a batch of these than in a larger one."""
     return num_tokens < _SMALL_TOKENS
 
 
 def most_small_batches(device_kinds: Sequence[str]) -> int:
     """How many small batches are computed at once, by the kind of each engine's device: 'cpu' or 'cuda'.
 
-    What waits meanwhile makes the next batch larger. On a CPU taking requests and sending answers needs cores as well,
-    so small batches leave half of them.
+    What waits meanwhile makes the next batch larger. On a CPU, receiving and answering need cores, too. So small
+    batches leave them one or two, but never more than half.
     """
-    return max(len(device_kinds) // 2, 1) if set(device_kinds) == {"cpu"} else len(device_kinds)
+    num_engines = len(device_kinds)
+    return max(num_engines // 2, num_engines - _MOST_SPARED, 1) if set(device_kinds) == {"cpu"} else num_engines
 
 
 def may_interrupt(own_seconds: float, others_seconds: float) -> bool:

@@ -1,6 +1,6 @@
-"""Tokenizing: what is short on the thread that takes the request, because handing it over would take longer.
+"""Tokenizes requests. The thread that receives a short one does it, because handing it over would take longer.
 
-What is long has two threads, one for queries and one for documents, so that no query waits for a slice of bulk.
+Two threads tokenize what is long, one for queries and one for documents, so that no query waits for a slice of bulk.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 # Requests take turns, with a slice of about this size each, so that none waits for a huge one.
 _SLICE_CHARACTERS = 64 * 1024
-_SHORT_BYTES = 4096  # a millisecond's work at most
+_SHORT_BYTES, _SHORT_TEXTS = 4096, 16  # of a short request, which is a millisecond's work at most
 
 
 class Tokenizer(Protocol):
@@ -43,7 +43,7 @@ class Tokenizing:
 
     def add(self, request: Request) -> None:
         """Tokenize a short request now. Have a long one tokenized."""
-        if request.spec.num_bytes <= _SHORT_BYTES:
+        if request.spec.num_bytes <= _SHORT_BYTES and len(request.spec.texts) <= _SHORT_TEXTS:
             self._tokenize_slice(request)
         else:
             self._waiting.put(request)

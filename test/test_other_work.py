@@ -36,6 +36,13 @@ def write(proc, used, *, user=0, idle=0, softirq=0, steal=0, reaped=None):
         )
 
 
+def listen(proc, pid, port):
+    """A process listens on a port, and a client (socket 5) is connected."""
+    row = "0: 0100007F:{:04X} 00000000:0000 {} 00000000:00000000 00:00000000 00000000 0 0 {} 1 0 100 0 0 10 0\n"
+    (proc / "net" / "tcp").write_text("header\n" + row.format(port, "01", 5) + row.format(port, "0A", 77))
+    (proc / str(pid) / "fd" / "3").symlink_to("socket:[77]")
+
+
 def test_the_time_of_others_is_what_the_own_processes_did_not_use(proc):
     write(proc, {10: 100, 11: 5, 20: 7, 21: 50, 30: 1000}, user=2000, idle=5000)
     before = moment(proc)
@@ -63,13 +70,17 @@ def test_interrupts_and_other_guests_of_the_host_are_others(proc):
 
 def test_a_server_is_found_by_who_listens_and_so_is_its_child(proc):
     write(proc, {10: 0, 20: 0, 21: 0, 30: 0})
-    row = "0: 0100007F:{:04X} 00000000:0000 {} 00000000:00000000 00:00000000 00000000 0 0 {} 1 0 100 0 0 10 0\n"
-    (proc / "net" / "tcp").write_text("header\n" + row.format(8001, "01", 5) + row.format(8001, "0A", 77))
-    (proc / "20" / "fd" / "3").symlink_to("socket:[77]")
+    listen(proc, 20, 8001)
     (proc / "30" / "fd" / "3").symlink_to("socket:[5]")  # a client's connection
     processes = all_processes(proc)
     assert processes_behind("localhost:8001", processes, proc) == {20, 21}
     assert processes_behind("192.0.2.1:8001", processes, proc) == set()  # another machine's
+
+
+def test_a_server_is_not_an_own_one_because_something_else_forwards_to_another_machine(proc):
+    write(proc, {10: 0, 20: 0, 21: 0, 30: 0})
+    listen(proc, 30, 8001)
+    assert processes_behind("localhost:8001", all_processes(proc), proc) == {30}
 
 
 def test_a_server_whose_listener_is_hidden_is_any_triton_server_of_this_machine(proc):

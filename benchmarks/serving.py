@@ -20,8 +20,8 @@ cannot hide it. Throughput is what was answered divided by the time until the la
 seed and, but for load cached, none comes twice, so no cache helps; every target gets the same ones in the same order.
 Load cached needs the server's cache, the figures of all others are made with NV_EMBED_CACHE_MEBIBYTES=0.
 
-With two or more targets the rounds alternate, in turned order every second round, and one target computes at a time:
-drift of the machine meets all alike. Ratios are taken within a round; their median and range are given.
+With two or more targets the rounds alternate, and one target computes at a time: drift of the machine meets all alike.
+Their order turns after every valid round of a load. Ratios are taken within a round; their median and range are given.
 
 A run beside other work is no measurement. A round of a load is void for all targets if others used more than 5 % of the
 processors' time (`--allow-other-work`) while one of them was measured. It is left out, and up to as many rounds as
@@ -50,7 +50,7 @@ from pathlib import Path
 
 from bare_engine import PACKAGE, BareEngine
 from loads import LENGTHS, MODEL_NAME, Gateway, Refused, Server
-from rounds import Rounds
+from rounds import Rounds, loads_of, token_counter
 from serving_plot import plot
 from serving_report import report
 from started_server import ROOT, StartedGateway, StartedServer, batch_tokens_of, end_on_sigterm, progress
@@ -170,7 +170,8 @@ def main() -> int:
                 )
             engine = BareEngine(arguments.checkpoint, arguments.device)
             stack.callback(engine.stop)
-        rounds = Rounds(arguments, servers, engine, max_batch_tokens)
+        count_tokens = token_counter(arguments.checkpoint)
+        rounds = Rounds(arguments, servers, loads_of(arguments), engine, max_batch_tokens, count_tokens)
         try:
             rounds.run()
         except Refused as refusal:

@@ -24,6 +24,11 @@ def ratio(samples: Samples, over: tuple[str, str], under: tuple[str, str]) -> di
         for a, b in zip(samples.get(over, []), samples.get(under, []), strict=False)
         if a.num_texts and b.num_texts
     ]
+    return spread(ratios)
+
+
+def spread(ratios: Sequence[float]) -> dict[str, float | None] | None:
+    """Median, lowest, highest; None without any."""
     if not ratios:
         return None
     return {"median": rounded(statistics.median(ratios)), "low": rounded(min(ratios)), "high": rounded(max(ratios))}

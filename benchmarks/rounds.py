@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -12,12 +13,15 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeAlias, TypeVar
 
-from bare_engine import BareEngine
+from bare_engine import PACKAGE, BareEngine
 from core_time import CoreClock, CoreTime
 from loads import Gateway, Load, Sample, Server, Stream, requests_of
 from other_work import moment, other_work
 from processes import all_processes, processes_behind
 from started_server import progress
+
+sys.path.insert(0, str(PACKAGE))
+from nv_embed.compute.host import most_cores  # needs the standard library only
 
 BARE = ("query", "documents")  # loads that are put on the bare engine too
 WAYS = ("engine, full batches", "engine, as in flight")
@@ -92,6 +96,9 @@ class Rounds:
 
     def run(self) -> None:
         """Warm up; then run as many rounds, and up to as many again in place of void ones."""
+        cores, quota = len(os.sched_getaffinity(0)), most_cores()
+        if quota < cores:
+            progress(f"a quota allows {quota:g} of {cores} cores, but the share of others is that of all {cores}")
         processes = all_processes()
         for server in self._servers:
             if not processes_behind(server.url, processes):

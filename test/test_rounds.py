@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from argparse import Namespace
@@ -83,6 +84,13 @@ def noting(asked, answer):
         return await answer(self, load, seconds, seed)
 
     return run
+
+
+@pytest.mark.parametrize(("quota", "is_told"), [(0.5, True), (math.inf, False)])
+def test_a_quota_of_fewer_cores_is_told(quota, is_told, monkeypatch, capsys):
+    monkeypatch.setattr(rounds, "most_cores", lambda: quota)
+    run(monkeypatch, [])
+    assert ("a quota allows 0.5 of" in capsys.readouterr().err) == is_told
 
 
 def test_as_many_rounds_again_are_run_at_most(monkeypatch):

@@ -74,6 +74,8 @@ def report(
     void = {name: rounds.void[name] for name in rounds.loads}
     print("void rounds, because of other work: " + ", ".join(f"{name} {count}" for name, count in void.items()))
     settings = {k: os.path.relpath(v, ROOT) if isinstance(v, Path) else v for k, v in vars(arguments).items()}
+    if arguments.compare:  # what other servers were started with is not known
+        settings["NV_EMBED_CACHE_MEBIBYTES"] = os.environ.get("NV_EMBED_CACHE_MEBIBYTES", "default")
     return {
         "benchmark": "serving",
         "settings": settings,

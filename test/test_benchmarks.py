@@ -173,22 +173,33 @@ def test_serving_measures_every_load_on_two_servers_and_the_bare_engine(toy_serv
 
 @pytest.mark.server
 def test_serving_compares_servers_that_it_starts_itself(toy):
-    output, answer = run(
-        "serving.py", "--compare", "--checkpoint", toy, "--loads", "query,cached", "--rounds", "2", *MOMENT
-    )  # fmt: skip
+    output, answer = run("serving.py", "--compare", "--checkpoint", toy, "--loads", "query", "--rounds", "2", *MOMENT)
     dtypes = {"baseline": "float32"} | ({"baseline, bfloat16": "bfloat16"} if multiplies_bfloat16() else {})
     assert answer["dtypes"].pop("nv-embed") in ("float32", "bfloat16")
     assert answer["dtypes"] == dtypes
-    expected = {(load, target) for load in ("query", "cached") for target in ("nv-embed", *dtypes)}
+    expected = {("query", target) for target in ("nv-embed", *dtypes)}
     assert set(by_load(answer)) == expected, output
     assert {f"query: nv-embed / {name}" for name in dtypes} <= set(answer["ratios"])
-    assert answer["void_rounds"] == {"query": 0, "cached": 0}
+    assert answer["void_rounds"] == {"query": 0}
+    assert answer["settings"]["NV_EMBED_CACHE_MEBIBYTES"] == "default"
     assert {(row["load"], row["target"]) for row in answer["core_ms_per_request"]} == expected
     for row in answer["core_ms_per_request"]:
         assert row["model"] > 0
         assert row["client"] > 0
         assert row["tritonserver"] is not None
         assert row["gateway"] is None
+
+
+@pytest.mark.server
+def test_load_cached_is_put_on_this_server_alone_because_the_baseline_has_no_cache(toy):
+    _, answer = run("serving.py", "--compare", "--checkpoint", toy, "--loads", "cached", "--rounds", "1", *MOMENT)
+    assert set(by_load(answer)) == {("cached", "nv-embed")}
+    assert answer["ratios"] == {}
+
+
+def test_load_cached_is_refused_beside_loads_that_the_cache_would_answer():
+    output, _ = run("serving.py", "--loads", "query,cached", rc=2)
+    assert "expected cached alone" in output
 
 
 def test_rounds_beside_other_work_are_no_measurement(toy_server, toy):

@@ -94,15 +94,20 @@ def print_rates(samples: Samples) -> list[dict[str, Any]]:
     """Print throughput and latency; return them, an entry for each row."""
     rows = [[*BEFORE, "requests", "errors", "req/s", "texts/s", "tokens/s", "p50 ms", "p90 ms", "p99 ms"]]
     results = []
+    retries = []
     for (stream, target), rounds in samples.items():
         total = Sample()
         for sample in rounds:
             total.add(sample)
         summary = total.summary()
         results.append({"load": stream, "target": target, **summary})
-        numbers = [summary["requests"], total.errors.total(), *list(summary.values())[2:]]
+        numbers = [summary["requests"], total.errors.total(), *list(summary.values())[3:]]
         rows.append([stream, target, *map(_cell, numbers)])
+        if total.retries:
+            retries.append(f"{stream}, {target}: {total.retries} requests sent again: the connection had been closed")
     print_table(rows)
+    for line in retries:
+        print(line)
     return results
 
 

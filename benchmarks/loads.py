@@ -6,13 +6,14 @@ import asyncio
 import base64
 import json
 import math
+import socket
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from http.client import HTTPConnection, HTTPResponse
+from http.client import HTTPConnection, HTTPException, HTTPResponse
 from random import Random
 from typing import Any, TypeAlias
 
@@ -99,6 +100,7 @@ class Sample:
     num_texts: int = 0
     num_tokens: int | None = None
     seconds: float = 0.0  # until the last answer
+    retries: int = 0  # requests that were sent again, because the server had closed an idle connection
 
     def add(self, other: Sample) -> None:
         """Take in another round."""
@@ -106,6 +108,7 @@ class Sample:
         self.errors += other.errors
         self.num_texts += other.num_texts
         self.seconds += other.seconds
+        self.retries += other.retries
         if other.num_tokens is not None:
             self.num_tokens = (self.num_tokens or 0) + other.num_tokens
 
@@ -120,6 +123,7 @@ class Sample:
         return {
             "requests": len(self.latencies),
             "errors": dict(self.errors),
+            "retries": self.retries,
             "requests_per_second": per_second(len(self.latencies)),
             "texts_per_second": per_second(self.num_texts),
             "tokens_per_second": None if self.num_tokens is None else per_second(self.num_tokens),
@@ -137,7 +141,8 @@ class Refused(Exception):
         self.code = code
 
 
-Embed: TypeAlias = "Callable[[Sequence[str], bool], Awaitable[int]]"  # texts, are they queries -> number of rows
+# Texts, whether they are queries, and the sample that counts retries -> the number of rows.
+Embed: TypeAlias = "Callable[[Sequence[str], bool, Sample], Awaitable[int]]"
 
 
 class Server:
@@ -149,7 +154,7 @@ class Server:
     async def run(self, load: Load, seconds: float, seed: str) -> dict[str, Sample]:
         """Put every stream of a load on the server at once; returns when all is answered."""
         async with self._connected() as embed:
-            await embed(["connect"], True)
+            await embed(["connect"], True, Sample())
             start = time.monotonic()
             samples = {stream.name: Sample() for stream in load}
             await asyncio.gather(
@@ -188,7 +193,7 @@ class Server:
                 response_deserializer=pb.ModelInferResponse.FromString,
             )
 
-            async def embed(texts: Sequence[str], is_query: bool) -> int:
+            async def embed(texts: Sequence[str], is_query: bool, _sample: Sample) -> int:
                 try:
                     response = await call(infer_request(texts, is_query, model_name=self.model_name))
                 except grpc.aio.AioRpcError as error:
@@ -205,36 +210,47 @@ class Gateway(Server):
     async def _connected(self) -> AsyncIterator[Embed]:
         idle: list[HTTPConnection] = []
 
-        def ask(texts: Sequence[str], is_query: bool) -> int:
+        def ask(texts: Sequence[str], is_query: bool) -> tuple[int, int]:
             connection = idle.pop() if idle else HTTPConnection(self.url.removeprefix("http://"), timeout=600)
             kind = "query" if is_query else "passage"
             body = {"model": self.model_name, "input": list(texts), "input_type": kind, "encoding_format": "base64"}
-            response = self._posted(json.dumps(body), connection)
-            answer = response.read()
+            try:
+                response, num_retries = self._posted(json.dumps(body), connection)
+                answer = response.read()
+            except (OSError, HTTPException) as error:
+                connection.close()
+                raise Refused(type(error).__name__, str(error)) from error
             idle.append(connection)
             if response.status != 200:
                 raise Refused(f"HTTP {response.status}", answer[:300].decode(errors="replace"))
-            return len([np.frombuffer(base64.b64decode(row["embedding"]), "<f4") for row in json.loads(answer)["data"]])
+            rows = [np.frombuffer(base64.b64decode(row["embedding"]), "<f4") for row in json.loads(answer)["data"]]
+            return len(rows), num_retries
 
         with ThreadPoolExecutor(MAX_CONNECTIONS) as threads:
 
-            async def embed(texts: Sequence[str], is_query: bool) -> int:
-                return await asyncio.get_running_loop().run_in_executor(threads, ask, texts, is_query)
+            async def embed(texts: Sequence[str], is_query: bool, sample: Sample) -> int:
+                num_rows, num_retries = await asyncio.get_running_loop().run_in_executor(threads, ask, texts, is_query)
+                sample.retries += num_retries
+                return num_rows
 
             yield embed
         for connection in idle:
             connection.close()
 
-    def _posted(self, body: str, connection: HTTPConnection) -> HTTPResponse:
+    def _posted(self, body: str, connection: HTTPConnection) -> tuple[HTTPResponse, int]:
+        """The answer, and how often it was asked for again: once if the connection closed before its first byte."""
         is_new = connection.sock is None
         try:
             connection.request("POST", "/v1/embeddings", body, {"Content-Type": "application/json"})
-            return connection.getresponse()
+            is_closed = not connection.sock.recv(1, socket.MSG_PEEK)  # waits for the first byte
         except ConnectionError:
             if is_new:
                 raise
-            connection.close()  # by the server while it was idle, as uvicorn does after 5 s
-            return self._posted(body, connection)
+            is_closed = True
+        if is_new or not is_closed:
+            return connection.getresponse(), 0
+        connection.close()  # by the server while it was idle, as uvicorn does after 5 s
+        return self._posted(body, connection)[0], 1
 
 
 async def _closed_loop(stream: Stream, seed: str, embed: Embed, start: float, until: float, sample: Sample) -> None:
@@ -257,7 +273,7 @@ async def _open_loop(stream: Stream, seed: str, embed: Embed, start: float, unti
 
 async def _ask(stream: Stream, texts: list[str], embed: Embed, start: float, due: float, sample: Sample) -> None:
     try:
-        num_rows = await embed(texts, stream.is_query)
+        num_rows = await embed(texts, stream.is_query, sample)
     except Refused as refusal:
         sample.errors[refusal.code] += 1
         await asyncio.sleep(0.05)  # a server that refuses everything must not become a busy loop

@@ -1,13 +1,16 @@
 """How much of the processors' time others had while something was measured: a run beside other work is no measurement.
 
-The kernel says how long this machine's processors were busy: with processes, with interrupts, and with other guests of
-the same host ("steal"). What the own processes used is taken off; the rest is others'. A server's process may end
-meanwhile: its time is then its parent's, who waited for it. What another machine does is not seen.
+The kernel says how long each of this machine's processors was busy: with processes, with interrupts, and with other
+guests of the same host ("steal"). Only those count on which the own processes may run. What the own processes used is
+taken off; the rest is others'. A server's process may end meanwhile: its time is then its parent's, who waited for it.
+What another machine does is not seen.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,20 +18,33 @@ from processes import PROC, TICK_SECONDS, Process, all_processes, families
 
 
 @dataclass(frozen=True, slots=True)
-class Moment:
-    """What the processors had done until then, in seconds of all of them together."""
+class Times:
+    """What processors did, in seconds."""
 
-    processes: dict[int, Process]
     busy: float
     steal: float  # part of busy
     total: float  # with what was idle
+
+    def __add__(self, other: Times) -> Times:
+        return Times(self.busy + other.busy, self.steal + other.steal, self.total + other.total)
+
+    def __sub__(self, other: Times) -> Times:
+        return Times(self.busy - other.busy, self.steal - other.steal, self.total - other.total)
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """What was done until then."""
+
+    processes: dict[int, Process]
+    processors: dict[int, Times]
 
 
 @dataclass(frozen=True, slots=True)
 class OtherWork:
     """Of others, between two moments."""
 
-    share: float  # of all processors' time
+    share: float  # of the time of the processors on which the own processes may run
     by: str  # who had most of it
 
     def __str__(self) -> str:
@@ -37,11 +53,25 @@ class OtherWork:
 
 def moment(proc: Path = PROC) -> Moment:
     """Now."""
-    with (proc / "stat").open(encoding="ascii") as file:
-        # Guests of this machine, the fields after these, are in the times of user and nice.
-        fields = [int(ticks) * TICK_SECONDS for ticks in file.readline().split()[1:9]]
-    user, nice, system, _idle, _waiting, irq, softirq, steal = fields
-    return Moment(all_processes(proc), user + nice + system + irq + softirq + steal, steal, sum(fields))
+    processors = {}
+    for line in (proc / "stat").read_text(encoding="ascii").splitlines():
+        name, _, rest = line.partition(" ")
+        if name.startswith("cpu") and name != "cpu":  # the sum of all
+            # Guests of this machine, the fields after these, are in the times of user and nice.
+            fields = [int(ticks) * TICK_SECONDS for ticks in rest.split()[:8]]
+            user, nice, system, _idle, _waiting, irq, softirq, steal = fields
+            busy = user + nice + system + irq + softirq + steal
+            processors[int(name.removeprefix("cpu"))] = Times(busy, steal, sum(fields))
+    return Moment(all_processes(proc), processors)
+
+
+def processors_of(pids: Iterable[int]) -> set[int]:
+    """Numbers of the processors on which any of these processes may run."""
+    found = set()
+    for pid in pids:
+        with suppress(ProcessLookupError):  # it has just ended
+            found |= os.sched_getaffinity(pid)
+    return found
 
 
 def other_work(before: Moment, after: Moment, roots: Iterable[int]) -> OtherWork:
@@ -50,16 +80,19 @@ def other_work(before: Moment, after: Moment, roots: Iterable[int]) -> OtherWork
     Args:
         before: where it begins.
         after: where it ends.
-        roots: pids of the own processes; their children are found.
+        roots: pids of the own processes; their children are found. This process may be among them or not: the
+            processors on which it may run count.
     """
     roots = list(roots)
     own = [family_seconds(then, roots) for then in (before, after)]
-    busy = after.busy - before.busy
-    others = min(max(busy - (own[1] - own[0]), 0.0), busy)
-    share = others / (after.total - before.total) if after.total > before.total else 0.0
+    spent = Times(0.0, 0.0, 0.0)
+    for number in processors_of([os.getpid(), *roots]) & before.processors.keys() & after.processors.keys():
+        spent += after.processors[number] - before.processors[number]
+    others = min(max(spent.busy - (own[1] - own[0]), 0.0), spent.busy)
+    share = others / spent.total if spent.total > 0 else 0.0
     strangers = after.processes.keys() - families(roots, after.processes)
     used = {f"{after.processes[pid].name} (pid {pid})": seconds_between(before, after, [pid]) for pid in strangers}
-    used["other guests of this machine's host"] = after.steal - before.steal
+    used["other guests of this machine's host"] = spent.steal
     return OtherWork(share, max(used, key=lambda name: used[name]))
 
 

@@ -26,46 +26,39 @@ same cores. Nothing is measured before every target gives the vectors of sentenc
     bulk beside         8 clients of the same kind: more than a server can take
     queries beside      short queries meanwhile, at random times, at 5 a second
 
-One target computes at a time; the others run and wait. Their order turns with every round. A round of a load in which
-other work used the processors is void for all targets, and another one is run instead. Ratios are taken within a round;
-their median and range are given.
+One target computes at a time; the others run and wait. Their order turns after every valid round of a load. A round of
+a load in which other work used the processors is void for all targets, and another one is run instead. Ratios are taken
+within a round; their median and range are given.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
-import os
-import statistics
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
-from loads import Load, Refused, Sample, Server, Stream, requests_of, rounded
+from loads import Load, Refused, Sample, Server, Stream, requests_of
 from machine import machine
-from other_work import moment, other_work
 from peer_servers import FOLDER, OURS, PEERS, Missing, Running, Venv, vectors
-from rounds import Samples
-from serving_report import print_rates, print_table, ratio
-from started_server import end_on_sigterm, progress
+from rounds import Loads, Rounds, Samples, name_of
+from serving_report import print_rates, print_table, ratio, spread
+from started_server import end_on_sigterm
 
 MIN_COSINE = 0.999
 _QUERY = {"is_query": True, "lengths": "short", "num_texts": 1}
 _DOCUMENTS = {"is_query": False, "lengths": "mixed", "num_texts": 16}
-LOADS: dict[str, Load] = {
-    "1 client": (Stream("1 client", **_QUERY, num_clients=1),),
-    "16 clients": (Stream("16 clients", **_QUERY, num_clients=16),),
-    "documents": (Stream("documents", **_DOCUMENTS, num_clients=4),),
-    "both": (
-        Stream("bulk beside", **_DOCUMENTS, num_clients=8),
-        Stream("queries beside", **_QUERY, rate=5.0),
-    ),
-}
+_LOADS: tuple[Load, ...] = (
+    (Stream("1 client", **_QUERY, num_clients=1),),
+    (Stream("16 clients", **_QUERY, num_clients=16),),
+    (Stream("documents", **_DOCUMENTS, num_clients=4),),
+    (Stream("bulk beside", **_DOCUMENTS, num_clients=8), Stream("queries beside", **_QUERY, rate=5.0)),
+)
+LOADS: Loads = {name_of(load): {name_of(load): load} for load in _LOADS}
 
 
 def different(servers: Sequence[Server], venv: Venv, model: Path) -> tuple[dict[str, float], list[str]]:
@@ -82,58 +75,13 @@ def different(servers: Sequence[Server], venv: Venv, model: Path) -> tuple[dict[
     return lowest, [name for name, cosine in lowest.items() if not cosine >= MIN_COSINE]
 
 
-def measure(arguments: argparse.Namespace, servers: Sequence[Server]) -> tuple[Samples, Counter[str]]:
-    """The samples of all valid rounds, and how many were void, by load."""
-    samples: Samples = {}
-    valid: Counter[str] = Counter()
-    void: Counter[str] = Counter()
-    progress(f"warm-up: {arguments.warm_up:g} s each load")
-    for server in servers:
-        for name, load in LOADS.items():
-            asyncio.run(server.run(load, arguments.warm_up, f"{arguments.seed} warm-up {name}"))
-    for number in range(2 * arguments.rounds):
-        for name in [name for name in LOADS if valid[name] < arguments.rounds]:
-            progress(f"round {number + 1}: {name}")
-            in_turn = servers if number % 2 == 0 else servers[::-1]
-            found = one_round(arguments, LOADS[name], in_turn, f"{arguments.seed} round {number} {name}")
-            if found is None:
-                void[name] += 1
-                continue
-            valid[name] += 1
-            for stream, target, sample in found:
-                samples.setdefault((stream, target), []).append(sample)
-    order = [(stream.name, server.name) for load in LOADS.values() for stream in load for server in servers]
-    return {key: samples[key] for key in order if key in samples}, void
-
-
-def one_round(
-    arguments: argparse.Namespace, load: Load, servers: Sequence[Server], seed: str
-) -> list[tuple[str, str, Sample]] | None:
-    """One load on all targets, as (stream, target, sample); None if it is void."""
-    found = []
-    for server in servers:
-        before = moment()
-        results = asyncio.run(server.run(load, arguments.seconds, seed))
-        others = other_work(before, moment(), [os.getpid()])  # every target is a child of this process
-        if others.share > arguments.allow_other_work:
-            progress(f"void, because {others} while {server.name} was measured")
-            return None
-        for stream, sample in results.items():
-            sample.texts.clear()
-            found.append((stream, server.name, sample))
-    return found
-
-
 # --- what is reported -----------------------------------------------------------------------------------
 
 
 def p99_ratio(slower: Sequence[Sample], faster: Sequence[Sample]) -> dict[str, float | None] | None:
     """How much longer the slowest requests took, round by round: median, lowest, highest."""
     pairs = zip(slower, faster, strict=True)
-    ratios = [p99(a) / p99(b) for a, b in pairs if a.latencies and b.latencies]
-    if not ratios:
-        return None
-    return {"median": rounded(statistics.median(ratios)), "low": rounded(min(ratios)), "high": rounded(max(ratios))}
+    return spread([p99(a) / p99(b) for a, b in pairs if a.latencies and b.latencies])
 
 
 def p99(sample: Sample) -> float:
@@ -170,8 +118,7 @@ def report(
     running: Running,
     venvs: Mapping[str, Venv],
     lowest: dict[str, float],
-    samples: Samples,
-    void: Counter[str],
+    rounds: Rounds,
 ) -> None:
     """Print what was found; the last line has it for programs.
 
@@ -180,20 +127,19 @@ def report(
         running: what was measured.
         venvs: of the peers.
         lowest: cosines to the reference, by target.
-        samples: of valid rounds.
-        void: the number of the other rounds, by load.
+        rounds: that were run.
     """
-    results = print_rates(samples)
-    ratios = print_ratios(samples, arguments.targets)
+    results = print_rates(rounds.samples)
+    ratios = print_ratios(rounds.samples, arguments.targets)
     print("\ndtype: " + (", ".join(f"{name}: {dtype}" for name, dtype in running.dtypes.items()) or "none of ours"))
     print("lowest cosine to the reference: " + ", ".join(f"{name} {cosine:.5f}" for name, cosine in lowest.items()))
-    print("void rounds, because of other work: " + ", ".join(f"{name} {void[name]}" for name in LOADS))
+    print("void rounds, because of other work: " + ", ".join(f"{name} {rounds.void[name]}" for name in LOADS))
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
     versions = {name: venv.versions() for name, venv in venvs.items()}
     print(json.dumps({
         "benchmark": "peers", "settings": settings, "machine": machine(), "versions": versions,
         "dtypes": running.dtypes, "lowest_cosine": {name: round(cosine, 6) for name, cosine in lowest.items()},
-        "results": results, "ratios": ratios, "void_rounds": dict(void),
+        "results": results, "ratios": ratios, "void_rounds": {name: rounds.void[name] for name in LOADS},
     }))  # fmt: skip
 
 
@@ -241,14 +187,15 @@ def main() -> int:
             told = ", ".join(f"{name} {lowest[name]:.5f}" for name in others)
             print(f"no measurement: expected a cosine of {MIN_COSINE} to the reference; got {told}", file=sys.stderr)
             return 2
+        rounds = Rounds(arguments, running.servers, LOADS)
         try:
-            samples, void = measure(arguments, running.servers)
+            rounds.run()
         except Refused as refusal:
             print(f"no measurement: {refusal}", file=sys.stderr)
             return 2
-    if samples:
-        report(arguments, running, venvs, lowest, samples, void)
-    missing = [name for name, load in LOADS.items() if (load[0].name, arguments.targets[0]) not in samples]
+    if rounds.samples:
+        report(arguments, running, venvs, lowest, rounds)
+    missing = [name for name in LOADS if not rounds.valid[name]]
     if missing:
         print(f"no measurement of {', '.join(missing)}: others used the processors in every round", file=sys.stderr)
     return 2 if missing else 0

@@ -77,7 +77,7 @@ def processes_behind(url: str, processes: Mapping[int, Process], proc: Path = PR
     """Pids of the server at an address, and of all that it started; none if the address is another machine's.
 
     Who listens is hidden where that is another user's process, or one in a container. Then these are all Triton
-    servers of this machine.
+    servers of this machine. One that only forwards, such as ssh -L, is found, and so no server is taken for its own.
 
     Args:
         url: HOST:PORT, also with http:// before it.
@@ -87,11 +87,9 @@ def processes_behind(url: str, processes: Mapping[int, Process], proc: Path = PR
     host, _, port = url.rpartition("//")[2].rpartition(":")
     if not port.isdigit() or not is_here(host.strip("/[]")):
         return set()
-    found = families(_listeners(int(port), processes, proc), processes)
-    if any(processes[pid].name in (*KINDS, GATEWAY) for pid in found):
-        return found
-    servers = [pid for pid, process in processes.items() if KINDS.get(process.name) == "server"]
-    return found | families(servers, processes)
+    listeners = _listeners(int(port), processes, proc)
+    servers = {pid for pid, process in processes.items() if KINDS.get(process.name) == "server"}
+    return families(listeners or servers, processes)
 
 
 def is_here(host: str) -> bool:

@@ -5,22 +5,28 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TypeAlias, TypeVar
 
-from bare_engine import BareEngine
+from bare_engine import PACKAGE, BareEngine
 from core_time import CoreClock, CoreTime
 from loads import Gateway, Load, Sample, Server, Stream, requests_of
 from other_work import moment, other_work
 from processes import all_processes, processes_behind
 from started_server import progress
 
+sys.path.insert(0, str(PACKAGE))
+from nv_embed.compute.host import most_cores  # needs the standard library only
+
 BARE = ("query", "documents")  # loads that are put on the bare engine too
 WAYS = ("engine, full batches", "engine, as in flight")
 NUM_CACHED = 50
+Loads: TypeAlias = "dict[str, dict[str, Load]]"  # by name, and by the name of a part: one round runs all its parts
 Samples: TypeAlias = "dict[tuple[str, str], list[Sample]]"  # stream and target -> one for each valid round
 CoreTimes: TypeAlias = "dict[tuple[str, str], CoreTime]"  # load and target -> of all valid rounds
 Answer = TypeVar("Answer")
@@ -30,8 +36,8 @@ class Disturbed(Exception):
     """Others used the processors meanwhile: how much, and who."""
 
 
-def loads_of(arguments: argparse.Namespace) -> dict[str, dict[str, Load]]:
-    """What is run for each name in --loads, without the open loop, whose rate is not known yet."""
+def loads_of(arguments: argparse.Namespace) -> Loads:
+    """What is run for each name in --loads. Without --rate, that of the open loop is 0 until the warm-up tells it."""
     query = Stream("query", True, arguments.query_lengths, 1, num_clients=arguments.clients)
     documents = Stream(
         "documents", False, arguments.lengths, arguments.documents, num_clients=arguments.document_clients
@@ -41,11 +47,13 @@ def loads_of(arguments: argparse.Namespace) -> dict[str, dict[str, Load]]:
     probe = Stream("queries beside", True, arguments.query_lengths, 1, rate=arguments.probe_rate)
     texts = tuple(text for (text,) in islice(requests_of(query, f"{arguments.seed} cached"), NUM_CACHED))
     cached = Stream("cached", True, arguments.query_lengths, 1, num_clients=arguments.clients, texts=texts)
-    loads: dict[str, dict[str, Load]] = {
+    opened = Stream("query, open loop", True, arguments.query_lengths, 1, rate=arguments.rate or 0.0)
+    loads: Loads = {
         "query": {"query": (query,)},
         "documents": {"documents": (documents,)},
         "mixed": {"mixed": (bulk,), "beside": (beside, probe)},
         "cached": {"cached": (cached,)},
+        "open": {"open": (opened,)},
     }
     return {name: parts for name, parts in loads.items() if name in arguments.loads}
 
@@ -56,27 +64,41 @@ def name_of(load: Load) -> str:
 
 
 class Rounds:
-    """All rounds of one run, and what they found."""
+    """All rounds of one run, and what they found.
+
+    Args:
+        arguments: rounds, seconds, warm_up, seed and allow_other_work of the command; what loads_of needs.
+        servers: that are put under load, in turns.
+        loads: that are put on them.
+        engine: is put under load too.
+        max_batch_tokens: of the engine's full batches.
+        count_tokens: of texts, that are queries or not.
+    """
 
     def __init__(
         self,
         arguments: argparse.Namespace,
-        servers: list[Server],
-        engine: BareEngine | None,
-        max_batch_tokens: int | None,
+        servers: Sequence[Server],
+        loads: Loads,
+        engine: BareEngine | None = None,
+        max_batch_tokens: int | None = None,
+        count_tokens: Callable[[Sequence[str], bool], int] | None = None,
     ) -> None:
         self.samples: Samples = {}
         self.core_times: CoreTimes = {}
         self.passes: dict[str, list[float]] = {}  # durations of single forward passes, in seconds
-        self.valid: Counter[str] = Counter()  # rounds by the name in --loads
+        self.valid: Counter[str] = Counter()  # rounds by the name of the load
         self.void: Counter[str] = Counter()
-        self.loads = loads_of(arguments)
+        self.loads = dict(loads)
         self._arguments, self._servers, self._engine = arguments, servers, engine
         self._max_batch_tokens = max_batch_tokens
-        self._count_tokens = token_counter(arguments.checkpoint)
+        self._count_tokens = count_tokens
 
     def run(self) -> None:
         """Warm up; then run as many rounds, and up to as many again in place of void ones."""
+        cores, quota = len(os.sched_getaffinity(0)), most_cores()
+        if quota < cores:
+            progress(f"a quota allows {quota:g} of {cores} cores, but the share of others is that of all {cores}")
         processes = all_processes()
         for server in self._servers:
             if not processes_behind(server.url, processes):
@@ -112,7 +134,7 @@ class Rounds:
         arguments, seed = self._arguments, f"{self._arguments.seed} warm-up"
         bare = " and the bare engine" * bool(self._engine)
         progress(f"warm-up: {len(self._servers)} servers{bare}, {arguments.warm_up:g} s each load")
-        parts = [load for parts in self.loads.values() for load in parts.values()]
+        parts = [load for name, parts in self.loads.items() if name != "open" for load in parts.values()]
         if self._engine:
             for load in parts:
                 self._bare(self._engine, load[0], arguments.warm_up, seed)
@@ -120,14 +142,15 @@ class Rounds:
         for server in self._servers:
             for load in parts:
                 asyncio.run(server.run(load, arguments.warm_up, seed))
-            if "open" in arguments.loads and not arguments.rate:
+            if "open" in self.loads and not arguments.rate:
                 closed = Stream("query", True, arguments.query_lengths, 1, num_clients=arguments.clients)
                 results = asyncio.run(server.run((closed,), arguments.warm_up, f"{arguments.seed} rate"))
                 rates.append(results["query"].requests_per_second)
-        if "open" in arguments.loads:
+        if "open" in self.loads:
             rate = arguments.rate or max(0.7 * min(rates), 0.5)
             progress(f"open loop: {rate:.1f} queries/s")
-            self.loads["open"] = {"open": (Stream("query, open loop", True, arguments.query_lengths, 1, rate=rate),)}
+            (stream,) = self.loads["open"]["open"]
+            self.loads["open"] = {"open": (replace(stream, rate=rate),)}
 
     def _round(self, number: int, name: str) -> None:
         """One load on all targets. Nothing is kept if it raises Disturbed."""
@@ -137,7 +160,7 @@ class Rounds:
         core_times: list[tuple[str, str, CoreTime]] = []
         passes: dict[str, float] = {}
         for part, load in self.loads[name].items():
-            for target in targets if number % 2 == 0 else targets[::-1]:
+            for target in targets if self.valid[name] % 2 == 0 else targets[::-1]:
                 if isinstance(target, Server):
                     results, spent = self._put(target, load, seconds, f"{seed} {part}")
                     samples += [(stream, target.name, sample) for stream, sample in results.items()]
@@ -195,7 +218,7 @@ def token_counter(checkpoint: Path | None) -> Callable[[Sequence[str], bool], in
 
         tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
     except Exception:  # the Rust library raises bare Exception
-        progress(f"no tokens/s: that takes the tokenizers library and {checkpoint}/tokenizer.json")
+        progress(f"no tokens/s: that needs the tokenizers library and {checkpoint}/tokenizer.json")
         return None
     instruction = "Instruct: Given a question, retrieve passages that answer the question\nQuery: "
 

@@ -12,22 +12,23 @@ What is run, with defaults that can be changed:
     bulk alone          8 clients, 16 documents of mixed length a request: more than a server can take
     bulk beside         the same, while queries come in at random times
     queries beside      those queries
-    cached              16 clients, one query each, out of 50 that come again: all but computing. Only if asked for:
+    cached              16 clients, one query each, out of 50 that come again: all but computing. Only alone:
                         python benchmarks/serving.py --compare --loads cached
 
 In an open loop latency counts from the moment a request was due, not from when it was sent, so a server that stalls
 cannot hide it. Throughput is what was answered divided by the time until the last answer. All texts are drawn from a
 seed and, but for load cached, none comes twice, so no cache helps; every target gets the same ones in the same order.
-Load cached needs the server's cache, the figures of all others are made with NV_EMBED_CACHE_MEBIBYTES=0.
+Load cached needs the server's cache, the figures of all others are made with NV_EMBED_CACHE_MEBIBYTES=0. Therefore it
+runs alone. The baseline has no cache, so `--compare` does not start it for that load.
 
-With two or more targets the rounds alternate, in turned order every second round, and one target computes at a time:
-drift of the machine meets all alike. Ratios are taken within a round; their median and range are given.
+With two or more targets the rounds alternate, and one target computes at a time: drift of the machine meets all alike.
+Their order turns after every valid round of a load. Ratios are taken within a round; their median and range are given.
 
 A run beside other work is no measurement. A round of a load is void for all targets if others used more than 5 % of the
-processors' time (`--allow-other-work`) while one of them was measured. It is left out, and up to as many rounds as
-`--rounds` are run in place of void ones. A load without a valid round has no measurement, and the exit code is 2. The
-servers at `--url` and `--baseline-url` are no others if they run on this machine. What else another machine does, or a
-GPU, is not seen. The second table has the processor time that a request costs, by process.
+processors' time (`--allow-other-work`) while one of them was measured. Void rounds are replaced, at most `--rounds` of
+them. A load without a valid round has no measurement, and the exit code is 2. The servers at `--url` and
+`--baseline-url` count as own work if they run on this machine. Other work on another machine or on a GPU is not seen.
+The second table has the processor time that a request costs, by process.
 
 `--compare` starts this repository's server and benchmarks/baseline on free ports. On a CPU `baseline` computes in
 float32. If the CPU multiplies bfloat16, `baseline, bfloat16` is a target of its own. `--engine` adds the bare engine,
@@ -50,7 +51,7 @@ from pathlib import Path
 
 from bare_engine import PACKAGE, BareEngine
 from loads import LENGTHS, MODEL_NAME, Gateway, Refused, Server
-from rounds import Rounds
+from rounds import Rounds, loads_of, token_counter
 from serving_plot import plot
 from serving_report import report
 from started_server import ROOT, StartedGateway, StartedServer, batch_tokens_of, end_on_sigterm, progress
@@ -75,7 +76,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
                      help="what is served, to count its tokens; --compare, --engine: nv-embed-mini")  # fmt: skip
     who.add_argument("--device", default="cpu", help="of --compare and --engine (%(default)s)")
     what = parser.add_argument_group("what is asked")
-    what.add_argument("--loads", default=",".join(LOADS), help="some of %(default)s,cached (all but the last)")
+    what.add_argument("--loads", default=",".join(LOADS), help="some of %(default)s, or cached alone (%(default)s)")
     what.add_argument("--lengths", choices=LENGTHS, default="mixed", help="of documents (%(default)s)")
     what.add_argument("--query-lengths", choices=LENGTHS, default="short", help="of queries (%(default)s)")
     what.add_argument("--clients", type=int, default=16, help="of loads query and cached (%(default)s)")
@@ -100,6 +101,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         arguments.checkpoint = arguments.checkpoint or ROOT / "checkpoints" / "nv-embed-mini"
     if unknown := set(arguments.loads) - {*LOADS, "cached"}:
         parser.error(f"--loads: expected some of {','.join(LOADS)},cached, got {','.join(sorted(unknown))}")
+    if "cached" in arguments.loads and len(arguments.loads) > 1:
+        parser.error(
+            f"--loads: expected cached alone, because it needs the cache that the others must not have; got "
+            f"{','.join(arguments.loads)}; run it by itself"
+        )
     if "cached" in arguments.loads and os.environ.get("NV_EMBED_CACHE_MEBIBYTES") == "0" and arguments.compare:
         parser.error("--loads cached: expected a cache, got NV_EMBED_CACHE_MEBIBYTES=0; unset it")
     if arguments.quick:
@@ -145,6 +151,8 @@ def main() -> int:
         settings: dict[str, dict[str, str]] = {}
         if arguments.compare:
             settings = settings_by_server(arguments.checkpoint, arguments.device)
+            if arguments.loads == ["cached"]:
+                settings = {"nv-embed": settings["nv-embed"]}
             servers = []
             for name, of_server in settings.items():
                 progress(f"starting {name}")
@@ -170,7 +178,8 @@ def main() -> int:
                 )
             engine = BareEngine(arguments.checkpoint, arguments.device)
             stack.callback(engine.stop)
-        rounds = Rounds(arguments, servers, engine, max_batch_tokens)
+        count_tokens = token_counter(arguments.checkpoint)
+        rounds = Rounds(arguments, servers, loads_of(arguments), engine, max_batch_tokens, count_tokens)
         try:
             rounds.run()
         except Refused as refusal:

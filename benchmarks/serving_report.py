@@ -24,6 +24,11 @@ def ratio(samples: Samples, over: tuple[str, str], under: tuple[str, str]) -> di
         for a, b in zip(samples.get(over, []), samples.get(under, []), strict=False)
         if a.num_texts and b.num_texts
     ]
+    return spread(ratios)
+
+
+def spread(ratios: Sequence[float]) -> dict[str, float | None] | None:
+    """Median, lowest, highest; None without any."""
     if not ratios:
         return None
     return {"median": rounded(statistics.median(ratios)), "low": rounded(min(ratios)), "high": rounded(max(ratios))}
@@ -69,6 +74,8 @@ def report(
     void = {name: rounds.void[name] for name in rounds.loads}
     print("void rounds, because of other work: " + ", ".join(f"{name} {count}" for name, count in void.items()))
     settings = {k: os.path.relpath(v, ROOT) if isinstance(v, Path) else v for k, v in vars(arguments).items()}
+    if arguments.compare:  # what other servers were started with is not known
+        settings["NV_EMBED_CACHE_MEBIBYTES"] = os.environ.get("NV_EMBED_CACHE_MEBIBYTES", "default")
     return {
         "benchmark": "serving",
         "settings": settings,
@@ -87,15 +94,20 @@ def print_rates(samples: Samples) -> list[dict[str, Any]]:
     """Print throughput and latency; return them, an entry for each row."""
     rows = [[*BEFORE, "requests", "errors", "req/s", "texts/s", "tokens/s", "p50 ms", "p90 ms", "p99 ms"]]
     results = []
+    retries = []
     for (stream, target), rounds in samples.items():
         total = Sample()
         for sample in rounds:
             total.add(sample)
         summary = total.summary()
         results.append({"load": stream, "target": target, **summary})
-        numbers = [summary["requests"], total.errors.total(), *list(summary.values())[2:]]
+        numbers = [summary["requests"], total.errors.total(), *list(summary.values())[3:]]
         rows.append([stream, target, *map(_cell, numbers)])
+        if total.retries:
+            retries.append(f"{stream}, {target}: {total.retries} requests sent again: the connection had been closed")
     print_table(rows)
+    for line in retries:
+        print(line)
     return results
 
 

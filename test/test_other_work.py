@@ -7,8 +7,9 @@ import socket
 import subprocess
 import sys
 
+import other_work as other_work_module
 import pytest
-from other_work import moment, other_work, seconds_between
+from other_work import moment, other_work, processors_of, seconds_between
 from processes import all_processes, is_here, processes_behind
 
 NAMES = {10: "benchmark", 11: "a child) of it", 20: "tritonserver", 21: "triton_python_b", 30: "compiler"}
@@ -16,14 +17,19 @@ PARENTS = {10: 1, 11: 10, 20: 1, 21: 20, 30: 1}
 
 
 @pytest.fixture
-def proc(tmp_path):
+def proc(tmp_path, monkeypatch):
+    """Where own processes may run on processor 1 only."""
+    monkeypatch.setattr(other_work_module, "processors_of", lambda _: {1})
     (tmp_path / "net").mkdir()
     return tmp_path
 
 
-def write(proc, used, *, user=0, idle=0, softirq=0, steal=0, reaped=None):
-    """A /proc at one moment; times in ticks."""
-    (proc / "stat").write_text(f"cpu  {user} 0 0 {idle} 0 0 {softirq} {steal} 0 0\ncpu0 1 0 0 1 0 0 0 0 0 0\n")
+def write(proc, used, *, user=0, idle=0, softirq=0, steal=0, reaped=None, elsewhere=0):
+    """A /proc at one moment; times in ticks, `elsewhere` of what processor 0 was busy."""
+    (proc / "stat").write_text(
+        f"cpu  {user + elsewhere} 0 0 {idle} 0 0 {softirq} {steal} 0 0\ncpu0 {elsewhere} 0 0 0 0 0 0 0 0 0\n"
+        f"cpu1 {user} 0 0 {idle} 0 0 {softirq} {steal} 0 0\nintr 5\n"
+    )
     for pid in NAMES:
         folder = proc / str(pid)
         if pid not in used:
@@ -36,6 +42,13 @@ def write(proc, used, *, user=0, idle=0, softirq=0, steal=0, reaped=None):
         )
 
 
+def listen(proc, pid, port):
+    """A process listens on a port, and a client (socket 5) is connected."""
+    row = "0: 0100007F:{:04X} 00000000:0000 {} 00000000:00000000 00:00000000 00000000 0 0 {} 1 0 100 0 0 10 0\n"
+    (proc / "net" / "tcp").write_text("header\n" + row.format(port, "01", 5) + row.format(port, "0A", 77))
+    (proc / str(pid) / "fd" / "3").symlink_to("socket:[77]")
+
+
 def test_the_time_of_others_is_what_the_own_processes_did_not_use(proc):
     write(proc, {10: 100, 11: 5, 20: 7, 21: 50, 30: 1000}, user=2000, idle=5000)
     before = moment(proc)
@@ -43,6 +56,18 @@ def test_the_time_of_others_is_what_the_own_processes_did_not_use(proc):
     work = other_work(before, moment(proc), [10, 20])
     assert work.share == pytest.approx(20 / 200)
     assert str(work) == "others used 10 % of the processors, most of it compiler (pid 30)"
+
+
+def test_only_processors_on_which_own_processes_may_run_count(proc):
+    write(proc, {10: 100, 30: 1000}, user=2000, idle=5000)
+    before = moment(proc)
+    write(proc, {10: 150, 30: 1030}, user=2080, idle=5020, elsewhere=9000)
+    assert other_work(before, moment(proc), [10]).share == pytest.approx(30 / 100)
+
+
+def test_a_process_may_run_on_the_processors_of_its_affinity():
+    assert processors_of([os.getpid()]) == os.sched_getaffinity(0)
+    assert processors_of([2**22 + 1]) == set()  # no pid is that high
 
 
 def test_an_own_process_that_ends_meanwhile_is_not_taken_for_others(proc):
@@ -63,13 +88,17 @@ def test_interrupts_and_other_guests_of_the_host_are_others(proc):
 
 def test_a_server_is_found_by_who_listens_and_so_is_its_child(proc):
     write(proc, {10: 0, 20: 0, 21: 0, 30: 0})
-    row = "0: 0100007F:{:04X} 00000000:0000 {} 00000000:00000000 00:00000000 00000000 0 0 {} 1 0 100 0 0 10 0\n"
-    (proc / "net" / "tcp").write_text("header\n" + row.format(8001, "01", 5) + row.format(8001, "0A", 77))
-    (proc / "20" / "fd" / "3").symlink_to("socket:[77]")
+    listen(proc, 20, 8001)
     (proc / "30" / "fd" / "3").symlink_to("socket:[5]")  # a client's connection
     processes = all_processes(proc)
     assert processes_behind("localhost:8001", processes, proc) == {20, 21}
     assert processes_behind("192.0.2.1:8001", processes, proc) == set()  # another machine's
+
+
+def test_a_server_is_not_an_own_one_because_something_else_forwards_to_another_machine(proc):
+    write(proc, {10: 0, 20: 0, 21: 0, 30: 0})
+    listen(proc, 30, 8001)
+    assert processes_behind("localhost:8001", all_processes(proc), proc) == {30}
 
 
 def test_a_server_whose_listener_is_hidden_is_any_triton_server_of_this_machine(proc):
@@ -93,7 +122,8 @@ def test_a_busy_process_is_others_unless_it_is_an_own_child():
         beside = other_work(before, after, [])
         process.communicate(b"\n")
     # The kernel counts in ticks, and the machine may be busy with anything else, so only the difference is sure.
-    assert beside.share - own.share > 0.3 * 0.5 / (after.total - before.total)
+    total = sum(after.processors[n].total - before.processors[n].total for n in after.processors)
+    assert beside.share - own.share > 0.3 * 0.5 / total
 
 
 def test_who_listens_on_a_real_port_is_found():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from argparse import Namespace
@@ -27,12 +28,13 @@ def run(monkeypatch, shares, *, loads=("query",), num_rounds=3) -> rounds.Rounds
     following = iter(shares)
     monkeypatch.setattr(rounds, "other_work", lambda *_: OtherWork(next(following, 0.0), "cc (pid 1)"))
     settings = {
-        "loads": loads, "rounds": num_rounds, "seconds": 0.0, "warm_up": 0.0, "seed": 1, "checkpoint": None,
+        "loads": loads, "rounds": num_rounds, "seconds": 0.0, "warm_up": 0.0, "seed": 1,
         "allow_other_work": 0.05, "query_lengths": "short", "lengths": "short", "clients": 1, "documents": 1,
         "document_clients": 1, "bulk_clients": 1, "probe_rate": 1.0, "rate": 1.0,
     }  # fmt: skip
     servers: list[Server] = [Named("a", "192.0.2.1:8001"), Named("b", "192.0.2.1:8002")]
-    found = rounds.Rounds(Namespace(**settings), servers, None, None)
+    arguments = Namespace(**settings)
+    found = rounds.Rounds(arguments, servers, rounds.loads_of(arguments))
     found.run()
     return found
 
@@ -57,7 +59,7 @@ def test_a_void_part_of_the_mixed_load_voids_the_other_part_that_it_is_compared_
 
 
 def test_rows_are_in_the_same_order_whichever_round_was_the_first_valid_one(monkeypatch):
-    found = run(monkeypatch, [0.3], loads=("query", "mixed"))  # the second round, in turned order, is query's first
+    found = run(monkeypatch, [0.3], loads=("query", "mixed"))  # query's first valid round is after mixed's
     streams = ("query", "bulk alone", "bulk beside", "queries beside")
     assert list(found.samples) == [(stream, target) for stream in streams for target in ("a", "b")]
     loads = ("query", "bulk alone", "bulk beside and queries beside")
@@ -67,6 +69,28 @@ def test_rows_are_in_the_same_order_whichever_round_was_the_first_valid_one(monk
 def test_a_server_on_another_machine_is_said_to_be_out_of_sight(monkeypatch, capsys):
     run(monkeypatch, [])
     assert "a: no process of this machine serves 192.0.2.1:8001" in capsys.readouterr().err
+
+
+def test_the_order_of_targets_turns_after_valid_rounds_only(monkeypatch):
+    asked = []
+    monkeypatch.setattr(Named, "run", noting(asked, Named.run))
+    run(monkeypatch, [0.0, 0.3])  # the first round is void
+    assert asked == [*"ab", *"ab", *"ab", *"ba", *"ab"]  # warm-up, the void round, three valid ones
+
+
+def noting(asked, answer):
+    async def run(self, load, seconds, seed):
+        asked.append(self.name)
+        return await answer(self, load, seconds, seed)
+
+    return run
+
+
+@pytest.mark.parametrize(("quota", "is_told"), [(0.5, True), (math.inf, False)])
+def test_a_quota_of_fewer_cores_is_told(quota, is_told, monkeypatch, capsys):
+    monkeypatch.setattr(rounds, "most_cores", lambda: quota)
+    run(monkeypatch, [])
+    assert ("a quota allows 0.5 of" in capsys.readouterr().err) == is_told
 
 
 def test_as_many_rounds_again_are_run_at_most(monkeypatch):

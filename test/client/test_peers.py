@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import socket
+import struct
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from socketserver import StreamRequestHandler, ThreadingTCPServer
 from threading import Thread
@@ -14,6 +17,7 @@ from threading import Thread
 import numpy as np
 import peers
 import pytest
+import rounds
 import tiny_models
 from conftest import REPO, without_settings
 from loads import Gateway, Sample, Server, Stream
@@ -21,6 +25,7 @@ from openai import OpenAI
 from other_work import OtherWork
 from peer_servers import Venv, vectors
 from sentence_transformers import SentenceTransformer
+from serving_report import print_rates
 from started_server import Started, free_ports
 
 TEXTS = ["the water boils", "a network of air", "press"]
@@ -77,7 +82,7 @@ def test_this_server_and_a_peer_are_started_and_measured_by_one_command(model):
     assert answer["dtypes"]["nv-embed-float32"] == "float32"
     assert min(answer["lowest_cosine"].values()) > 0.999
     assert answer["versions"]["fastapi"]["sentence-transformers"]
-    assert answer["void_rounds"] == {}
+    assert not any(answer["void_rounds"].values())
 
 
 def test_an_environment_that_is_missing_is_named_with_the_command_that_makes_it(tmp_path):
@@ -100,18 +105,19 @@ def test_a_target_with_other_vectors_is_found(model, monkeypatch):
 
 def test_a_round_beside_other_work_is_void_for_all_targets_and_run_again(monkeypatch):
     shares = iter([0.0, 0.3, *[0.01] * 100])  # the first load's second target is disturbed in the first round
-    monkeypatch.setattr(peers, "other_work", lambda *_: OtherWork(next(shares), "somebody"))
+    monkeypatch.setattr(rounds, "other_work", lambda *_: OtherWork(next(shares), "somebody"))
 
     async def answered(self, load, seconds, seed):
         return {stream.name: Sample([0.1], num_texts=1, seconds=1.0) for stream in load}
 
     monkeypatch.setattr(Server, "run", answered)
     servers = [Server(name, "") for name in ("nv-embed", "fastapi")]
-    samples, void = peers.measure(peers.parse(["--rounds", "2"]), servers)
-    assert void == {"1 client": 1}
+    found = rounds.Rounds(peers.parse(["--rounds", "2"]), servers, peers.LOADS)
+    found.run()
+    assert found.void == {"1 client": 1}
     streams = ("1 client", "16 clients", "documents", "bulk beside", "queries beside")
-    assert list(samples) == [(stream, target) for stream in streams for target in ("nv-embed", "fastapi")]
-    assert {len(rounds) for rounds in samples.values()} == {2}
+    assert list(found.samples) == [(stream, target) for stream in streams for target in ("nv-embed", "fastapi")]
+    assert {len(samples) for samples in found.samples.values()} == {2}
 
 
 def test_ratios_say_how_much_faster_this_server_is_also_where_only_waiting_differs(capsys):
@@ -131,28 +137,68 @@ def test_ratios_say_how_much_faster_this_server_is_also_where_only_waiting_diffe
     assert "2.5 (2 to 3)" in capsys.readouterr().out
 
 
-def test_a_server_may_close_connections_that_were_idle():
+def read_texts(file) -> int:
+    """A request; returns its number of texts."""
+    length = 0
+    while (line := file.readline()) != b"\r\n":
+        if line.lower().startswith(b"content-length:"):
+            length = int(line.partition(b":")[2])
+    return len(json.loads(file.read(length))["input"])
+
+
+def ok(num_texts: int) -> bytes:
+    body = json.dumps({"data": [{"embedding": "AAAAAA=="}] * num_texts}).encode()
+    return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+
+
+@contextmanager
+def served(handler):
+    """Its address."""
+    with ThreadingTCPServer(("127.0.0.1", 0), handler) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_a_server_may_close_connections_that_were_idle(capsys):
     class Once(StreamRequestHandler):
         """Answers one request, and closes without having said so."""
 
         def handle(self):
-            length = 0
-            while (line := self.rfile.readline()) != b"\r\n":
-                if line.lower().startswith(b"content-length:"):
-                    length = int(line.partition(b":")[2])
-            num_texts = len(json.loads(self.rfile.read(length))["input"])
-            body = json.dumps({"data": [{"embedding": "AAAAAA=="}] * num_texts}).encode()
-            self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+            self.wfile.write(ok(read_texts(self.rfile)))
 
-    with ThreadingTCPServer(("127.0.0.1", 0), Once) as server:
-        thread = Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            gateway = Gateway("closes", f"http://127.0.0.1:{server.server_address[1]}")
-            load = (Stream("queries", True, "short", 1, num_clients=2),)
-            sample = asyncio.run(gateway.run(load, 0.2, "seed"))["queries"]
-        finally:
-            server.shutdown()
-            thread.join()
+    with served(Once) as url:
+        load = (Stream("queries", True, "short", 1, num_clients=2),)
+        sample = asyncio.run(Gateway("closes", url).run(load, 0.2, "seed"))["queries"]
     assert sample.num_texts > 2
     assert not sample.errors
+    assert sample.retries > 0
+    print_rates({("query", "closes"): [sample, Sample(retries=2)]})
+    assert f"query, closes: {sample.retries + 2} requests sent again" in capsys.readouterr().out
+
+
+def test_an_answer_that_breaks_off_is_not_asked_for_again():
+    num_asked = 0
+
+    class Breaks(StreamRequestHandler):
+        """Answers one request, and the second one in part."""
+
+        def handle(self):
+            nonlocal num_asked
+            num_asked += 1
+            self.wfile.write(ok(read_texts(self.rfile)))
+            read_texts(self.rfile)
+            num_asked += 1
+            self.wfile.write(b"HTTP/1.1 2")
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
+
+    with served(Breaks) as url:
+        load = (Stream("queries", True, "short", 1, num_clients=1),)
+        sample = asyncio.run(Gateway("breaks", url).run(load, 0.2, "seed"))["queries"]
+    assert sample.errors.total() > 0
+    assert sample.retries == 0
+    assert num_asked == 1 + len(sample.latencies) + sample.errors.total()  # the first one connects

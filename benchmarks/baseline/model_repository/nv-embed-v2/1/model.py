@@ -103,9 +103,14 @@ class Library:
         import torch
         from sentence_transformers import SentenceTransformer
 
-        self._model = SentenceTransformer(str(folder), device=device.partition(",")[0], local_files_only=True)
-        if dtype != "auto":
-            self._model.to(dtype=getattr(torch, dtype))
+        kept = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
+        self._model = SentenceTransformer(
+            str(folder), device=device.partition(",")[0], local_files_only=True, model_kwargs=kept
+        )
+        # A network is loaded in this precision, except what it computes in float32, such as rotary frequencies. A
+        # table of token vectors has no such part, and is loaded in its own precision.
+        if kept and self._model.transformers_model is None:
+            self._model.to(**kept)
 
     def embed(self, texts: Sequence[str], *, is_query: bool) -> npt.NDArray[np.float32]:
         """[texts, dimension], rows of length 1."""

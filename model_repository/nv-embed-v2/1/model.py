@@ -90,6 +90,9 @@ class TritonPythonModel:
             print(f"{self._name}: the server stops; requests not yet answered: {num_unanswered}", file=sys.stderr)
 
     def _load(self, parameters: dict[str, dict[str, str]]) -> None:
+        # oneDNN keeps what it prepared for 1,024 sizes of products, twice and with memory: gigabytes on a CPU.
+        for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+            os.environ.setdefault(name, "32")
         # These import torch, which takes long. Triton also imports this file only to look at it.
         from nv_embed.compute.loading import load_engines
         from nv_embed.compute.warm_up import SAMPLE_TEXT, warm_up

@@ -85,15 +85,14 @@ class TritonPythonModel:
         if self._watchdog.wait_for_stop():
             num_unanswered = self._batcher.num_unanswered
             self._batcher.drain(DRAIN_SECONDS)
-            # Not through Triton's log, which ends too. If nothing is unanswered here and the stop still takes long,
-            # Triton waits for something of its own.
+            # Not through Triton's log, which ends too. If nothing is unanswered and this takes long, Triton itself waits.
             print(f"{self._name}: the server stops; requests not yet answered: {num_unanswered}", file=sys.stderr)
 
     def _load(self, parameters: dict[str, dict[str, str]]) -> None:
-        # oneDNN keeps what it prepared for 1,024 sizes of products, twice and with memory: gigabytes on a CPU.
-        for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
-            os.environ.setdefault(name, "32")
-        # These import torch, which takes long. Triton also imports this file only to look at it.
+        # oneDNN would keep what it prepared for 1,024 sizes of products, twice and with memory: gigabytes on a CPU.
+        few = dict.fromkeys(("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"), "32")
+        os.environ.update(few | dict(os.environ))
+        # Here, because they import torch, and Triton also imports this file only to look at it.
         from nv_embed.compute.loading import load_engines
         from nv_embed.compute.warm_up import SAMPLE_TEXT, warm_up
         from nv_embed.models import kind_of, read_checkpoint

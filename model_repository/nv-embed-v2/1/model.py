@@ -85,7 +85,7 @@ class TritonPythonModel:
         if self._watchdog.wait_for_stop():
             num_unanswered = self._batcher.num_unanswered
             self._batcher.drain(DRAIN_SECONDS)
-            # Not through Triton's log, which ends too. If nothing is unanswered and this takes long, Triton itself waits.
+            # Not through Triton's log, which ends too. If nothing is unanswered and this takes long, Triton waits.
             print(f"{self._name}: the server stops; requests not yet answered: {num_unanswered}", file=sys.stderr)
 
     def _load(self, parameters: dict[str, dict[str, str]]) -> None:

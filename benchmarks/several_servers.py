@@ -224,7 +224,7 @@ def within(condition: Callable[[], Any]) -> None:
 
 
 def name_stands_for(addresses: Iterable[str]) -> None:
-    """Have NAME stand for these addresses, for this process and its children."""
+    """Make NAME resolve to these addresses, in this process and its children."""
     lines = ["127.0.0.1 localhost", *(f"{address} {NAME}" for address in addresses)]
     Path(os.environ[HOSTS_VARIABLE]).write_text("\n".join(lines) + "\n", encoding="ascii")
 

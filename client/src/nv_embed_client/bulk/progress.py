@@ -1,4 +1,4 @@
-"""How far a job is, for whoever reads the standard error."""
+"""How far a job is, said on the standard error."""
 
 from __future__ import annotations
 

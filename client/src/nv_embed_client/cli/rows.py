@@ -64,7 +64,7 @@ def rows_of(path: str, text_column: str = "text", format: Format | None = None) 
 
 
 def num_rows_of(path: str, format: Format | None = None) -> int | None:
-    """About how many rows a file has, for a progress bar; None where only reading it all would tell."""
+    """About how many rows a file has, which a progress bar needs; None where only reading it all would tell."""
     format = format or format_of(path)
     if not os.path.isfile(path) or format in ("csv", "tsv"):  # a pipe can be read only once
         return None

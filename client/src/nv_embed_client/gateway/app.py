@@ -25,7 +25,7 @@ def create_app(settings: GatewaySettings, url: str | None = None) -> FastAPI:
     """One gateway. It connects to Triton when the application starts, and needs it for no answer but embeddings.
 
     Args:
-        url: where people will find it, for the log.
+        url: where people will find it, as the log says it.
     """
     metrics = GatewayMetrics()
     names = names_of(settings.model_names, settings.aliases)

@@ -50,7 +50,7 @@ class Embedder:
         """As long as this lasts it can embed; a server that is absent is asked again at each request.
 
         Args:
-            url: of the gateway's page, for the log.
+            url: of the gateway's page, as the log says it.
         """
         settings = self._settings
         connection = settings.connection(settings.default_model)

@@ -2,6 +2,7 @@
 
 Torch keeps a matrix row by row. oneDNN multiplies bfloat16, and has to rearrange the matrix for every product. Float32
 goes to MKL, which is tuned for Intel's processors. Torch's own compiler arranges constant matrices with the same calls.
+Knows no files and no kind of checkpoint.
 """
 
 from __future__ import annotations

@@ -31,7 +31,8 @@ class NVEmbedClient(Core):
         scores = client.embed_query("...") @ client.embed_documents(["...", "..."]).T
 
     Its arguments are the fields of `Settings`. Every method raises `NVEmbedError` and nothing else on purpose; `errors`
-    has the tree. A forked child may use the client of its parent: it makes a connection of its own.
+    has the tree. A forked child may use the client of its parent: it makes a connection of its own. Fork while no call
+    is on its way, because gRPC may abort the child otherwise.
     """
 
     embed_query = _carried_out(Core._embed_query)

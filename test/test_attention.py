@@ -56,10 +56,15 @@ def test_short_sequences_computed_together_attend_to_themselves_alone(seqlens, n
 
 
 @pytest.mark.parametrize(
-    ("seqlens", "num_calls"),
-    [((1, 5, 3), 1), ((64, 1, 40, 64), 1), ((20,) * 9, 1), ((1, 65), 2), ((60, 1, 1, 1, 1), 5), ((7,), 1)],
-)
-def test_only_short_sequences_of_about_one_length_share_a_call(seqlens, num_calls, monkeypatch):
+    ("seqlens", "head_dim", "num_calls"),
+    [
+        ((1, 5, 3), 8, 0), ((64, 1, 40, 64), 64, 0), ((20,) * 9, 8, 0),
+        ((1, 65), 8, 2), ((60, 1, 1, 1, 1), 8, 5), ((7,), 8, 1), ((1, 5, 3), 80, 3),
+    ],
+)  # fmt: skip
+def test_only_short_sequences_of_about_one_length_and_narrow_heads_are_computed_together(
+    seqlens, head_dim, num_calls, monkeypatch
+):
     calls, attend = [], functional.scaled_dot_product_attention
 
     def counted(*arguments, **options):
@@ -67,11 +72,22 @@ def test_only_short_sequences_of_about_one_length_share_a_call(seqlens, num_call
         return attend(*arguments, **options)
 
     monkeypatch.setattr(functional, "scaled_dot_product_attention", counted)
-    q, k, v = torch.randn(sum(seqlens), 3, 4, 8).unbind(dim=1)
+    q, k, v = torch.randn(sum(seqlens), 3, 4, head_dim).unbind(dim=1)
     nothing = torch.empty(0, dtype=torch.int32)
     batch = PackedBatch(nothing, nothing, nothing, max(seqlens), seqlens, nothing, seqlens)
     attend_short_together(q, k, v, batch, Whole())
     assert len(calls) == num_calls
+
+
+def test_many_short_sequences_are_computed_in_parts(monkeypatch):
+    seqlens = (9, 3, 8, 9, 5, 7, 2, 9)
+    q, k, v = torch.randn(sum(seqlens), 3, 4, 8, generator=torch.Generator().manual_seed(0)).unbind(dim=1)
+    nothing = torch.empty(0, dtype=torch.int32)
+    batch = PackedBatch(nothing, nothing, nothing, 9, seqlens, nothing, seqlens)
+    expected = attend_masked(q, k, v, batch, Whole())
+    for most_scores in (1, 4 * 9 * 9 * 3, 4 * 9 * 9 * 8):  # one sequence, three and all at a time
+        monkeypatch.setattr(attention, "_MOST_SCORES", most_scores)
+        torch.testing.assert_close(attend_short_together(q, k, v, batch, Whole()), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_short_sequences_are_computed_one_after_the_other_where_together_they_are_not_right(monkeypatch, caplog):

@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 _FEWEST_QUERIES = 768  # of a piece: with fewer, the CPU's kernel takes smaller blocks
 _SHORT_TOKENS = 64  # with more, computing attention takes longer than the call itself
+_NARROW_HEAD = 64  # with wider ones, one after the other is up to twice as fast
+_MOST_SCORES = 2**20  # at once: 4 MiB
 _LARGEST_DIFFERENCE = 0.05  # of a kernel in half precision from float32, of values up to 4
 _FLASH = "varlen", "flash-attn"
 _OLDEST_CAPABILITY = (8, 0)  # of GPUs that flash attention runs on: Ampere
@@ -65,26 +67,41 @@ def _parts(piece: slice, num_kv_heads: int, seqlen: int) -> Iterator[tuple[slice
 
 
 def attend_short_together(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, work: Work) -> Tensor:
-    """Short sequences in one call, padded to the longest; longer ones one after the other.
+    """Short sequences of narrow heads together, padded to the longest, in float32; others one after the other.
 
-    A call for each short sequence takes longer than what it computes. Each of its steps also waits for Python's lock
-    while other threads receive requests and send answers.
+    A kernel's call for a short sequence takes longer than what it computes. Each call also waits for Python's lock
+    while other threads receive requests and send answers. SDPA with a mask would take all at once, too, but two to
+    three times as long as plain products, which it computes in half precision.
     """
     num_sequences, longest = len(batch.seqlens), batch.max_seqlen
-    if num_sequences == 1 or longest > _SHORT_TOKENS or num_sequences * longest > 2 * len(q):
+    num_heads, head_dim = q.shape[1:]
+    is_short = longest <= _SHORT_TOKENS and head_dim <= _NARROW_HEAD
+    if num_sequences == 1 or not is_short or num_sequences * longest > 2 * len(q):
         return attend_each(q, k, v, batch, work)
-    exists = torch.arange(longest) < torch.tensor(batch.seqlens)[:, None]  # [S, longest]
-    (places,) = exists.flatten().nonzero(as_tuple=True)  # [T]
+    padding = batch.padding
+    attended = q.new_empty(num_sequences * longest, num_heads, head_dim)
+    at_once = max(_MOST_SCORES // (num_heads * longest**2), 1)
+    for first in range(0, num_sequences, at_once):
+        bias = padding.bias[first : first + at_once]
+        tokens = slice(first * longest, (first + len(bias)) * longest)
+        attended[tokens] = _attend_padded(q, k, v, padding.sources[tokens], bias)
+    return attended.index_select(0, padding.places)
 
-    def padded(x: Tensor) -> Tensor:
-        """[T, heads, D] to [S, heads, longest, D]."""
-        rows = x.new_zeros(num_sequences * longest, *x.shape[1:]).index_copy_(0, places, x)
-        return rows.view(num_sequences, longest, *x.shape[1:]).transpose(1, 2)
 
-    attended = functional.scaled_dot_product_attention(
-        padded(q), padded(k), padded(v), attn_mask=exists[:, None, None], enable_gqa=True
-    )
-    return attended.transpose(1, 2)[exists]
+def _attend_padded(q: Tensor, k: Tensor, v: Tensor, sources: Tensor, bias: Tensor) -> Tensor:
+    """Those of S sequences, L places each, of which `sources` and `bias` are as in `Padding`: [S * L, H, D] float32."""
+    num_heads, head_dim = q.shape[1:]
+    groups, longest = num_heads // k.shape[1], bias.shape[2]
+
+    def padded(x: Tensor, groups: int = 1) -> Tensor:
+        """[T, heads, D] to [heads * groups * S, L, D]."""
+        rows = x.transpose(0, 1).index_select(1, sources).float()
+        rows = rows if groups == 1 else rows.repeat_interleave(groups, 0)  # which copies
+        return rows.view(-1, longest, head_dim)
+
+    bias = bias.expand(num_heads, -1, -1, -1).reshape(-1, 1, longest)
+    scores = torch.baddbmm(bias, padded(q), padded(k, groups).transpose(1, 2), alpha=head_dim**-0.5)
+    return (scores.softmax(dim=-1) @ padded(v, groups)).view(num_heads, -1, head_dim).transpose(0, 1)
 
 
 def choose_attention(name: str, heads: Heads, device: torch.device, dtype: torch.dtype) -> Attend:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -20,6 +22,15 @@ from nv_embed.sequence import TokenSequence
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Padding:
+    """S sequences of a packed row as rows of L tokens each, the length of the longest."""
+
+    sources: Tensor  # [S * L] int32: the packed token at each place; behind its end, a sequence's own last one
+    places: Tensor  # [T] int32: where each packed token is in them
+    bias: Tensor  # [S, 1, L] float32 for scores: 0, and minus infinity behind a sequence's end
+
+
+@dataclass(frozen=True, eq=False)
 class PackedBatch:
     """S sequences of T tokens in all, one after the other and without padding; P of the tokens are pooled."""
 
@@ -30,6 +41,18 @@ class PackedBatch:
     seqlens: tuple[int, ...]  # the lengths again, on the host, where loops and kernel choice need them
     pooled_indices: Tensor  # [P] int32: tokens that are pooled, in order
     pooled_seqlens: tuple[int, ...]  # pooled tokens of each sequence, at least 1
+
+    @cached_property
+    def padding(self) -> Padding:
+        """On the CPU; the same for every layer."""
+        seqlens, within = np.array(self.seqlens, dtype=np.int32)[:, None], np.arange(self.max_seqlen, dtype=np.int32)
+        starts = np.cumsum(seqlens, axis=0, dtype=np.int32) - seqlens
+        exists = within < seqlens
+        return Padding(
+            sources=torch.from_numpy((starts + np.minimum(within, seqlens - 1)).ravel()),
+            places=torch.from_numpy(np.flatnonzero(exists).astype(np.int32)),
+            bias=torch.from_numpy(np.where(exists, np.float32(0), np.float32(-np.inf))[:, None]),
+        )
 
 
 FEWEST_ROWS = 192  # of a matrix product: with fewer, it is slower

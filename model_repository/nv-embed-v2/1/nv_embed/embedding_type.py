@@ -23,10 +23,8 @@ class EmbeddingType(Enum):
     BINARY = "binary"  # of `ubinary`, each byte - 128
     UBINARY = "ubinary"  # signs, eight in a byte, the first in its highest bit; zeros fill the last byte
 
-    @property
-    def output(self) -> str:
-        """Name of the output that has vectors of this type."""
-        return "embeddings" if self is EmbeddingType.FLOAT else f"embeddings_{self.value}"
+    def __init__(self, name: str) -> None:
+        self.output = "embeddings" if name == "float" else f"embeddings_{name}"  # which has vectors of this type
 
     def num_bytes(self, dimension: int) -> int:
         """Of one vector."""

@@ -16,7 +16,8 @@ from nv_embed.errors import InvalidRequest
 # Proxies and Triton itself put these beside the caller's own parameters.
 _FOREIGN_PARAMETERS = ("x-", "traceparent", "triton")
 # All that an answer may have.
-OUTPUTS = frozenset({each.output for each in EmbeddingType} | {"token_counts", "is_truncated", "model_info"})
+_OF_VECTORS = frozenset(each.output for each in EmbeddingType)
+OUTPUTS = _OF_VECTORS | {"token_counts", "is_truncated", "model_info"}
 # Of parameters with few values: what each means, and what to do about others.
 _CHOICES: dict[str, tuple[dict[str, object], str]] = {
     "truncate": (
@@ -133,7 +134,7 @@ class EmbedRequest:
                     got="one whose config.pbtxt is older",
                     remedy="leave out the parameter that asks for it, or have the server's operator add the model anew",
                 )
-        others = {each.output for each in EmbeddingType} & named - {own}
+        others = _OF_VECTORS & named - {own}
         if others and named != declared:
             raise InvalidRequest.of(
                 expected=f"{own!r} as the only output with vectors, because 'embedding_type' is "

@@ -120,3 +120,28 @@ def test_what_a_process_reserves_others_of_its_parent_see_until_it_ends():
 def test_on_this_machine_both_are_found():
     assert most_cores() > 0
     assert 0 < free_memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+PRODUCTS = """
+from nv_embed.compute.host import keep_few_products
+if {keeps_few}:
+    keep_few_products()
+import torch
+weight = torch.ops.mkldnn._reorder_linear_weight(torch.randn(64, 64), 64)
+for num_rows in (*range(1, 60), 1):  # the first size comes again
+    torch.ops.mkldnn._linear_pointwise(torch.randn(num_rows, 64), weight, None, "none", [], "")
+"""
+
+
+@pytest.mark.parametrize(
+    ("keeps_few", "operators_own", "again"),
+    [(True, None, "cache_miss"), (False, None, "cache_hit"), (True, "1024", "cache_hit")],
+)
+def test_what_onednn_prepared_for_a_size_of_products_is_dropped_after_some_others(keeps_few, operators_own, again):
+    environment = {"PYTHONPATH": os.pathsep.join(sys.path), "ONEDNN_VERBOSE": "profile_create"}
+    if operators_own:
+        environment |= dict.fromkeys(("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"), operators_own)
+    command = [sys.executable, "-c", PRODUCTS.format(keeps_few=keeps_few)]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    created = [line for line in said.splitlines() if ",create:" in line]
+    assert f",create:{again}," in created[-1]

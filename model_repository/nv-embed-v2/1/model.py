@@ -24,6 +24,7 @@ from typing import Any
 import c_python_backend_utils
 import numpy as np
 import triton_python_backend_utils as pb_utils
+from nv_embed.compute.host import keep_few_products
 from nv_embed.errors import (
     Cancelled,
     ComputeFailed,
@@ -89,9 +90,7 @@ class TritonPythonModel:
             print(f"{self._name}: the server stops; requests not yet answered: {num_unanswered}", file=sys.stderr)
 
     def _load(self, parameters: dict[str, dict[str, str]]) -> None:
-        # oneDNN would keep what it prepared for 1,024 sizes of products, twice and with memory: gigabytes on a CPU.
-        few = dict.fromkeys(("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"), "32")
-        os.environ.update(few | dict(os.environ))
+        keep_few_products()
         # Here, because they import torch, and Triton also imports this file only to look at it.
         from nv_embed.compute.loading import load_engines
         from nv_embed.compute.warm_up import SAMPLE_TEXT, warm_up

@@ -15,6 +15,7 @@ from pathlib import Path
 
 _ROOT = Path("/")
 _RESERVED = "nv-embed-reserved-"
+_FEW_PRODUCTS = "32"  # those of a pass and a few more; gigabytes were held by 1,024, torch's and oneDNN's default
 _BFLOAT16_FLAGS = {"amx_bf16", "avx512_bf16", "bf16"}  # of Intel and AMD, the last of Arm
 
 
@@ -28,6 +29,16 @@ def most_cores(root: Path = _ROOT) -> float:
                 case [str(quota), str(period)] if quota not in ("max", "-1"):  # which say that there is no limit
                     quotas.append(int(quota) / int(period))
     return min(quotas)
+
+
+def keep_few_products() -> None:
+    """Have torch and oneDNN keep what they prepared for few sizes of products. Call it before torch is imported.
+
+    Each size of a batch is a size of its own, and what is kept of it divides the heap. So memory would grow for long.
+    The operator's own values stay.
+    """
+    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+        os.environ.setdefault(name, _FEW_PRODUCTS)
 
 
 def multiplies_bfloat16(root: Path = _ROOT) -> bool:

@@ -17,9 +17,10 @@ What is run, with defaults that can be changed:
 
 In an open loop latency counts from the moment a request was due, not from when it was sent, so a server that stalls
 cannot hide it. Throughput is what was answered divided by the time until the last answer. All texts are drawn from a
-seed and, but for load cached, none comes twice, so no cache helps; every target gets the same ones in the same order.
-Load cached needs the server's cache, the figures of all others are made with NV_EMBED_CACHE_MEBIBYTES=0. Therefore it
-runs alone. The baseline has no cache, so `--compare` does not start it for that load.
+seed and, but for load cached, none is measured twice in a run; every target gets the same ones in the same order.
+Another run with the same --seed sends them again. So start the server with NV_EMBED_CACHE_MEBIBYTES=0, or its cache
+answers, and it looks twice as fast. Load cached needs the server's cache, therefore it runs alone. The baseline has no
+cache, so `--compare` does not start it for that load.
 
 With two or more targets the rounds alternate, and one target computes at a time: drift of the machine meets all alike.
 Their order turns after every valid round of a load. Ratios are taken within a round; their median and range are given.

@@ -197,7 +197,8 @@ def main() -> int:
         report(arguments, running, venvs, lowest, rounds)
     missing = [name for name in LOADS if not rounds.valid[name]]
     if missing:
-        print(f"no measurement of {', '.join(missing)}: others used the processors in every round", file=sys.stderr)
+        why = "others used the processors in every round; end other work, or pass --allow-other-work 1 for a try"
+        print(f"no measurement of {', '.join(missing)}: {why}", file=sys.stderr)
     return 2 if missing else 0
 
 

@@ -208,7 +208,7 @@ class Rounds:
 def token_counter(checkpoint: Path | None) -> Callable[[Sequence[str], bool], int] | None:
     """Counts tokens as the network is fed them; None where the checkpoint's tokenizer is not at hand."""
     if checkpoint is None:
-        progress("no tokens/s: --checkpoint says by whose tokenizer")
+        progress("no tokens/s: name the folder that is served as --checkpoint, because its tokenizer counts them")
         return None
     if (checkpoint / "modules.json").is_file():
         progress("no tokens/s: they are counted as NV-Embed-v2 is fed")

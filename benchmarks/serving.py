@@ -17,10 +17,9 @@ What is run, with defaults that can be changed:
 
 In an open loop latency counts from the moment a request was due, not from when it was sent, so a server that stalls
 cannot hide it. Throughput is what was answered divided by the time until the last answer. All texts are drawn from a
-seed and, but for load cached, none is measured twice in a run; every target gets the same ones in the same order.
-Another run with the same --seed sends them again. So start the server with NV_EMBED_CACHE_MEBIBYTES=0, or its cache
-answers, and it looks twice as fast. Load cached needs the server's cache, therefore it runs alone. The baseline has no
-cache, so `--compare` does not start it for that load.
+seed and, but for load cached, a target gets none twice, so no cache helps; every target gets the same ones in the same
+order. But a server and its gateway share a cache. So the figures are made with NV_EMBED_CACHE_MEBIBYTES=0. Load cached
+needs the cache, therefore it runs alone. The baseline has none, so `--compare` does not start it for that load.
 
 With two or more targets the rounds alternate, and one target computes at a time: drift of the machine meets all alike.
 Their order turns after every valid round of a load. Ratios are taken within a round; their median and range are given.
@@ -46,6 +45,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -87,7 +87,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     what.add_argument("--rate", type=float, help="of load open, queries/s (0.7 of the slowest server's closed loop)")
     what.add_argument("--probe-rate", type=float, default=5.0, help="queries/s beside bulk (%(default)s)")
     what.add_argument("--max-batch-tokens", type=int, help="of the bare engine's full batches (as the server's log)")
-    what.add_argument("--seed", type=int, default=1, help="of all texts and arrivals (%(default)s)")
+    what.add_argument("--seed", type=int, default=time.time_ns(), help="of texts and arrivals; each run has a new one")
     how = parser.add_argument_group("how long")
     how.add_argument("--seconds", type=float, default=10.0, help="of each load in each round (%(default)s)")
     how.add_argument("--rounds", type=int, default=6, help="(%(default)s)")
@@ -194,7 +194,8 @@ def main() -> int:
             plot(arguments.plot, rounds.samples)
         print(json.dumps(result))
     if missing:
-        print(f"no measurement of {', '.join(missing)}: others used the processors in every round", file=sys.stderr)
+        why = "others used the processors in every round; end other work, or pass --allow-other-work 1 for a try"
+        print(f"no measurement of {', '.join(missing)}: {why}", file=sys.stderr)
     return 2 if missing else 0
 
 

@@ -8,6 +8,7 @@ import logging
 import numpy as np
 import pytest
 import torch
+from nv_embed.compute import loading
 from nv_embed.compute.auto_dtype import faster
 from nv_embed.compute.host import multiplies_bfloat16
 from nv_embed.compute.loading import load_engine
@@ -91,9 +92,17 @@ def test_auto_on_a_cpu_gives_the_vectors_of_float32_whatever_it_chooses(mini):
         assert auto.dtype == "float32"
 
 
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_the_log_says_that_a_processor_has_no_bfloat16_if_that_decided(mini, monkeypatch, caplog, dtype):
+    monkeypatch.setattr(loading, "multiplies_bfloat16", lambda: False)
+    with caplog.at_level(logging.INFO):
+        assert load_engine(mini, read_checkpoint(mini), device="cpu", dtype=dtype).dtype == "float32"
+    assert (dtype == "auto") == ("cpu: dtype float32, because the processor has no instructions" in caplog.text)
+
+
 def test_a_server_says_in_which_precision_it_computes(start, mini, tmp_path):
     server = start(tmp_path / "log.txt", mini, {"NV_EMBED_DTYPE": "auto"})
     answer = server.infer(query=["Why does bread rise?"], parameters={"model_info": True}, outputs=None)
     dtype = json.loads(answer["model_info"][0])["dtype"]
-    said = f"cpu: dtype {dtype}, because bfloat16 is" in server.log_text()
-    assert said if multiplies_bfloat16() else dtype == "float32"
+    why = "bfloat16 is" if multiplies_bfloat16() else "the processor has no instructions"
+    assert f"cpu: dtype {dtype}, because {why}" in server.log_text()

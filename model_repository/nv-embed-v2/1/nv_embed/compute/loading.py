@@ -70,7 +70,10 @@ def load_engine(
         return loaded
 
     engine = load(dtype, num_batches if device == "cpu" else 0)
-    if dtype != "auto" or device != "cpu" or not multiplies_bfloat16():
+    if dtype != "auto" or device != "cpu":
+        return engine
+    if not multiplies_bfloat16():
+        logger.info("cpu: dtype float32, because the processor has no instructions for bfloat16")
         return engine
     longest = min(checkpoint.longest_text or SAMPLE_TOKENS, SAMPLE_TOKENS)
     try:

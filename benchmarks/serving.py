@@ -50,12 +50,21 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from arguments import count, positive, share
 from bare_engine import PACKAGE, BareEngine
 from loads import LENGTHS, MODEL_NAME, Gateway, Refused, Server
 from rounds import Rounds, loads_of, token_counter
 from serving_plot import plot
 from serving_report import report
-from started_server import ROOT, StartedGateway, StartedServer, batch_tokens_of, end_on_sigterm, progress
+from started_server import (
+    GATEWAY_COMMAND,
+    ROOT,
+    StartedGateway,
+    StartedServer,
+    batch_tokens_of,
+    end_on_sigterm,
+    progress,
+)
 
 sys.path.insert(0, str(PACKAGE))
 from nv_embed.compute.host import multiplies_bfloat16  # needs the standard library only
@@ -80,20 +89,20 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     what.add_argument("--loads", default=",".join(LOADS), help="some of %(default)s, or cached alone (%(default)s)")
     what.add_argument("--lengths", choices=LENGTHS, default="mixed", help="of documents (%(default)s)")
     what.add_argument("--query-lengths", choices=LENGTHS, default="short", help="of queries (%(default)s)")
-    what.add_argument("--clients", type=int, default=16, help="of loads query and cached (%(default)s)")
-    what.add_argument("--document-clients", type=int, default=4, help="of load documents (%(default)s)")
-    what.add_argument("--documents", type=int, default=16, help="in one request (%(default)s)")
-    what.add_argument("--bulk-clients", type=int, default=8, help="of load mixed (%(default)s)")
-    what.add_argument("--rate", type=float, help="of load open, queries/s (0.7 of the slowest server's closed loop)")
-    what.add_argument("--probe-rate", type=float, default=5.0, help="queries/s beside bulk (%(default)s)")
-    what.add_argument("--max-batch-tokens", type=int, help="of the bare engine's full batches (as the server's log)")
+    what.add_argument("--clients", type=count, default=16, help="of loads query and cached (%(default)s)")
+    what.add_argument("--document-clients", type=count, default=4, help="of load documents (%(default)s)")
+    what.add_argument("--documents", type=count, default=16, help="in one request (%(default)s)")
+    what.add_argument("--bulk-clients", type=count, default=8, help="of load mixed (%(default)s)")
+    what.add_argument("--rate", type=positive, help="of load open, queries/s (0.7 of the slowest server's closed loop)")
+    what.add_argument("--probe-rate", type=positive, default=5.0, help="queries/s beside bulk (%(default)s)")
+    what.add_argument("--max-batch-tokens", type=count, help="of the bare engine's full batches (as the server's log)")
     what.add_argument("--seed", type=int, default=time.time_ns(), help="of texts and arrivals; each run has a new one")
     how = parser.add_argument_group("how long")
-    how.add_argument("--seconds", type=float, default=10.0, help="of each load in each round (%(default)s)")
-    how.add_argument("--rounds", type=int, default=6, help="(%(default)s)")
-    how.add_argument("--warm-up", type=float, default=3.0, help="seconds of each load before the rounds (%(default)s)")
+    how.add_argument("--seconds", type=positive, default=10.0, help="of each load in each round (%(default)s)")
+    how.add_argument("--rounds", type=count, default=6, help="(%(default)s)")
+    how.add_argument("--warm-up", type=positive, default=3.0, help="seconds of each load before that (%(default)s)")
     how.add_argument("--quick", action="store_true", help="one round of 2 s after 0.5 s")
-    how.add_argument("--allow-other-work", type=float, default=0.05, metavar="SHARE",
+    how.add_argument("--allow-other-work", type=share, default=0.05, metavar="SHARE",
                      help="of the processors' time, beyond which a round is void (%(default)s)")  # fmt: skip
     how.add_argument("--plot", type=Path, help="write a picture there; needs matplotlib")
     arguments = parser.parse_args(argv)
@@ -111,6 +120,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--loads cached: expected a cache, got NV_EMBED_CACHE_MEBIBYTES=0; unset it")
     if arguments.quick:
         arguments.seconds, arguments.rounds, arguments.warm_up = 2.0, 1, 0.5
+    if arguments.gateway and not GATEWAY_COMMAND.exists():
+        parser.error(f"--gateway: expected {GATEWAY_COMMAND}, found none: pip install './client[gateway]'")
     if arguments.plot:
         try:
             import matplotlib  # noqa: F401 - better now than after the run

@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 START_SECONDS = 600  # the machine may be busy with anything
 STOP_SECONDS = 120
 FIRST_PORT = 10_000
+GATEWAY_COMMAND = Path(sys.executable).parent / "nv-embed-gateway"  # of the environment that runs this
 AnyStarted = TypeVar("AnyStarted", bound="Started")
 
 
@@ -209,7 +210,7 @@ class StartedGateway(Started):
         (self.port,) = free_ports(1)
         self.url = f"http://127.0.0.1:{self.port}"
         listen = ["--host", "127.0.0.1", "--port", str(self.port)]
-        command = [Path(sys.executable).parent / "nv-embed-gateway", "--triton-url", triton_url, *listen, *arguments]
+        command = [GATEWAY_COMMAND, "--triton-url", triton_url, *listen, *arguments]
         super().__init__(command, f"{self.url}/health/live", log, os.environ if environ is None else environ)
 
 

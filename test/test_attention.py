@@ -90,6 +90,26 @@ def test_many_short_sequences_are_computed_in_parts(monkeypatch):
         torch.testing.assert_close(attend_short_together(q, k, v, batch, Whole()), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_a_part_of_many_short_sequences_copies_its_own_tokens_alone(monkeypatch):
+    seqlens = (9, 3, 8, 9, 5, 7, 2, 9) * 20
+    q, k, v = torch.randn(sum(seqlens), 3, 4, 8, generator=torch.Generator().manual_seed(0)).unbind(dim=1)
+    nothing = torch.empty(0, dtype=torch.int32)
+    batch = PackedBatch(nothing, nothing, nothing, 9, seqlens, nothing, seqlens)
+    expected = attend_masked(q, k, v, batch, Whole())
+    num_tokens, select = 0, torch.Tensor.index_select
+
+    def counted(tensor, dim, index):  # torch copies all of a tensor that is not contiguous
+        nonlocal num_tokens
+        num_tokens += tensor.shape[dim]
+        return select(tensor, dim, index)
+
+    monkeypatch.setattr(torch.Tensor, "index_select", counted)
+    monkeypatch.setattr(attention, "_MOST_SCORES", 4 * 9 * 9 * 2)  # of two sequences
+    attended = attend_short_together(q, k, v, batch, Whole())
+    torch.testing.assert_close(attended, expected, atol=1e-5, rtol=1e-5)
+    assert num_tokens <= 3 * sum(seqlens) + len(seqlens) * 9, "those of q, k and v once, and all that is attended once"
+
+
 def test_short_sequences_are_computed_one_after_the_other_where_together_they_are_not_right(monkeypatch, caplog):
     monkeypatch.setattr(attention, "attend_short_together", attend_causally)
     assert choose_attention("auto", HEADS, CPU, torch.float32) is attend_each

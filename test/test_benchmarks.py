@@ -20,6 +20,7 @@ from nv_embed.compute.host import multiplies_bfloat16
 from nv_embed.compute.loading import load_engine
 from nv_embed.models import read_checkpoint
 from serving import ROOT, Server, free_ports
+from started_server import GATEWAY_COMMAND
 
 BENCHMARKS = ROOT / "benchmarks"
 BASELINE = BENCHMARKS / "baseline" / "model_repository"
@@ -50,6 +51,33 @@ def run(*command, rc=0) -> tuple[str, dict]:
             out, err = process.communicate(timeout=150)
     assert process.returncode == rc, out + err
     return out + err, json.loads((out.splitlines() or ["{}"])[-1]) if rc < 2 else {}
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("--clients", "0", "a whole number of at least 1"), ("--documents", "-3", "a whole number of at least 1"),
+        ("--rounds", "x", "a whole number of at least 1"), ("--seconds", "nan", "a number above 0"),
+        ("--warm-up", "0", "a number above 0"), ("--rate", "inf", "a number above 0"),
+        ("--allow-other-work", "-1", "a share from 0 to 1"), ("--allow-other-work", "5", "a share from 0 to 1"),
+    ],
+)  # fmt: skip
+def test_a_number_that_measures_nothing_is_refused_before_anything_starts(option, value, expected):
+    said, _ = run("serving.py", option, value, rc=2)
+    assert f"error: argument {option}: expected {expected}, got '{value}'" in said
+
+
+@pytest.mark.skipif(GATEWAY_COMMAND.exists(), reason="the gateway is installed here")
+def test_a_benchmark_of_a_gateway_that_is_not_installed_says_how_to_install_it(tmp_path):
+    said, _ = run("serving.py", "--gateway", rc=2)
+    assert "--gateway: expected " in said
+    assert "pip install './client[gateway]'" in said
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").touch()
+    said, _ = run("peers.py", "--infinity-venv", tmp_path, "--fastapi-venv", tmp_path, rc=2)
+    assert "pip install './client[gateway]'" in said
+    said, _ = run("peers.py", "--targets", "nobody", rc=2)
+    assert "--targets: expected some of nv-embed-grpc," in said
 
 
 def by_load(answer: dict) -> dict[tuple[str, str], dict]:

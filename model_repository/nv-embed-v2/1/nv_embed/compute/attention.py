@@ -92,10 +92,12 @@ def _attend_padded(q: Tensor, k: Tensor, v: Tensor, sources: Tensor, bias: Tenso
     """Those of S sequences, L places each, of which `sources` and `bias` are as in `Padding`: [S * L, H, D] float32."""
     num_heads, head_dim = q.shape[1:]
     groups, longest = num_heads // k.shape[1], bias.shape[2]
+    own = slice(int(sources[0]), int(sources[-1]) + 1)  # their tokens: `index_select` copies all that it is given
+    sources = sources - own.start
 
     def padded(x: Tensor, groups: int = 1) -> Tensor:
         """[T, heads, D] to [heads * groups * S, L, D]."""
-        rows = x.transpose(0, 1).index_select(1, sources).float()
+        rows = x[own].transpose(0, 1).index_select(1, sources).float()
         rows = rows if groups == 1 else rows.repeat_interleave(groups, 0)  # which copies
         return rows.view(-1, longest, head_dim)
 

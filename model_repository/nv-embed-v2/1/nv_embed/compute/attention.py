@@ -21,8 +21,7 @@ from nv_embed.models.protocol import Attend, Heads, PackedBatch, Work
 logger = logging.getLogger(__name__)
 
 _FEWEST_QUERIES = 768  # of a piece: with fewer, the CPU's kernel takes smaller blocks
-_SHORT_TOKENS = 64  # with more, computing attention takes longer than the call itself
-_NARROW_HEAD = 64  # with wider ones, one after the other is up to twice as fast
+_SMALL_HEAD = 48 * 32  # numbers of a sequence's head; with more, one after the other is up to twice as fast
 _MOST_SCORES = 2**20  # at once: 4 MiB
 _LARGEST_DIFFERENCE = 0.05  # of a kernel in half precision from float32, of values up to 4
 _FLASH = "varlen", "flash-attn"
@@ -67,7 +66,7 @@ def _parts(piece: slice, num_kv_heads: int, seqlen: int) -> Iterator[tuple[slice
 
 
 def attend_short_together(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, work: Work) -> Tensor:
-    """Short sequences of narrow heads together, padded to the longest, in float32; others one after the other.
+    """Sequences with few numbers a head together, padded to the longest, in float32; others one after the other.
 
     A kernel's call for a short sequence takes longer than what it computes. Each call also waits for Python's lock
     while other threads receive requests and send answers. SDPA with a mask would take all at once, too, but two to
@@ -75,8 +74,7 @@ def attend_short_together(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, w
     """
     num_sequences, longest = len(batch.seqlens), batch.max_seqlen
     num_heads, head_dim = q.shape[1:]
-    is_short = longest <= _SHORT_TOKENS and head_dim <= _NARROW_HEAD
-    if num_sequences == 1 or not is_short or num_sequences * longest > 2 * len(q):
+    if num_sequences == 1 or longest * head_dim > _SMALL_HEAD or num_sequences * longest > 2 * len(q):
         return attend_each(q, k, v, batch, work)
     padding = batch.padding
     attended = q.new_empty(num_sequences * longest, num_heads, head_dim)

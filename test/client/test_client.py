@@ -466,6 +466,25 @@ def test_closing_an_async_client_is_not_taken_for_a_cancelled_task():
     assert all(isinstance(outcome, ClientClosed) for outcome in outcomes), outcomes
 
 
+@pytest.mark.parametrize("num_turns", range(8))
+def test_a_task_that_is_cancelled_as_an_answer_arrives_ends_at_once(num_turns):
+    async def main():
+        answers = [Future(), Future()]  # the second never comes
+        transport = MockTransport(lambda request: answers[len(transport.requests) - 1], dimension=8)
+        client = AsyncNVEmbedClient(transport=transport, max_in_flight=1, max_texts_per_request=1)
+        call = asyncio.create_task(client.embed(["a", "b"]))
+        while not transport.requests:
+            await asyncio.sleep(0)
+        answers[0].set_result(transport.requests[0].checked(EmbedResult(np.eye(1, 8, dtype=np.float32), None, None)))
+        for _ in range(num_turns):
+            await asyncio.sleep(0)
+        call.cancel()
+        await asyncio.wait([call], timeout=10)
+        return call.cancelled()
+
+    assert asyncio.run(main())
+
+
 def test_an_async_client_serves_one_event_loop_after_the_other():
     client = AsyncNVEmbedClient(transport=MockTransport(dimension=8))
     assert [asyncio.run(client.embed_query("text")).shape for _ in range(2)] == [(1, 8), (1, 8)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import Callable, Coroutine
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -59,17 +60,24 @@ class AsyncNVEmbedClient(Core):
 
     async def _run(self, plan: Plan[R]) -> R:
         loop = asyncio.get_running_loop()
-        arrivals: asyncio.Queue[int] = asyncio.Queue()
+        arrivals: deque[int] = deque()
+        awake: asyncio.Future[None] = loop.create_future()
+
+        def arrived_here(number: int) -> None:
+            arrivals.append(number)
+            if not awake.done():
+                awake.set_result(None)
 
         def arrived(number: int) -> None:
             with contextlib.suppress(RuntimeError):  # the loop has ended, and the call with it
-                loop.call_soon_threadsafe(arrivals.put_nowait, number)
+                loop.call_soon_threadsafe(arrived_here, number)
 
         with self._exchange(plan, arrived) as exchange:
             while (seconds := exchange.advance()) is not None:
-                try:
-                    number = await asyncio.wait_for(arrivals.get(), seconds)
-                except asyncio.TimeoutError:  # Python 3.10 has one of its own
-                    continue
-                self._receive(exchange, number)
+                if not arrivals:
+                    awake = loop.create_future()
+                    # Not asyncio.wait_for: before Python 3.12 a task that is cancelled as something arrives goes on.
+                    await asyncio.wait([awake], timeout=seconds)
+                if arrivals:
+                    self._receive(exchange, arrivals.popleft())
             return exchange.result

@@ -18,6 +18,10 @@ if [[ ${1:-} == --unit ]]; then
 fi
 
 source "$repo/tools/prepare_venv.sh"
+if (($# == 0)); then # at the same time, because each takes minutes of one core
+  prepare_venv "$CLIENT_VENV" "$repo/test/client/requirement.txt" &
+  trap wait EXIT
+fi
 prepare_venv "$VENV" "$repo/model_repository/nv-embed-v2/requirements.txt" "$repo/tools/requirements.txt" \
   "$repo/model_repository/nv-embed-v2/requirements-sentence-transformers.txt" \
   "$repo/test/requirement.txt" "$repo/test/requirement-dev.txt"
@@ -28,7 +32,7 @@ cd -- "$repo"
 if [[ -z ${unit:-} ]]; then PYTHON="$VENV/bin/python" test/kubernetes_tools.sh; fi
 if (($# > 0)); then exec "$VENV/bin/python" -m pytest ${unit:+"${quick[@]}"} "$@"; fi
 
-prepare_venv "$CLIENT_VENV" "$repo/test/client/requirement.txt"
+wait "$!" # the client's environment
 CLIENT_VENV="$(absolute "$CLIENT_VENV")"
 
 check_quickly() {

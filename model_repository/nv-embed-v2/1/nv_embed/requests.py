@@ -15,8 +15,8 @@ from nv_embed.errors import InvalidRequest
 
 # Proxies and Triton itself put these beside the caller's own parameters.
 _FOREIGN_PARAMETERS = ("x-", "traceparent", "triton")
-# All that an answer may have.
 _OF_VECTORS = frozenset(each.output for each in EmbeddingType)
+# All that an answer may have.
 OUTPUTS = _OF_VECTORS | {"token_counts", "is_truncated", "model_info"}
 # Of parameters with few values: what each means, and what to do about others.
 _CHOICES: dict[str, tuple[dict[str, object], str]] = {

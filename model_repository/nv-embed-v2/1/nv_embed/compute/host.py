@@ -1,4 +1,4 @@
-"""Cores and memory that the process may have: the machine's, within the limits of its control groups (v1 or v2).
+"""The machine that the process runs on: its cores and memory, within the limits of its control groups (v1 or v2).
 
 The models of one server load one after the other, each in a process of its own. So what an earlier one holds is no
 longer free. What it will need besides, it tells the others by the name of a file in memory: no file is left behind,
@@ -15,7 +15,7 @@ from pathlib import Path
 
 _ROOT = Path("/")
 _RESERVED = "nv-embed-reserved-"
-_FEW_PRODUCTS = "128"  # a query alone takes a fifth longer with 32; 1,024, the default of both, hold gigabytes
+_FEW_PRODUCTS = "128"  # with 32 a query alone takes longer, and 1,024, the default of both, hold much memory
 _BFLOAT16_FLAGS = {"amx_bf16", "avx512_bf16", "bf16"}  # of Intel and AMD, the last of Arm
 
 
@@ -34,8 +34,8 @@ def most_cores(root: Path = _ROOT) -> float:
 def keep_few_products() -> None:
     """Have torch and oneDNN keep what they prepared for few sizes of products. Call it before torch is imported.
 
-    Each size of a batch is a size of its own, and what is kept of it divides the heap. So memory would grow for long.
-    The operator's own values stay.
+    Each number of tokens in a batch is another size, and what is kept for it stays in the heap. So memory would grow
+    with each new size. What the operator has set stays.
     """
     for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
         os.environ.setdefault(name, _FEW_PRODUCTS)

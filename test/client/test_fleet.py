@@ -21,12 +21,12 @@ def fleet_of(letters, now=0.0, info=INFO):
     return fleet
 
 
-def chosen(fleet, count, without=()):
+def chosen(fleet, count, without=(), now=0.0):
     """Of so many requests, each answered before the next one."""
     letters = []
     for _ in range(count):
         letters.append(fleet.choose(without))
-        fleet.ended(letters[-1])
+        fleet.ended(letters[-1], now)
     return "".join(letters)
 
 
@@ -61,7 +61,7 @@ def test_one_server_for_ever_gets_everything_and_is_asked_nothing():
 def test_a_server_that_refuses_rests_and_is_then_asked_again():
     fleet = fleet_of("abc")
     fleet.refused("b", FULL, 10)
-    assert chosen(fleet, 4) == "acac"
+    assert chosen(fleet, 4, now=10) == "acac"
     assert fleet.to_ask(10.5, urgently=True) == []  # others are good
     assert fleet.due_seconds(10.5) == 0.5
     assert fleet.to_ask(11, urgently=False) == ["b"]
@@ -91,7 +91,7 @@ def test_a_server_that_hangs_does_not_hold_up_all_requests():
         if fleet.choose(()) == "a":
             num_hanging += 1
         else:
-            fleet.ended("b")
+            fleet.ended("b", 0)
     assert 10 < num_hanging < 50
 
 
@@ -108,7 +108,7 @@ def test_what_joins_is_asked_and_what_left_gets_nothing_more():
     fleet = fleet_of("ab")
     assert fleet.choose(()) == "a"
     fleet.replace([("b", "b"), ("c", "c")])
-    fleet.ended("a")
+    fleet.ended("a", 0)
     assert fleet.to_ask(5, urgently=False) == ["c"]
     fleet.told("c", INFO, 5)
     assert sorted(chosen(fleet, 4)) == ["b", "b", "c", "c"]
@@ -134,6 +134,30 @@ def test_a_server_with_another_model_is_left_out_until_nobody_has_the_first(capl
     assert "the model changes" in caplog.text
     fleet.told("a", INFO, 17)
     assert chosen(fleet, 2) == "cc"
+
+
+def test_a_server_that_nobody_has_heard_of_for_a_while_is_asked_before_its_next_request(caplog):
+    fleet = fleet_of("ab")
+    assert chosen(fleet, 2, now=10) == "ab"
+    assert fleet.choose(()) == "a"  # and it has not answered yet
+    assert fleet.to_ask(11.5, urgently=True) == []
+    assert fleet.to_ask(13, urgently=False) == []  # no request would go there
+    assert fleet.to_ask(13, urgently=True) == ["b"]
+    assert chosen(fleet, 2, now=13) == "aa"
+    fleet.told("b", OTHER, 13)
+    assert chosen(fleet, 2, now=13) == "aa"
+    assert "b is left out" in caplog.text
+
+
+def test_when_all_came_back_with_another_model_while_nobody_asked_requests_go_to_it():
+    fleet = fleet_of("ab")
+    assert fleet.to_ask(100, urgently=True) == ["a", "b"]
+    fleet.told("a", OTHER, 100)
+    fleet.told("b", OTHER, 100)
+    assert chosen(fleet, 1, now=100) == "b"
+    assert fleet.to_ask(101, urgently=False) == ["a"]
+    fleet.told("a", OTHER, 101)
+    assert sorted(chosen(fleet, 2, now=101)) == ["a", "b"]
 
 
 def test_a_server_that_is_too_old_to_say_its_model_takes_part():

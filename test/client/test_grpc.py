@@ -179,6 +179,13 @@ class LoadBalancer:
         """Swallow what comes over the connections there are, for ever."""
         self._forgotten.update(range(self.num_connections))
 
+    def lead_to(self, port):
+        """End the connections there are, and pass new ones on to another server."""
+        self._port = port
+        for each in self._sockets:
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
     def close(self):
         for each in (self._listener, *self._sockets):
             with contextlib.suppress(OSError):

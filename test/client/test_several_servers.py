@@ -7,6 +7,7 @@ import logging
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -117,6 +118,20 @@ def test_vectors_of_two_models_are_never_mixed(server, aged_server, caplog):
         eventually(lambda: both.embed_query("a") is not None and "is left out" in caplog.text)
         dimensions |= {both.embed_query(text).shape[1] for text in TEXTS}
         assert dimensions == {both.dimension()}
+
+
+def test_a_server_that_comes_back_with_another_model_while_nobody_asks_is_left_out(server, aged_server, caplog):
+    caplog.set_level(logging.WARNING, "nv_embed_client")
+    with (
+        contextlib.closing(LoadBalancer(server.grpc)) as balancer,
+        NVEmbedClient(f"{balancer.url},{server.url}", retry=ONCE) as both,
+    ):
+        eventually(lambda: both.embed_query("a") is not None and balancer.num_connections)
+        dimension = both.dimension()
+        balancer.lead_to(aged_server.grpc)
+        time.sleep(2.5)  # a server needs longer
+        assert {both.embed_query(text).shape[1] for text in TEXTS} == {dimension}
+        eventually(lambda: both.embed_query("a") is not None and "is left out" in caplog.text)
 
 
 def test_a_connection_of_the_maximum_age_is_replaced_without_an_error(aged_server):

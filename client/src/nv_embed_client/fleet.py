@@ -17,6 +17,7 @@ _REST_SECONDS = 1.0
 # how many are on their way to equal servers differs by chance.
 _MANY_TIMES, _MANY = 8, 32
 _LOYALTY_SECONDS = 5.0  # less than a request is tried for
+_TRUST_SECONDS = 2.0  # less than a server needs to come back with another model
 
 logger = logging.getLogger("nv_embed_client")
 
@@ -34,6 +35,11 @@ class _Standing:
     left_at: float = 0.0  # when it was last no longer good
     num_on_their_way: int = 0
     last_chosen: int = 0
+    heard_at: float = 0.0  # when it last answered
+
+    def may_have_changed(self, now: float) -> bool:
+        """Whether it may have gone and come back without a request that noticed."""
+        return self.is_good and not self.num_on_their_way and self.heard_at + _TRUST_SECONDS < now
 
 
 class Fleet(Generic[S]):
@@ -43,7 +49,7 @@ class Fleet(Generic[S]):
     than another is passed over, so that it does not hold up everybody.
 
     A server becomes good when it answers the question what its model is. It stays so until it refuses a request. Then
-    it rests, is asked again, and so on.
+    it rests, is asked again, and so on. One that nobody has heard of for a while is asked before its next request.
 
     All servers must have the same model, because vectors of two models cannot be compared. One with another model
     than the first good server is left out while a server with that model is good, or has just been.
@@ -80,6 +86,10 @@ class Fleet(Generic[S]):
         """
         if not self._has_choice:
             return []
+        if urgently:
+            for standing in self._standings.values():
+                if standing.may_have_changed(now):
+                    standing.is_good, standing.left_at, standing.rests_until = False, now, now
         eager = urgently and not any(standing.is_good for standing in self._standings.values())
         asked = [
             server
@@ -118,10 +128,11 @@ class Fleet(Generic[S]):
         """Whether a server that is not good is being asked."""
         return any(standing.is_asked and server not in without for server, standing in self._standings.items())
 
-    def ended(self, server: S) -> None:
+    def ended(self, server: S, now: float) -> None:
         """A request is no longer on its way to the server."""
         if (standing := self._standings.get(server)) is not None:
             standing.num_on_their_way -= 1
+            standing.heard_at = now
 
     def refused(self, server: S, error: Exception, now: float) -> None:
         """The server refused a request, or did not answer what its model is: it rests."""
@@ -155,7 +166,7 @@ class Fleet(Generic[S]):
         if None not in (fingerprint, self._fingerprint) and fingerprint != self._fingerprint:
             logger.warning("the model changes from fingerprint %s to %s", self._fingerprint, fingerprint)
         self._fingerprint = fingerprint or self._fingerprint
-        standing.is_good, standing.is_asked, standing.reason = True, False, None
+        standing.is_good, standing.is_asked, standing.reason, standing.heard_at = True, False, None, now
 
     def reason(self) -> Exception | None:
         """Why no server is good: what waiting may mend, if there is that. None: nothing is known."""

@@ -155,7 +155,7 @@ class GrpcTransport(Transport):
         now = time.monotonic()
         goes_on = isinstance(error, Unavailable) and not sent.future.cancelled() and not self._closed
         with self._lock:
-            self._fleet.ended(server)
+            self._fleet.ended(server, now)
             if error is not None and (goes_on or sent.unheard):
                 self._fleet.refused(server, error, now)
                 self._look_up_at = min(self._look_up_at, self._looked_up_at + _SOON_SECONDS)

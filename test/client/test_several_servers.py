@@ -37,7 +37,7 @@ def test_three_servers_share_the_load_and_their_deaths_stops_and_starts_cost_no_
     if case.startswith("name") and not has_own_hosts():
         pytest.skip("a name for three servers needs unshare and namespaces of users")
     done = subprocess.run(
-        [sys.executable, REPO / "benchmarks" / "several_servers.py", "--cases", case, "--seconds", "2"],
+        [sys.executable, REPO / "benchmarks" / "several_servers.py", "--cases", case, "--seconds", "3"],
         capture_output=True, text=True, timeout=900, check=False, env=without_settings(),
     )  # fmt: skip
     assert done.stdout, done.stderr

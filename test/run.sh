@@ -20,6 +20,7 @@ fi
 source "$repo/tools/prepare_venv.sh"
 if (($# == 0)); then # at the same time, because each takes minutes of one core
   prepare_venv "$CLIENT_VENV" "$repo/test/client/requirement.txt" &
+  client_venv_ready=$!
   trap wait EXIT
 fi
 prepare_venv "$VENV" "$repo/model_repository/nv-embed-v2/requirements.txt" "$repo/tools/requirements.txt" \
@@ -32,7 +33,7 @@ cd -- "$repo"
 if [[ -z ${unit:-} ]]; then PYTHON="$VENV/bin/python" test/kubernetes_tools.sh; fi
 if (($# > 0)); then exec "$VENV/bin/python" -m pytest ${unit:+"${quick[@]}"} "$@"; fi
 
-wait "$!" # the client's environment
+wait "$client_venv_ready"
 CLIENT_VENV="$(absolute "$CLIENT_VENV")"
 
 check_quickly() {

@@ -306,7 +306,7 @@ def test_the_test_above_finds_a_bug_put_in_on_purpose(right, wrong):
     sys.modules[module.__name__] = module  # dataclasses look there
     exec(compile(source.replace(right, wrong), ledger.__file__, "exec"), module.__dict__)
     broken = type("Broken", (Requests,), {"ledger_class": module.Ledger})
-    # The rarest of these takes about 150 examples. So this many never end without it, and most runs end soon.
+    # The rarest of these took 6 to 564 examples in six tries. A run ends with the first that finds it.
     many = settings(max_examples=20_000, stateful_step_count=50, deadline=None, phases=[Phase.generate], database=None)
     with pytest.raises((AssertionError, KeyError, IndexError)):
         run_state_machine_as_test(broken, settings=many)

@@ -129,7 +129,7 @@ def test_a_server_that_comes_back_with_another_model_while_nobody_asks_is_left_o
         eventually(lambda: both.embed_query("a") is not None and balancer.num_connections)
         dimension = both.dimension()
         balancer.lead_to(aged_server.grpc)
-        time.sleep(2.5)  # a server needs longer
+        time.sleep(2.5)  # the client trusts for 2 s; a server needs longer to come back
         assert {both.embed_query(text).shape[1] for text in TEXTS} == {dimension}
         eventually(lambda: both.embed_query("a") is not None and "is left out" in caplog.text)
 

@@ -35,7 +35,7 @@ class _Standing:
     left_at: float = 0.0  # when it was last no longer good
     num_on_their_way: int = 0
     last_chosen: int = 0
-    heard_at: float = 0.0  # when it last answered
+    heard_at: float = 0.0  # when it last answered, or a request to it ended otherwise
 
     def may_have_changed(self, now: float) -> bool:
         """Whether it may have gone and come back without a request that noticed."""
@@ -89,7 +89,7 @@ class Fleet(Generic[S]):
         if urgently:
             for standing in self._standings.values():
                 if standing.may_have_changed(now):
-                    standing.is_good, standing.left_at, standing.rests_until = False, now, now
+                    standing.is_good, standing.left_at = False, now
         eager = urgently and not any(standing.is_good for standing in self._standings.values())
         asked = [
             server
